@@ -1,0 +1,143 @@
+"""Scalar read-outs of logits: what a task measures, one number per pair.
+
+A metric is any callable `metric(logits)` or `metric(logits, task)` that returns one number per row
+of `logits`. The second form gets the task that holds exactly those rows, so that it may read
+`task.answers`, `task.foils` and `task.spans`. Higher means "closer to the clean behaviour".
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tasks.task import Task
+
+__all__ = ["KLDivergence", "Metric", "logit_difference", "probability_difference"]
+
+
+def logit_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
+    """Logit of the answer minus logit of the foil at each pair's answer position, in logits."""
+    last = task.answer_logits(logits)
+    rows = torch.arange(len(last), device=last.device)
+    return last[rows, task.answers.to(last.device)] - last[rows, task.foils.to(last.device)]
+
+
+def probability_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
+    """Probability of the answer minus that of the foil at the answer position, in [-1, 1]."""
+    last = task.answer_logits(logits).softmax(-1)
+    rows = torch.arange(len(last), device=last.device)
+    return last[rows, task.answers.to(last.device)] - last[rows, task.foils.to(last.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class KLDivergence:
+    """Minus the KL divergence from the clean model's next-token distribution, in nats.
+
+    0 where the run predicts what the clean run predicted, negative elsewhere. Its gradient on the
+    clean run is zero, so it is a metric for `direction="denoise"` and for exact patching.
+    Build it with `KLDivergence.of(model, task)`.
+    """
+
+    reference: Float[Tensor, "pair d_vocab"]
+    """Log-probabilities of the clean run at each pair's answer position."""
+
+    @classmethod
+    def of(cls, model: Any, task: Task) -> KLDivergence:
+        """Runs the clean prompts once and keeps the log-probabilities that the model gave."""
+        rows: list[Tensor] = [torch.empty(0)] * len(task)
+        with torch.no_grad():
+            for index, bucket in task.buckets():
+                last = bucket.answer_logits(model(bucket.clean)).float().log_softmax(-1)
+                for row, values in zip(index.tolist(), last, strict=True):
+                    rows[row] = values
+        return cls(torch.stack(rows))
+
+    def select(self, index: Int[Tensor, " row"]) -> KLDivergence:
+        """The same metric for some of the pairs."""
+        return KLDivergence(self.reference[index])
+
+    def __call__(self, logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
+        last = task.answer_logits(logits).float().log_softmax(-1)
+        reference = self.reference.to(last.device)
+        return -(reference.exp() * (reference - last)).sum(-1)
+
+
+BUILT_IN: dict[str, Callable[..., Tensor]] = {
+    "logit_difference": logit_difference,
+    "probability_difference": probability_difference,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A metric bound to the task whose rows it reads; checks what the function returns."""
+
+    function: Callable[..., Tensor]
+    task: Task
+
+    @property
+    def name(self) -> str:
+        """The function's name, for titles and files."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def reads_answer_only(self) -> bool:
+        """True for the built-in metrics: they read nothing but the answer position's logits."""
+        return self.function in BUILT_IN.values() or isinstance(self.function, KLDivergence)
+
+    def select(self, index: Int[Tensor, " row"]) -> Callable[..., Tensor]:
+        """The function for some of the pairs (`select` of the function itself where it has one)."""
+        select = getattr(self.function, "select", None)
+        return select(index) if callable(select) else self.function
+
+    def __call__(self, logits: Tensor) -> Float[Tensor, " pair"]:
+        """One number per row of `logits`.
+
+        Raises:
+            TypeError: the function returned something other than a floating-point tensor.
+            ValueError: it returned the wrong shape, NaN or infinity.
+        """
+        if takes_task(self.function):
+            values = self.function(logits, self.task)
+        else:
+            values = self.function(logits)
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(
+                f"metric {self.name!r} must return a floating-point tensor, one number per pair; "
+                f"it returned {got}; return for instance logits[:, -1, answer] - logits[:, -1, foil]"
+            )
+        if values.shape != (len(self.task),):
+            raise ValueError(
+                f"metric {self.name!r} must return shape [{len(self.task)}], one number per pair; "
+                f"it returned {list(values.shape)} for logits {list(logits.shape)}; do not average "
+                "over pairs, and take (logits, task) if it needs each pair's answers"
+            )
+        if not bool(torch.isfinite(values.detach()).all()):
+            bad = int((~torch.isfinite(values.detach())).nonzero()[0])
+            raise ValueError(
+                f"metric {self.name!r} must return finite numbers; pair {bad} has "
+                f"{float(values[bad])}; check the prompts of that pair and the metric's logarithms"
+            )
+        return values
+
+
+def takes_task(function: Callable[..., Tensor]) -> bool:
+    """True if `function` has a second required positional parameter (or any named `task`)."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some C functions have no signature: call them with logits
+        return False
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(required) >= 2 or any(p.name == "task" for p in parameters)
