@@ -1,0 +1,33 @@
+"""Relevance patching: attribution patching with LRP coefficients in place of gradients."""
+
+from relp.attribution import attribute
+from relp.rulebook import (
+    ATTN_LRP,
+    CP_LRP,
+    DEEPLIFT,
+    GRADIENT,
+    PRESETS,
+    RELP,
+    Rules,
+    preset,
+)
+from relp.propagation import UnknownOperationError, coverage, propagate
+from relp.scores import Component, Effects, Scores
+
+__all__ = [
+    "ATTN_LRP",
+    "CP_LRP",
+    "DEEPLIFT",
+    "GRADIENT",
+    "PRESETS",
+    "RELP",
+    "Component",
+    "Effects",
+    "Rules",
+    "Scores",
+    "UnknownOperationError",
+    "attribute",
+    "coverage",
+    "preset",
+    "propagate",
+]

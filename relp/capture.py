@@ -1,0 +1,142 @@
+"""Running the model: activations of both runs, and coefficients at the sites of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relp.propagation import Propagation, frozen, propagate
+from relp.rulebook import Rules
+from relp.sites import Sites, editing, reading
+
+__all__ = ["Capture", "capture", "observe"]
+
+ROOT = "L0.resid"
+"""Where relevance ends: token plus position embedding, as block 0 gets it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """One batch of pairs: what both runs did, and the coefficients of one of them."""
+
+    own: Mapping[str, Tensor]
+    """Activations of the run that was differentiated."""
+    other: Mapping[str, Tensor]
+    """Activations of the other run."""
+    coefficients: Mapping[str, Tensor]
+    """d metric / d activation under the rules, at the sites of the own run."""
+    own_metric: Float[Tensor, " pair"]
+    other_metric: Float[Tensor, " pair"]
+
+    def delta(self, site: str) -> Tensor:
+        """What patching changes at a site: other run minus own run."""
+        return self.other[site] - self.own[site]
+
+
+def observe(
+    sites: Sites, task: Any, names: tuple[str, ...], *, side: str
+) -> tuple[dict[str, Tensor], Float[Tensor, " pair"]]:
+    """Activations at the named sites and the metric of one side (`clean`, `corrupt`), no grad."""
+    tokens = getattr(task, side).to(sites.device)
+    with torch.no_grad(), reading(sites, names) as values:
+        metric = task.metric(sites.model(tokens))
+    return values, metric
+
+
+def capture(
+    sites: Sites, task: Any, rules: Rules, names: tuple[str, ...], *, own: str, steps: int = 1
+) -> Capture:
+    """Two forward passes and one backward (with `steps` > 1: `steps` passes along the path).
+
+    With `steps=1` the coefficients are those of the `own` side (`clean` or `corrupt`). With more,
+    they are averaged over runs whose input embeddings lie midway in each of `steps` equal parts
+    of the line between the two runs (integrated gradients; EAP-IG, arXiv:2403.17806).
+
+    Raises:
+        RuntimeError: a site was not passed, or no relevance reaches one that must get some.
+    """
+    other = "corrupt" if own == "clean" else "clean"
+    names = tuple(dict.fromkeys([ROOT, *names]))
+    with frozen(sites.model):
+        if steps == 1:
+            with propagate(rules, root=sites.model) as report:
+                values, metric = _differentiable(sites, task, names, own, rules, report)
+            with ExitStack() as stack:
+                if rules.needs_reference:
+                    stack.enter_context(report.reference())
+                others, other_metric = observe(sites, task, names, side=other)
+            coefficients = _coefficients(metric, values, names, rules)
+        else:
+            others, other_metric = observe(sites, task, names, side=other)
+            values, metric = observe(sites, task, names, side=own)
+            coefficients = {}
+            for step in range(steps):
+                at = (step + 0.5) / steps
+                root = torch.lerp(values[ROOT], others[ROOT], at)
+                with propagate(rules, root=sites.model) as report:
+                    between, middle = _differentiable(sites, task, names, own, rules, report, root)
+                part = _coefficients(middle, between, names, rules)
+                for name, c in part.items():
+                    coefficients[name] = coefficients.get(name, 0) + c / steps
+    own_values = {n: v.detach() for n, v in values.items()}
+    return Capture(own_values, others, coefficients, metric.detach(), other_metric.detach())
+
+
+def _differentiable(
+    sites: Sites,
+    task: Any,
+    names: tuple[str, ...],
+    side: str,
+    rules: Rules,
+    report: Propagation,
+    root: Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The run that will be differentiated, from block 0's input on."""
+    tokens = getattr(task, side).to(sites.device)
+    with torch.enable_grad():
+        with _leaf(sites, root), reading(sites, names) as values:
+            logits = sites.model(tokens)
+            # Rules that compare two runs must see the metric to be exact through it. For the
+            # others it is a plain function: a constant softmax would cut a probability metric off.
+            metric = task.metric(logits) if rules.needs_reference else None
+        if metric is None:
+            with report.paused():
+                metric = task.metric(logits)
+    return values, metric
+
+
+@contextmanager
+def _leaf(sites: Sites, root: Tensor | None) -> Iterator[None]:
+    """Makes block 0's input the leaf of the graph, with the value `root` if one is given."""
+
+    def start(value: Tensor) -> Tensor:
+        return (value if root is None else root).detach().requires_grad_()
+
+    with editing(sites, {ROOT: start}):
+        yield
+
+
+def _coefficients(
+    metric: Tensor, values: Mapping[str, Tensor], names: tuple[str, ...], rules: Rules
+) -> dict[str, Tensor]:
+    # pairs do not meet in the model: the gradient of the sum holds each pair's own gradient
+    grads = torch.autograd.grad(metric.sum(), [values[n] for n in names], allow_unused=True)
+    found = {}
+    for name, grad in zip(names, grads, strict=True):
+        if grad is None:
+            # with constant attention patterns nothing reaches queries and keys: a true zero
+            if rules.softmax == "constant" and name.endswith((".q", ".k")):
+                grad = torch.zeros_like(values[name])
+            else:
+                raise RuntimeError(
+                    f"every site must lie on the path from the input to the metric; {name!r} does "
+                    "not; check that no hook detaches activations and that the metric uses logits"
+                )
+        found[name] = grad
+    return found

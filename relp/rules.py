@@ -1,0 +1,318 @@
+"""Each rule as a formula: the forward value is torch's own, the backward coefficient is chosen.
+
+Notation: `x`, `y` are an operation's input and output in the differentiated run, `x_`, `y_` the
+same in the reference run (for the rules that compare two runs), `g` the coefficient that arrives
+at the output. A rule returns `y` as torch computed it, attached to a function that turns `g` into
+the coefficient at the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reference"]
+
+PullBack = Callable[[Tensor], Sequence[Tensor | None]]
+"""From the coefficient at the output to those at the inputs."""
+
+
+class _Attach(torch.autograd.Function):
+    """Returns `value` untouched; its backward is `pull_back`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, pull_back: PullBack, *inputs: Tensor) -> Tensor:
+        ctx.pull_back = pull_back
+        ctx.like = [(x.shape, x.dtype) for x in inputs]
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        # The formulas are plain arithmetic: no rule may be applied to them in turn.
+        with torch._C.DisableTorchFunction():
+            grads = ctx.pull_back(g)
+            return (
+                None,
+                None,
+                *(
+                    # A factor that was broadcast gets the sum of what its copies get.
+                    None if grad is None else grad.sum_to_size(shape).to(dtype)
+                    for grad, (shape, dtype) in zip(grads, ctx.like, strict=True)
+                ),
+            )
+
+
+def attach(value: Tensor, pull_back: PullBack, *inputs: Tensor) -> Tensor:
+    """`value`, differentiable: `pull_back` gives one coefficient for each of `inputs`."""
+    return _Attach.apply(value.detach(), pull_back, *inputs)
+
+
+def graft(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of one tensor with the coefficients of another (an equal one, decomposed)."""
+    return attach(value, lambda g: (g,), surrogate)
+
+
+class Reference:
+    """An operation's operands and result in the reference run; filled in before the backward."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._tensors: tuple[Tensor, ...] | None = None
+        self.positions: tuple[int, ...] = ()
+
+    def fill(self, *tensors: Tensor) -> None:
+        """Keeps what the reference run had here."""
+        self._tensors = tuple(t.detach() for t in tensors)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        if self._tensors is None:
+            raise RuntimeError(
+                f"rules that compare two runs need the reference run before the backward; "
+                f"operation {self.name!r} has seen one run only; run the other input inside "
+                "`with report.reference():`"
+            )
+        return self._tensors
+
+
+# -- activation: one input, elementwise ------------------------------------------------------------
+
+
+def identity(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Coefficient (y - f(0)) / x, at x = 0 its limit f'(0).
+
+    f(0) is 0 for GELU, SiLU, ReLU and tanh; elsewhere (sigmoid) it acts as a bias, which carries
+    no relevance. Source: Jafari et al. 2024, arXiv:2406.07592 (Identity-rule).
+    """
+    saved, value = x.detach(), y.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        at_zero, slope = _at_zero(function, saved)
+        ratio = (value - at_zero) / saved
+        # below this |x| the quotient of two rounded numbers says nothing; the limit does
+        tiny = torch.finfo(saved.dtype).tiny
+        return (g * torch.where(saved.abs() <= tiny, slope, ratio),)
+
+    return attach(y, pull_back, x)
+
+
+def rescale(
+    x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], reference: Reference
+) -> Tensor:
+    """Coefficient (y' - y) / (x' - x); where x' is close to x, the derivative between them.
+
+    Source: DeepLIFT's Rescale rule, arXiv:1704.02685.
+    """
+    saved, value = x.detach(), y.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        x_, y_ = reference()
+        return (g * _secant(saved, x_, value, y_, function),)
+
+    return attach(y, pull_back, x)
+
+
+def _secant(
+    x: Tensor, x_: Tensor, y: Tensor, y_: Tensor, function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(y' - y) / (x' - x), and f' midway where rounding would swamp that quotient."""
+    step = x_ - x
+    quotient = (y_ - y) / torch.where(step == 0, 1.0, step)
+    middle = derivative(function, (x + x_) / 2)
+    # With |step| = t the quotient is off by about eps / t, the derivative midway by about t^2 / 24:
+    # both are small at t = eps ** (1/3). At a kink the two differ by more than rounding explains,
+    # and the quotient is right: a piecewise linear function is as exact as its input.
+    near = step.abs() < torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.abs())
+    smooth = (y_ - y - middle * step).abs() <= 1e-6 * (1 + y.abs())
+    return torch.where((step == 0) | (near & smooth), middle, quotient)
+
+
+def derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """f' at each entry of `at`, for an elementwise function."""
+    with torch.enable_grad():
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(function(at).sum(), at)[0]
+
+
+def _at_zero(function: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """f(0) and f'(0), as scalars of the type of `like`."""
+    with torch.enable_grad():
+        zero = torch.zeros(1, dtype=like.dtype, device=like.device, requires_grad=True)
+        value = function(zero)
+        (slope,) = torch.autograd.grad(value.sum(), zero)
+    return value.detach()[0], slope[0]
+
+
+# -- products: gate and bilinear -------------------------------------------------------------------
+
+
+def half(product: Tensor) -> Tensor:
+    """The product rule with half the coefficient for each factor, so that x·c adds up once.
+
+    `product` is differentiable in both factors. Source: arXiv:2406.07592, arXiv:2402.05602.
+    """
+    return attach(product, lambda g: (g / 2,), product)
+
+
+def midpoint_gate(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
+    """Each factor gets the mean of the other over the two runs: Δ(ab) = Δa·b̄ + ā·Δb exactly."""
+    a0, b0 = a.detach(), b.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor, Tensor]:
+        a_, b_ = reference()
+        return g * ((b0 + b_) / 2), g * ((a0 + a_) / 2)
+
+    return attach(y, pull_back, a, b)
+
+
+def midpoint_bilinear(
+    call: Callable[..., Tensor], factors: Sequence[Tensor], y: Tensor, reference: Reference
+) -> Tensor:
+    """`midpoint_gate` for any function that is linear in each of its two factors."""
+    own = [x.detach() for x in factors]
+
+    def pull_back(g: Tensor) -> tuple[Tensor, ...]:
+        middle = [((x + x_) / 2).requires_grad_() for x, x_ in zip(own, reference(), strict=True)]
+        with torch.enable_grad():
+            return torch.autograd.grad(call(*middle), middle, g)
+
+    return attach(y, pull_back, *factors)
+
+
+def midpoint_matmul(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
+    """`midpoint_bilinear` of `a @ b` for operands of two or more axes, without a second product."""
+    a0, b0 = a.detach(), b.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor, Tensor]:
+        a_, b_ = reference()
+        return g @ ((b0 + b_) / 2).mT, ((a0 + a_) / 2).mT @ g
+
+    return attach(y, pull_back, a, b)
+
+
+# -- softmax ---------------------------------------------------------------------------------------
+
+
+def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
+    """e = exp(x - c) with one c for both runs, S = Σe, y = e·(1/S), each step exact.
+
+    exp by its secant, the product by midpoints, 1/S by its secant -1/(S·S'). What is masked out
+    in both runs gets 0.
+    """
+    saved = x.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        (x_,) = reference()
+        top = torch.maximum(saved, x_).amax(dim, keepdim=True)
+        e, e_ = (saved - top).exp(), (x_ - top).exp()
+        total, total_ = e.sum(dim, keepdim=True), e_.sum(dim, keepdim=True)
+        at_e = g * ((1 / total + 1 / total_) / 2)
+        at_e = at_e - (g * ((e + e_) / 2)).sum(dim, keepdim=True) / (total * total_)
+        # exp's secant: e^mid · sinh(h) / h with h half the step; the series where h is small
+        step = x_ - saved
+        near = step.abs() < 1e-2
+        series = (e * e_).sqrt() * (1 + step.square() / 24)
+        slope = torch.where(near, series, (e_ - e) / torch.where(near, 1.0, step))
+        masked = torch.isinf(saved) | torch.isinf(x_)
+        return (torch.where(masked, 0.0, at_e * slope),)
+
+    return attach(y, pull_back, x)
+
+
+# -- norm ------------------------------------------------------------------------------------------
+
+
+def layer_norm_constant(
+    x: Tensor, y: Tensor, dims: tuple[int, ...], weight: Tensor | None, eps: float, *, centre: bool
+) -> Tensor:
+    """The statistic 1/σ is a constant, centring is linear (LN-rule, arXiv:2202.07304)."""
+    saved = x.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        h = _weighted(g, weight) * _inverse_scale(saved, dims, eps, centre)[1]
+        return (h - h.mean(dims, keepdim=True) if centre else h,)
+
+    return attach(y, pull_back, x)
+
+
+def layer_norm_secant(
+    x: Tensor,
+    y: Tensor,
+    dims: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float,
+    reference: Reference,
+    *,
+    centre: bool,
+) -> Tensor:
+    """y = c·r with c the centred input and r = 1/σ: midpoints for the product, r by its secant.
+
+    r' - r = -(v' - v)·(r r')² / (r + r') and v' - v = mean(2 c̄·Δc), all without a small divisor.
+    """
+    saved = x.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        (x_,) = reference()
+        c, r = _inverse_scale(saved, dims, eps, centre)
+        c_, r_ = _inverse_scale(x_, dims, eps, centre)
+        h, middle = _weighted(g, weight), (c + c_) / 2
+        slope = -((r * r_) ** 2) / (r + r_)
+        h = h * ((r + r_) / 2) + 2 * middle * (h * middle).sum(dims, keepdim=True) * slope / (
+            _count(saved, dims)
+        )
+        return (h - h.mean(dims, keepdim=True) if centre else h,)
+
+    return attach(y, pull_back, x)
+
+
+def _weighted(g: Tensor, weight: Tensor | None) -> Tensor:
+    return g if weight is None else g * weight.detach()
+
+
+def _inverse_scale(
+    x: Tensor, dims: tuple[int, ...], eps: float, centre: bool
+) -> tuple[Tensor, Tensor]:
+    """The (centred) input and one over its root mean square."""
+    c = x - x.mean(dims, keepdim=True) if centre else x
+    return c, torch.rsqrt(c.square().mean(dims, keepdim=True) + eps)
+
+
+def _count(x: Tensor, dims: tuple[int, ...]) -> int:
+    count = 1
+    for d in dims:
+        count *= x.shape[d]
+    return count
+
+
+STATISTIC_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # (y' - y) / (x' - x) in terms of the two results
+    "rsqrt": lambda y, y_: -((y * y_) ** 2) / (y + y_),
+    "sqrt": lambda y, y_: 1 / (y + y_),
+    "reciprocal": lambda y, y_: -y * y_,
+}
+
+
+def statistic_secant(name: str, x: Tensor, y: Tensor, reference: Reference) -> Tensor:
+    """The exact slope of rsqrt, sqrt or 1/x between two runs."""
+    value = y.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        (y_,) = reference()
+        return (g * STATISTIC_SLOPES[name](value, y_),)
+
+    return attach(y, pull_back, x)
+
+
+def division_secant(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
+    """a / b as the product a·(1/b): midpoints, and -1/(b b') for 1/b."""
+    a0, b0 = a.detach(), b.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a_, b_ = reference()
+        at_a = g * ((1 / b0 + 1 / b_) / 2) if a.requires_grad else None
+        at_b = g * ((a0 + a_) / 2) * (-1 / (b0 * b_)) if b.requires_grad else None
+        return at_a, at_b
+
+    return attach(y, pull_back, a, b)

@@ -1,0 +1,302 @@
+"""The labelled result: scores of nodes or edges, with everything needed to read them.
+
+Names of components: `embed`, head `L9H6`, key/value head `L9KV1` (grouped-query attention),
+`L9.attn`, `L9.mlp`, `L9.mixer`, residual stream entering block 9 `L9.resid`, `logits`. A reader
+adds a slot: `L9H6.q`, `L9KV1.k`, `L3.mlp.in`, `logits.in`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["Component", "Effects", "Scores"]
+
+_NAME = re.compile(
+    r"(?P<plain>embed|logits)"
+    r"|L(?P<layer>\d+)(?:H(?P<head>\d+)|KV(?P<kv>\d+)|\.(?P<kind>attn|mlp|mixer|resid))"
+)
+_SLOTS = ("q", "k", "v", "in")
+
+
+class Component(NamedTuple):
+    """A component's name taken apart; `layer` and `head` are -1 where there is none."""
+
+    name: str
+    kind: str
+    """embed, head, kv, attn, mlp, mixer, resid or logits."""
+    layer: int
+    head: int
+
+    @classmethod
+    def parse(cls, name: str) -> Component:
+        """Takes a component's name apart.
+
+        Raises:
+            ValueError: `name` is not a component's name.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"a component must be named like embed, L9H6, L9KV1, L9.mlp, L9.attn, L9.resid or "
+                f"logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
+            )
+        if match["plain"]:
+            return cls(name, match["plain"], -1, -1)
+        layer = int(match["layer"])
+        if match["head"] is not None:
+            return cls(name, "head", layer, int(match["head"]))
+        if match["kv"] is not None:
+            return cls(name, "kv", layer, int(match["kv"]))
+        return cls(name, match["kind"], layer, -1)
+
+    @staticmethod
+    def of_reader(reader: str) -> tuple[Component, str]:
+        """`"L9H6.q"` -> (component L9H6, slot `"q"`)."""
+        name, _, slot = reader.rpartition(".")
+        if slot not in _SLOTS:
+            raise ValueError(
+                f"a reader must end in one of {_SLOTS}; got {reader!r}; write for instance "
+                "L9H6.q, L3.mlp.in or logits.in"
+            )
+        return Component.parse(name), slot
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """First-order estimates of what patching each component or edge would do to the metric.
+
+    Unit: that of the metric. Sign: with `direction="denoise"` positive means that putting the
+    clean value into the corrupt run raises the metric; with `"noise"` that putting the corrupt
+    value into the clean run raises it.
+    """
+
+    model: str
+    task: str
+    rules: str
+    """Name of the rules, `exact` for measured effects."""
+    direction: str
+    metric: str
+    clean: Float[Tensor, " pair"]
+    """The metric on the clean prompts."""
+    corrupt: Float[Tensor, " pair"]
+    """The metric on the corrupt prompts."""
+    lengths: Int[Tensor, " pair"]
+    """Tokens of each pair; entries of `nodes` from there on are 0."""
+    spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    """Clean tokens of the first pair, to label positions of tasks of one length."""
+    components: tuple[str, ...] = ()
+    nodes: Float[Tensor, "pair component pos"] | None = None
+    writers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    edges: Float[Tensor, "*pos writer reader"] | None = None
+    """Mean over pairs, summed over positions unless they were asked for. Entries of a writer
+    that does not come before the reader are 0."""
+
+    noun = "score"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", MappingProxyType(dict(self.spans)))
+        if (self.nodes is None) == (self.edges is None):
+            raise ValueError("Scores must hold either nodes or edges; got both or neither")
+        if self.nodes is not None and self.nodes.shape[1] != len(self.components):
+            raise ValueError(
+                f"`nodes` must be [pair, component, pos] with {len(self.components)} components; "
+                f"got {list(self.nodes.shape)}"
+            )
+        if self.edges is not None and self.edges.shape[-2:] != (
+            len(self.writers),
+            len(self.readers),
+        ):
+            raise ValueError(
+                f"`edges` must end in [writer {len(self.writers)}, reader {len(self.readers)}]; "
+                f"got {list(self.edges.shape)}"
+            )
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @property
+    def level(self) -> str:
+        """`"node"` or `"edge"`."""
+        return "node" if self.nodes is not None else "edge"
+
+    @property
+    def gap(self) -> Float[Tensor, " pair"]:
+        """What a complete patch does to the metric: clean - corrupt for `denoise`, else minus."""
+        gap = self.clean - self.corrupt
+        return gap if self.direction == "denoise" else -gap
+
+    @property
+    def title(self) -> str:
+        """One line that says where the numbers come from."""
+        return f"{self.rules} · {self.model} · {self.task} · {self.direction}"
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of component present, in order of appearance."""
+        return tuple(dict.fromkeys(Component.parse(c).kind for c in self.components))
+
+    def of_kind(self, kind: str) -> tuple[tuple[str, ...], Float[Tensor, "pair component pos"]]:
+        """Names and scores of the components of one kind (`resid`, `attn`, `head`, `mlp`, …).
+
+        Raises:
+            ValueError: the result is edge-level or has no such kind.
+        """
+        if self.nodes is None:
+            raise ValueError(
+                "of_kind reads node scores; these are edge scores; call attribute(level='node')"
+            )
+        at = [i for i, c in enumerate(self.components) if Component.parse(c).kind == kind]
+        if not at:
+            raise ValueError(
+                f"`kind` must be one of {self.kinds()}; got {kind!r}; see Scores.kinds()"
+            )
+        return tuple(self.components[i] for i in at), self.nodes[:, at]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per component and position, or per edge; the mean over pairs.
+
+        Edge rows are those that exist (the writer comes before the reader).
+        """
+        if self.nodes is not None:
+            pairs, _, width = self.nodes.shape
+            parsed = [Component.parse(c) for c in self.components]
+            frame = pd.DataFrame(
+                [
+                    {"component": c.name, "kind": c.kind, "layer": c.layer, "head": c.head, "pos": p}
+                    for c in parsed
+                    for p in range(width)
+                ]
+            )
+            if len(self.tokens) == width and len(self.lengths.unique()) == 1:
+                frame["token"] = [self.tokens[p] for p in frame["pos"]]
+            frame[self.noun] = self.nodes.mean(0).flatten().tolist()
+            return frame
+        assert self.edges is not None
+        table = self.edges if self.edges.dim() == 3 else self.edges[None]
+        rows = []
+        for r, reader in enumerate(self.readers):
+            target, slot = Component.of_reader(reader)
+            for w, writer in enumerate(self.writers):
+                if precedes(Component.parse(writer), target):
+                    for p in range(len(table)):
+                        rows.append((writer, reader, slot, p, float(table[p, w, r])))
+        frame = pd.DataFrame(rows, columns=["writer", "reader", "slot", "pos", self.noun])
+        return frame if self.edges.dim() == 3 else frame.drop(columns="pos")
+
+    def top(self, k: int) -> pd.DataFrame:
+        """The `k` rows of `to_dataframe` with the largest absolute value, largest first."""
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1; got {k}; ask for one row or more")
+        frame = self.to_dataframe()
+        order = frame[self.noun].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order[:k]].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        if self.nodes is not None:
+            what = f"nodes{list(self.nodes.shape)} [pair, component, pos]"
+        else:
+            assert self.edges is not None
+            axes = "[writer, reader]" if self.edges.dim() == 2 else "[pos, writer, reader]"
+            what = f"edges{list(self.edges.shape)} {axes}"
+        return (
+            f"{type(self).__name__}({what}, model={self.model!r}, task={self.task!r}, "
+            f"rules={self.rules!r}, direction={self.direction!r}, metric={self.metric!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        head = (
+            f"<b>{type(self).__name__}</b> · {html.escape(self.title)} · {self.level} level<br>"
+            f"{html.escape(self.metric)}: clean {float(self.clean.mean()):.3f}, "
+            f"corrupt {float(self.corrupt.mean()):.3f}, {len(self.clean)} pairs"
+        )
+        return head + self.top(10).to_html(index=False, float_format="{:.4f}".format)
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a .safetensors file (labels as JSON in its header); the file appears whole.
+
+        Raises:
+            ValueError: the suffix is not `.safetensors`.
+            OSError: the folder does not exist or cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"scores must be saved as .safetensors; got {path.name!r}; change the suffix "
+                "(a circuit graph is saved with circuits.save)"
+            )
+        tensors = {
+            k: v.detach().cpu().contiguous()
+            for k in ("clean", "corrupt", "lengths", "nodes", "edges")
+            if (v := getattr(self, k)) is not None
+        }
+        tensors |= {f"span.{k}": v.cpu().contiguous() for k, v in self.spans.items()}
+        labels = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
+        labels = {k: v for k, v in labels.items() if k not in ("spans", "nodes", "edges")}
+        labels["type"] = type(self).__name__
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"relp": json.dumps(labels)})
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Reads what `save` wrote; gives `Scores` or `Effects` as it was saved.
+
+        Raises:
+            ValueError: the file was not written by `save`.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                labels = json.loads((file.metadata() or {})["relp"])
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+            kind = {"Scores": Scores, "Effects": Effects}[labels.pop("type")]
+            spans = {k[5:]: v for k, v in tensors.items() if k.startswith("span.")}
+            arrays = {k: v for k, v in tensors.items() if not k.startswith("span.")}
+            names = {k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()}
+            return kind(spans=spans, **arrays, **names)
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(
+                f"{str(path)!r} must be a file written by Scores.save; it is not ({error}); "
+                "for a circuit graph use circuits.load"
+            ) from error
+
+
+class Effects(Scores):
+    """What patching each component was measured to do: the ground truth, in the same layout."""
+
+    noun = "effect"
+
+
+def precedes(writer: Component, reader: Component) -> bool:
+    """True if what `writer` adds to the residual stream is there when `reader` reads it.
+
+    Blocks are taken as sequential; a parallel block's scores hold a 0 where its MLP would read
+    its own heads.
+    """
+    if writer.kind == "embed" or reader.kind == "logits":
+        return writer.kind != "logits"
+    if writer.layer != reader.layer:
+        return writer.layer < reader.layer
+    return writer.kind in ("head", "attn") and reader.kind == "mlp"
