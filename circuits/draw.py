@@ -1,0 +1,678 @@
+"""One verb for every picture: heatmaps of scores, score against effect, circuits.
+
+    draw(scores)                  # layer x position, or layer x head with kind="head"
+    draw(scores, effect)          # one panel per kind of component, with Pearson's r
+    draw(edges)                   # writer x reader
+    draw(circuit)                 # layered diagram, `embed` at the bottom, `logits` on top
+
+Blue is positive and red negative everywhere, on a scale that is symmetric about 0. Where things
+go (`layout`, `routes`) is separate from how they are painted, and shared with the SVG export.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import defaultdict
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from circuits.graph import check_circuit, real_edges, size
+from relp.scores import Component, Scores
+
+__all__ = ["crossings", "draw", "layout", "routes"]
+
+POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#b2182b", "#8c959f"
+"""The hues of plotly's RdBu, and that of edges without a score."""
+
+BOX = (0.78, 0.42)
+"""Width and height of a node, in units of `layout`."""
+
+Point = tuple[float, float]
+Curve = tuple[Point, Point, Point, Point]
+
+PORTS = {"q": -0.23, "k": 0.0, "v": 0.23}
+_MOST_POINTS = 5000
+_LARGEST_TIDY = 1500
+
+
+def draw(
+    what: Scores | nx.MultiDiGraph,
+    against: Scores | None = None,
+    *,
+    kind: str | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Draws node scores, edge scores, scores against measured effects, or a circuit.
+
+    Args:
+        what: `Scores` or `Effects` of nodes (heatmap, mean over pairs) or edges (writer x reader,
+            summed over positions), or a circuit.
+        against: `Effects` to compare `what` with: a scatter plot, one point per pair, component
+            and position (edges: per edge), with the line y = x.
+        kind: which components a heatmap of nodes shows; `resid` if there, else the first.
+        title: plain text that replaces where the numbers come from.
+
+    Raises:
+        TypeError: `what` or `against` is of another type, or they do not go together.
+        ValueError: `kind` is not among the components, the circuit is empty, or the two results
+            were not made for the same model, task and direction.
+    """
+    if isinstance(what, Scores) and isinstance(against, Scores):
+        figure = _scatter(what, against, kind)
+    elif isinstance(what, Scores) and against is None:
+        figure = _node_heatmap(what, kind) if what.level == "node" else _edge_heatmap(what)
+    elif isinstance(what, nx.MultiDiGraph) and against is None:
+        figure = _circuit(what)
+    else:
+        given = type(what).__name__ + (
+            f" and {type(against).__name__}" if against is not None else ""
+        )
+        raise TypeError(
+            "draw takes Scores, Effects, Scores with Effects, or a circuit "
+            f"(networkx.MultiDiGraph); got {given}; see help(draw)"
+        )
+    if title is not None:
+        figure.update_layout(title_text=plain(title))
+    return figure
+
+
+def plain(text: str) -> str:
+    """`text` so that plotly, which renders some HTML, shows it as it is."""
+    return html.escape(text, quote=False)
+
+
+def heading(graph: nx.MultiDiGraph) -> str:
+    """Where a circuit's numbers come from: the same line as `Scores.title`."""
+    g = graph.graph
+    return f"{g['rules']} · {g['model']} · {g['task']} · {g['direction']}"
+
+
+def extent(graph: nx.MultiDiGraph) -> str:
+    """How much of the model a circuit is: `200 of 32,491 edges`."""
+    return f"{size(graph):,} of {graph.graph['total_edges']:,} edges"
+
+
+# -- scores ---------------------------------------------------------------------------------------
+
+
+def _heatmap(z: np.ndarray, name: str, **trace: Any) -> go.Heatmap:
+    """Red to blue, with 0 white and both ends equally far from it."""
+    finite = np.abs(z[np.isfinite(z)])
+    limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    return go.Heatmap(
+        z=z,
+        colorscale="RdBu",
+        zmin=-limit,
+        zmid=0,
+        zmax=limit,
+        colorbar={"title": {"text": plain(name), "side": "right"}, "thickness": 14},
+        **trace,
+    )
+
+
+def _unit(scores: Scores) -> str:
+    return f"{scores.noun} ({scores.metric})"
+
+
+def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
+    kinds = scores.kinds()
+    kind = kind or ("resid" if "resid" in kinds else kinds[0])
+    names, nodes = scores.of_kind(kind)
+    parsed = [Component.parse(name) for name in names]
+    mean = nodes.detach().double().mean(0).cpu().numpy()  # [component, pos]
+    if kind in ("head", "kv"):
+        layers = sorted({c.layer for c in parsed})
+        z = np.full((len(layers), max(c.head for c in parsed) + 1), np.nan)
+        labels = np.full(z.shape, "", dtype=object)
+        for c, row in zip(parsed, mean, strict=True):
+            z[layers.index(c.layer), c.head] = row.sum()
+            labels[layers.index(c.layer), c.head] = c.name
+        x_title, rows = kind, [f"L{layer}" for layer in layers]
+        ticks = {"dtick": 1 if z.shape[1] <= 32 else None}
+        hover = "%{customdata}"
+    else:
+        z, rows = mean, [f"L{c.layer}" if c.layer >= 0 else c.name for c in parsed]
+        labels = np.repeat(np.array(names, dtype=object)[:, None], z.shape[1], axis=1)
+        x_title, ticks = "position", _token_ticks(scores, z.shape[1])
+        hover = "%{customdata}@%{x}"
+    figure = go.Figure(
+        _heatmap(
+            z,
+            _unit(scores),
+            customdata=labels,
+            hovertemplate=hover + ": %{z:.4g}<extra></extra>",
+            xgap=1 if z.shape[1] <= 64 else 0,
+            ygap=1 if z.shape[0] <= 64 else 0,
+        )
+    )
+    figure.update_layout(
+        title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(nodes)} pairs"
+        f"{', summed over positions' if x_title != 'position' else ''}</sup>",
+        template="plotly_white",
+        height=max(320, 170 + 24 * len(rows)),
+    )
+    figure.update_xaxes(title_text=x_title, showgrid=False, zeroline=False, **ticks)
+    figure.update_yaxes(
+        title_text="layer" if parsed[0].layer >= 0 else None,
+        tickvals=list(range(len(rows))),
+        ticktext=rows,
+        autorange="reversed",
+        showgrid=False,
+        zeroline=False,
+    )
+    return figure
+
+
+def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
+    """Tokens below the positions, where one row of tokens is right for every pair."""
+    if len(scores.tokens) != width or len(set(scores.lengths.tolist())) != 1:
+        return {"dtick": 1 if width <= 40 else None}
+    shown = [token.replace("\n", "↵").replace("\t", "⇥") for token in scores.tokens]
+    return {
+        "tickvals": list(range(width)),
+        "ticktext": [f"{plain(token)} · {p}" for p, token in enumerate(shown)],
+        "tickangle": -60,
+    }
+
+
+def _edge_heatmap(scores: Scores) -> go.Figure:
+    assert scores.edges is not None
+    table = scores.edges.detach().double().cpu().numpy()
+    figure = go.Figure(
+        _heatmap(
+            table if table.ndim == 2 else table.sum(0),
+            _unit(scores),
+            x=[plain(reader) for reader in scores.readers],
+            y=[plain(writer) for writer in scores.writers],
+            hovertemplate="%{y} → %{x}: %{z:.4g}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        title_text=f"{plain(scores.title)}<br><sup>edges, mean over {len(scores.clean)} pairs</sup>",
+        template="plotly_white",
+        height=max(420, min(900, 200 + 12 * len(table[0] if table.ndim == 3 else table))),
+    )
+    figure.update_xaxes(title_text="reader", showgrid=False)
+    figure.update_yaxes(title_text="writer", showgrid=False, autorange="reversed")
+    return figure
+
+
+# -- score against effect -------------------------------------------------------------------------
+
+
+def comparison(
+    scores: Scores, effects: Scores
+) -> dict[str, tuple[list[Float[Tensor, " point"]], list[Float[Tensor, " point"]]]]:
+    """For each kind of component (or slot), the scores and the effects: one tensor per pair.
+
+    Positions that a pair does not have are left out, and so is what was not measured (NaN). Edges
+    have no pairs: they give one tensor.
+
+    Raises:
+        ValueError: the two were not made for the same level, model, task, metric and direction,
+            or share no component.
+    """
+    for name in ("level", "model", "task", "metric", "direction"):
+        a, b = getattr(scores, name), getattr(effects, name)
+        if a != b:
+            raise ValueError(
+                f"scores and effects must have the same {name}; got {a!r} and {b!r}; compute both "
+                "with the same model, task and options"
+            )
+    points: dict[str, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+
+    def add(panel: str, x: Tensor, y: Tensor) -> None:
+        measured = x.isfinite() & y.isfinite()
+        points[panel][0].append(x[measured].double())
+        points[panel][1].append(y[measured].double())
+
+    if scores.nodes is not None and effects.nodes is not None:
+        if scores.lengths.tolist() != effects.lengths.tolist():
+            raise ValueError(
+                "scores and effects must be of the same pairs; got lengths "
+                f"{scores.lengths.tolist()} and {effects.lengths.tolist()}; use one task for both"
+            )
+        for kind in scores.kinds():
+            shared = [c for c in scores.of_kind(kind)[0] if c in set(effects.components)]
+            if not shared:
+                continue
+            ours = scores.nodes[:, [scores.components.index(c) for c in shared]].cpu()
+            theirs = effects.nodes[:, [effects.components.index(c) for c in shared]].cpu()
+            for pair, length in enumerate(scores.lengths.tolist()):
+                add(kind, ours[pair, :, :length].flatten(), theirs[pair, :, :length].flatten())
+    elif scores.edges is not None and effects.edges is not None:
+        if (scores.writers, scores.readers, scores.edges.shape) != (
+            effects.writers,
+            effects.readers,
+            effects.edges.shape,
+        ):
+            raise ValueError(
+                "scores and effects must have the same writers, readers and positions; got edges "
+                f"{list(scores.edges.shape)} and {list(effects.edges.shape)}; compute both with "
+                "the same options"
+            )
+        for slot in ("q", "k", "v", "in"):
+            at = [i for i, r in enumerate(scores.readers) if r.endswith(f".{slot}")]
+            exists = (scores.edges[..., at] != 0) | (effects.edges[..., at] != 0)
+            if at:
+                add(slot, scores.edges[..., at][exists].cpu(), effects.edges[..., at][exists].cpu())
+    if not points:
+        raise ValueError(
+            f"scores and effects must share a component; got {scores.components[:3]}… and "
+            f"{effects.components[:3]}…; compute both for the same kinds"
+        )
+    return dict(points)
+
+
+def pearson(x: list[Tensor], y: list[Tensor]) -> float:
+    """The mean over pairs of each pair's correlation; pairs without variance are left out."""
+    each = [
+        float(np.corrcoef(a.numpy(), b.numpy())[0, 1])
+        for a, b in zip(x, y, strict=True)
+        if len(a) > 1 and float(a.std()) > 0 and float(b.std()) > 0
+    ]
+    return float(np.mean(each)) if each else math.nan
+
+
+def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
+    panels = comparison(scores, effects)
+    if kind is not None:
+        if kind not in panels:
+            raise ValueError(
+                f"`kind` must be one of {tuple(panels)}; got {kind!r}; leave it out to see them all"
+            )
+        panels = {kind: panels[kind]}
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=[f"{name} · Pearson {pearson(*xy):.3f}" for name, xy in panels.items()],
+        horizontal_spacing=0.08,
+        vertical_spacing=0.16 / rows + 0.04,
+    )
+    for i, (estimated, measured) in enumerate(panels.values()):
+        at = {"row": i // columns + 1, "col": i % columns + 1}
+        # Both by the measured effect across and the estimate up: points on the line are right.
+        x, y = torch.cat(measured), torch.cat(estimated)
+        if len(x) > _MOST_POINTS:
+            chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+            x, y = x[chosen[:_MOST_POINTS]], y[chosen[:_MOST_POINTS]]
+        ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))] if len(x) else [0, 1]
+        figure.add_trace(
+            go.Scatter(
+                x=ends,
+                y=ends,
+                mode="lines",
+                line={"color": NEUTRAL, "width": 1, "dash": "dot"},
+                hoverinfo="skip",
+            ),
+            **at,
+        )
+        figure.add_trace(
+            go.Scatter(
+                x=x.tolist(),
+                y=y.tolist(),
+                mode="markers",
+                marker={"color": POSITIVE, "size": 4, "opacity": 0.45},
+                hovertemplate=f"{plain(effects.noun)} %{{x:.4g}}<br>{plain(scores.noun)} %{{y:.4g}}"
+                "<extra></extra>",
+            ),
+            **at,
+        )
+    noun = scores.noun if scores.noun != effects.noun else f"{scores.noun}, {scores.rules}"
+    figure.update_xaxes(title_text=plain(_unit(effects)), zerolinecolor="#d0d7de")
+    figure.update_yaxes(title_text=plain(f"{noun} ({scores.metric})"), zerolinecolor="#d0d7de")
+    figure.update_layout(
+        title_text=f"{plain(scores.title)}<br><sup>against {plain(effects.rules)} "
+        f"{plain(effects.noun)}s; r is the mean over pairs</sup>",
+        template="plotly_white",
+        showlegend=False,
+        height=120 + 340 * rows,
+        margin={"t": 110},
+    )
+    return figure
+
+
+# -- circuits: where things go --------------------------------------------------------------------
+
+
+def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
+    """Where each node goes, with `embed` lowest and `logits` highest; y grows upwards.
+
+    Rows are layers: key/value heads, then query heads, then the MLP above them. Within a row nodes
+    are at least 1 apart, ordered and placed near the mean of their neighbours (weighted by
+    |score|), which keeps edges short and crossings few. Rows that hold nothing take no room.
+
+    Raises:
+        TypeError, ValueError: `graph` is no circuit, or empty.
+    """
+    check_circuit(graph)
+    if len(graph) == 0:
+        raise ValueError(
+            "a circuit must have a node to be drawn; this one is empty (no edge lies on a path from "
+            "embed to logits); ask for more edges, lower the threshold, or pass connected=False"
+        )
+    rows: dict[tuple[float, int], list[str]] = defaultdict(list)
+    for node, data in graph.nodes(data=True):
+        layer = math.inf if data["kind"] == "logits" else data["layer"]
+        rows[layer, {"kv": 0, "mlp": 2}.get(data["kind"], 1)].append(node)
+    for nodes in rows.values():
+        nodes.sort(key=lambda node: graph.nodes[node]["head"])
+
+    heights: dict[tuple[float, int], float] = {}
+    for above in sorted(rows):
+        below = list(heights)[-1] if heights else above
+        step = 0.0 if below == above else 0.8 if below[0] == above[0] else 1.15
+        heights[above] = (heights[below] if heights else 0.0) + step
+
+    # Equal scores would leave weights of 0; the small constant keeps every edge in the mean.
+    peak = max((abs(d["score"]) for *_, d in real_edges(graph)), default=0.0) or 1.0
+    pull: dict[str, dict[str, float]] = {node: defaultdict(float) for node in graph}
+    for u, v, data in graph.edges(data=True):
+        weight = 0.05 + abs(data["score"]) / peak
+        pull[u][v] += weight
+        pull[v][u] += weight
+
+    x = {node: i - (len(nodes) - 1) / 2 for nodes in rows.values() for i, node in enumerate(nodes)}
+    best = dict(x)
+    small = graph.number_of_edges() <= _LARGEST_TIDY
+    fewest = _crossings(graph, x, rows, heights) if small else math.inf
+    for sweep in range(12):
+        for key in sorted(rows, reverse=bool(sweep % 2)):
+            wish = {
+                node: sum(w * x[other] for other, w in pull[node].items()) / total
+                if (total := sum(pull[node].values()))
+                else x[node]
+                for node in rows[key]
+            }
+            rows[key].sort(key=lambda node: wish[node])
+            x |= _apart([(node, wish[node]) for node in rows[key]])
+        crossings = _crossings(graph, x, rows, heights) if small else -sweep
+        if crossings < fewest:
+            fewest, best = crossings, dict(x)
+    middle = (max(best.values()) + min(best.values())) / 2
+    return {node: (best[node] - middle, heights[key]) for key in heights for node in rows[key]}
+
+
+def _apart(wishes: list[tuple[str, float]]) -> dict[str, float]:
+    """The places nearest to the wishes (least squares) that keep the order and 1 between them."""
+    blocks: list[tuple[float, int]] = []  # mean and number of nodes that are pushed together
+    for i, (_, wish) in enumerate(wishes):
+        mean, count = wish - i, 1
+        while blocks and blocks[-1][0] > mean:
+            other, others = blocks.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        blocks.append((mean, count))
+    starts = [mean for mean, count in blocks for _ in range(count)]
+    return {
+        node: start + i for i, ((node, _), start) in enumerate(zip(wishes, starts, strict=True))
+    }
+
+
+def _crossings(
+    graph: nx.MultiDiGraph,
+    x: dict[str, float],
+    rows: dict[tuple[float, int], list[str]],
+    heights: dict[tuple[float, int], float],
+) -> int:
+    y = {node: heights[key] for key, nodes in rows.items() for node in nodes}
+    return crossings(graph, {node: (x[node], y[node]) for node in graph})
+
+
+def crossings(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> int:
+    """How many pairs of edges cross when each is drawn as a straight line."""
+    lines = sorted({(u, v) for u, v in graph.edges()})
+    if not lines:
+        return 0
+    a = np.array([positions[u] for u, _ in lines])  # [edge, xy]
+    b = np.array([positions[v] for _, v in lines])
+
+    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """On which side of each line p -> q each point r lies: [line, point]."""
+        d, e = (q - p)[:, None], r[None] - p[:, None]
+        turn = d[..., 0] * e[..., 1] - d[..., 1] * e[..., 0]
+        return np.where(np.abs(turn) < 1e-9, 0, np.sign(turn))
+
+    split = (side(a, b, a) * side(a, b, b)) < 0  # the ends of one lie on both sides of the other
+    return int((split & split.T).sum()) // 2
+
+
+def routes(
+    graph: nx.MultiDiGraph, positions: dict[str, Point]
+) -> dict[tuple[str, str, str], Curve]:
+    """The four control points of each edge's Bezier curve, in the units of `layout`.
+
+    Edges leave at the top of a box and enter at the bottom, q, k and v side by side. Each one bows
+    as far to the side as it needs to pass by the boxes in between.
+    """
+    boxes = np.array(list(positions.values()))  # [node, xy]
+    w, h = BOX
+    t = np.linspace(0.04, 0.96, 22)[:, None]
+    # How far the curve is pulled aside at its start and at its end: [bow, 2], cheapest first.
+    steps = (0.0, 0.4, -0.4, 0.9, -0.9, 1.6, -1.6, 2.6, -2.6)
+    bows = np.array(sorted(((a, b) for a in steps for b in steps), key=_bend))
+    if graph.number_of_edges() > _LARGEST_TIDY:
+        bows = bows[:1]
+    prices = 0.2 * np.array([_bend(bow) for bow in bows.tolist()])
+    result: dict[tuple[str, str, str], Curve] = {}
+    seen: dict[tuple[str, str, str], int] = defaultdict(int)
+    for u, v, key, data in graph.edges(keys=True, data=True):
+        (x0, y0), (x1, y1) = positions[u], positions[v]
+        start = np.array([x0, y0 + h / 2])
+        end = np.array([x1 + PORTS.get(data["slot"], 0.0) * w, y1 - h / 2])
+        rise = np.array([0.0, 0.45 * max(float(end[1] - start[1]), 0.4)])
+        # The same slot at another position would lie exactly on top: fan those out a little.
+        nth = seen[u, v, data["slot"]]
+        seen[u, v, data["slot"]] += 1
+        fan = 0.14 * ((nth + 1) // 2) * (1 if nth % 2 else -1)
+        # Bow outwards on the side where the edge already is, so that left and right balance.
+        aside = math.copysign(1.0, x0 + x1) * bows + fan
+        sideways = np.stack([aside, np.zeros_like(aside)], axis=-1)  # [bow, 2, xy]
+        lean, land = start + rise + sideways[:, 0], end - rise + sideways[:, 1]  # [bow, xy]
+        between = boxes[(boxes[:, 1] > y0 + 0.1) & (boxes[:, 1] < y1 - 0.1)]
+        best = 0
+        if len(between) and len(bows) > 1:
+            path = (  # [bow, t, xy]
+                (1 - t) ** 3 * start
+                + 3 * t * (1 - t) ** 2 * lean[:, None]
+                + 3 * t**2 * (1 - t) * land[:, None]
+                + t**3 * end
+            )
+            near = np.abs(path[:, :, None] - between)  # [bow, t, node, xy]
+            inside = (near[..., 0] < w / 2 + 0.04) & (near[..., 1] < h / 2 + 0.04)
+            best = int((inside.any(1).sum(1) + prices).argmin())
+        points = (start, lean[best], land[best], end)
+        p, q, r, s = ((float(x), float(y)) for x, y in points)
+        result[u, v, key] = (p, q, r, s)
+    return result
+
+
+def _bend(bow: tuple[float, float] | list[float]) -> float:
+    """How much a bow disturbs the eye: its size, and more if it turns both ways."""
+    a, b = bow
+    return max(abs(a), abs(b)) + 0.3 * abs(a - b)
+
+
+# -- circuits: how they are painted ---------------------------------------------------------------
+
+
+def tint(score: float, limit: float) -> str:
+    """A node's fill: white at 0, towards blue or red at `limit` and beyond."""
+    share = 0.85 * min(1.0, abs(score) / limit) if limit > 0 else 0.0
+    hue = POSITIVE if score >= 0 else NEGATIVE
+    mixed = (round(255 + (int(hue[i : i + 2], 16) - 255) * share) for i in (1, 3, 5))
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def ink(score: float, limit: float) -> str:
+    """A text colour that can be read on `tint`."""
+    return "#ffffff" if limit > 0 and abs(score) / limit > 0.62 else "#1f2328"
+
+
+def node_limit(graph: nx.MultiDiGraph) -> float:
+    """The score at which node colours saturate: `embed` is left out, it carries nearly all."""
+    scores = {node: abs(data["score"]) for node, data in graph.nodes(data=True)}
+    inner = [score for node, score in scores.items() if node != "embed"]
+    return max(inner, default=0.0) or max(scores.values(), default=0.0) or 1.0
+
+
+def edge_limit(graph: nx.MultiDiGraph) -> float:
+    """The largest |score| of an edge: the width of every other is in proportion to it."""
+    return max((abs(d["score"]) for *_, d in real_edges(graph)), default=0.0) or 1.0
+
+
+def edge_hue(data: dict[str, Any]) -> str:
+    if data["structural"]:
+        return NEUTRAL
+    return POSITIVE if data["score"] >= 0 else NEGATIVE
+
+
+def node_note(graph: nx.MultiDiGraph, node: str) -> str:
+    """What hovering over a node says."""
+    edges_in = sum(1 for *_, d in graph.in_edges(node, data=True) if not d["structural"])
+    edges_out = sum(1 for *_, d in graph.out_edges(node, data=True) if not d["structural"])
+    data = graph.nodes[node]
+    score = "" if data["kind"] in ("kv", "logits") else f" · score {data['score']:+.4g}"
+    return f"{node}{score} · {edges_in} in, {edges_out} out"
+
+
+def edge_note(u: str, v: str, data: dict[str, Any]) -> str:
+    """What hovering over an edge says."""
+    if data["structural"]:
+        return f"{u} → {v} (its keys and values)"
+    where = f" @ position {data['pos']}" if data["pos"] >= 0 else ""
+    return f"{u} → {data['reader']}{where}: {data['score']:+.4g}"
+
+
+_PIXELS = (76.0, 66.0)  # across and up, per unit of layout: annotations are sized in pixels
+_STEPS = 8
+
+
+def _circuit(graph: nx.MultiDiGraph) -> go.Figure:
+    positions = layout(graph)
+    curves = routes(graph, positions)
+    strongest, limit = edge_limit(graph), node_limit(graph)
+    t = np.linspace(0, 1, 24)[:, None]
+    blend = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+
+    # A plotly line has one width: edges of one colour and nearly one width share a trace. Steps
+    # are even in the square root, as most scores are small.
+    groups: dict[tuple[int, str], list[tuple[str, str, np.ndarray, dict[str, Any]]]]
+    groups = defaultdict(list)
+    for u, v, key, data in graph.edges(keys=True, data=True):
+        path = (blend * np.array(curves[u, v, key])[:, None]).sum(0)  # [t, xy]
+        share = 0.0 if data["structural"] else math.sqrt(abs(data["score"]) / strongest)
+        groups[math.ceil(_STEPS * share), edge_hue(data)].append((u, v, path, data))
+    figure = go.Figure()
+    for (step, hue), members in sorted(groups.items()):  # the strongest last, so on top
+        gap = np.full((1, 2), np.nan)
+        xy = np.concatenate([piece for _, _, path, _ in members for piece in (path, gap)])
+        figure.add_trace(
+            go.Scatter(
+                x=xy[:, 0],
+                y=xy[:, 1],
+                mode="lines",
+                line={
+                    "color": hue,
+                    "width": max(0.7, 7 * (step / _STEPS) ** 2),
+                    "dash": "dot" if hue == NEUTRAL else "solid",
+                },
+                opacity=0.8 if hue == NEUTRAL else 0.35 + 0.5 * step / _STEPS,
+                hoverinfo="skip",
+                name=f"edges {step}/{_STEPS}",
+            )
+        )
+    every = [member for _, members in sorted(groups.items()) for member in members]
+    figure.add_trace(
+        go.Scatter(
+            x=[path[i, 0] for _, _, path, _ in every for i in (5, 9, 13, 17)],
+            y=[path[i, 1] for _, _, path, _ in every for i in (5, 9, 13, 17)],
+            mode="markers",
+            marker={
+                "size": 9,
+                "opacity": 0,
+                "color": [edge_hue(d) for *_, d in every for _ in "1234"],
+            },
+            hovertext=[plain(edge_note(u, v, d)) for u, v, _, d in every for _ in "1234"],
+            hoverinfo="text",
+            name="edges",
+        )
+    )
+    shown = [graph.nodes[node]["score"] for node in positions]
+    figure.add_trace(
+        go.Scatter(
+            x=[x for x, _ in positions.values()],
+            y=[y for _, y in positions.values()],
+            mode="markers",
+            marker={
+                "size": 30,
+                "opacity": 0,
+                "color": shown,
+                "colorscale": [[0, tint(-1, 1)], [0.5, "#ffffff"], [1, tint(1, 1)]],
+                "cmin": -limit,
+                "cmid": 0,
+                "cmax": limit,
+                "colorbar": {
+                    "title": {
+                        "text": plain(f"node score ({graph.graph['metric']})"),
+                        "side": "right",
+                    },
+                    "thickness": 12,
+                    "len": 0.5,
+                },
+            },
+            hovertext=[plain(node_note(graph, node)) for node in positions],
+            hoverinfo="text",
+            name="nodes",
+        )
+    )
+    for node, (x, y) in positions.items():
+        score = graph.nodes[node]["score"]
+        figure.add_annotation(
+            x=x,
+            y=y,
+            text=plain(node),
+            showarrow=False,
+            bgcolor=tint(score, limit),
+            bordercolor="#57606a",
+            borderpad=2,
+            width=BOX[0] * _PIXELS[0] - 6,
+            height=BOX[1] * _PIXELS[1] - 6,
+            font={"size": 11, "color": ink(score, limit)},
+        )
+    curved = np.concatenate([path for *_, path, _ in every] or [np.zeros((0, 2))])
+    reach = np.concatenate([np.array(list(positions.values())), curved])
+    (left, low), (right, high) = reach.min(0) - [0.7, 0.6], reach.max(0) + [0.7, 0.6]
+    margin = {"l": 50, "r": 110, "t": 80, "b": 20}
+    figure.update_layout(
+        title_text=f"{plain(heading(graph))}<br><sup>{extent(graph)}; blue positive, red negative, "
+        "width by |score|</sup>",
+        template="plotly_white",
+        showlegend=False,
+        width=max(620, margin["l"] + margin["r"] + _PIXELS[0] * (right - left)),
+        height=margin["t"] + margin["b"] + _PIXELS[1] * (high - low),
+        hovermode="closest",
+        margin=margin,
+    )
+    figure.update_xaxes(visible=False, range=[left, right])
+    layers: dict[int, set[float]] = defaultdict(set)
+    for node, (_, y) in positions.items():
+        if graph.nodes[node]["layer"] >= 0:
+            layers[graph.nodes[node]["layer"]].add(y)
+    figure.update_yaxes(
+        tickvals=[sum(at) / len(at) for at in layers.values()],
+        ticktext=[f"L{layer}" for layer in layers],
+        showgrid=False,
+        zeroline=False,
+        range=[low, high],
+    )
+    return figure

@@ -1,0 +1,680 @@
+"""Circuits in files, both ways, by suffix: nothing is pickled and no C library is needed.
+
+    save(circuit, "ioi.svg"); circuit = load("ioi.svg")
+
+=========  =======  ================================================================
+suffix     load     what it is
+=========  =======  ================================================================
+.json      yes      networkx' node-link data, readable by d3 and Cytoscape
+.graphml   yes      for yEd, Gephi, igraph, Cytoscape
+.gexf      yes      for Gephi
+.dot       yes      for Graphviz; attributes are there twice, as data and as style
+.svg       yes      a picture that stands alone; the graph as JSON in its metadata
+.html      yes      the interactive figure, works offline; the graph as JSON inside
+.mmd       no       Mermaid, for Markdown files
+=========  =======  ================================================================
+
+A file appears whole or not at all. Plotly figures can be saved too, as .html or .json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import json
+import math
+import os
+import re
+import uuid
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import plotly.graph_objects as go
+import pydot
+
+from circuits.draw import (
+    BOX,
+    NEGATIVE,
+    NEUTRAL,
+    PORTS,
+    POSITIVE,
+    draw,
+    edge_hue,
+    edge_limit,
+    edge_note,
+    extent,
+    heading,
+    ink,
+    layout,
+    node_limit,
+    node_note,
+    plain,
+    routes,
+    tint,
+)
+from circuits.graph import check_circuit
+
+__all__ = ["load", "save"]
+
+_FORMAT, _VERSION = "relp-circuit", 1
+_RESERVED = {"id", "key", "label", "source", "target"}  # words of the file formats themselves
+_ILLEGAL_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def save(what: nx.MultiDiGraph | go.Figure, path: str | Path, *, title: str | None = None) -> Path:
+    """Writes a circuit (or a plotly figure) in the format that the suffix names.
+
+    Args:
+        what: a circuit; or a figure, for .html and .json.
+        path: where to; an existing file is replaced.
+        title: plain text in place of the one made from model, task and rules.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: `what` is neither a circuit nor a figure.
+        ValueError: the suffix is unknown or not for figures, an attribute cannot be stored in the
+            format, or an empty circuit is to be drawn.
+        OSError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if isinstance(what, go.Figure):
+        text = _figure_text(what, path, title)
+    else:
+        writer = _WRITERS.get(path.suffix)
+        if writer is None:
+            raise _unknown(path)
+        _check_storable(check_circuit(what))
+        text = writer(what, title)
+    return _write_whole(path, text)
+
+
+def load(path: str | Path) -> nx.MultiDiGraph:
+    """Reads a circuit that `save` wrote: the same ids, keys, attributes and types.
+
+    Raises:
+        ValueError: the suffix is unknown, or the file does not hold a circuit of ours.
+        OSError: the file does not exist or cannot be read.
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise _unknown(path, reading=True)
+    try:
+        return check_circuit(reader(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
+        raise _foreign(path, error) from error
+    except (SyntaxError, nx.NetworkXException) as error:  # ElementTree's ParseError is the former
+        raise _foreign(path, error) from error
+
+
+def _foreign(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} must be a circuit written by circuits.save; it is not "
+        f"({type(error).__name__}: {error}); for scores use Scores.load"
+    )
+
+
+def _unknown(path: Path, *, reading: bool = False) -> ValueError:
+    known = _READERS if reading else _WRITERS
+    why = "; .mmd can only be written" if reading and path.suffix == ".mmd" else ""
+    return ValueError(
+        f"the suffix must be one of {' '.join(known)}; got {path.name!r}{why}; choose another name"
+    )
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    """Writes beside `path`, then renames: nobody ever sees half a file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must lie in an existing folder; {str(path.parent)!r} is none; create it first"
+        )
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _check_storable(graph: nx.MultiDiGraph) -> None:
+    """Refuses what would not come back: other types, NaN, names that formats use themselves."""
+    owners = [("the graph", graph.graph)]
+    owners += [(f"node {node!r}", data) for node, data in graph.nodes(data=True)]
+    owners += [
+        (f"edge {u!r} -> {v!r} ({k!r})", data)
+        for u, v, k, data in graph.edges(keys=True, data=True)
+    ]
+    for owner, data in owners:
+        for name, value in data.items():
+            if type(value) not in (str, int, float, bool):
+                raise ValueError(
+                    f"attributes must be str, int, float or bool; {name!r} of {owner} is "
+                    f"{type(value).__name__}; convert or delete it"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"numbers must be finite; {name!r} of {owner} is {value}; replace or delete it"
+                )
+            if name in _RESERVED or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(
+                    f"attributes must be named like variables and not {sorted(_RESERVED)}; "
+                    f"{owner} has {name!r}; rename it"
+                )
+
+
+# -- JSON -----------------------------------------------------------------------------------------
+
+
+def to_json(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    data = nx.node_link_data(graph, edges="links")
+    extra = {} if title is None else {"title": title}
+    return json.dumps({"format": _FORMAT, "version": _VERSION, **extra, **data}, allow_nan=False)
+
+
+def from_json(text: str) -> nx.MultiDiGraph:
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f'the field "format" must be "{_FORMAT}"')
+    if data.get("version") != _VERSION:
+        raise ValueError(
+            f"the version must be {_VERSION}; got {data.get('version')!r}; a newer release wrote it"
+        )
+    return nx.node_link_graph(data, edges="links")
+
+
+# -- GraphML and GEXF -----------------------------------------------------------------------------
+
+_GEXF_WORDS = {"end", "parents", "pid", "slices", "spells", "start", "type", "viz", "weight"}
+
+
+def _with_edge_ids(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
+    """A copy whose edges are numbered: XML ids must be unique, and our keys repeat."""
+    texts = [*graph, *graph.graph.values()]
+    texts += [value for _, data in graph.nodes(data=True) for value in data.values()]
+    for _, _, key, data in graph.edges(keys=True, data=True):
+        texts += [key, *data.values()]
+    for text in texts:
+        if isinstance(text, str) and _ILLEGAL_XML.search(text):
+            raise ValueError(
+                f"XML can hold no control characters; this circuit has {text!r}; replace them or "
+                "save as .json"
+            )
+    result = nx.MultiDiGraph()
+    result.graph.update(graph.graph)
+    result.add_nodes_from((node, data.copy()) for node, data in graph.nodes(data=True))
+    for i, (u, v, key, data) in enumerate(graph.edges(keys=True, data=True)):
+        result.add_edge(u, v, key=f"e{i}", edge_key=key, **data)
+    return result
+
+
+def _without_edge_ids(graph: nx.Graph) -> nx.MultiDiGraph:
+    """Undoes `_with_edge_ids`, and what networkx' readers add."""
+    result = nx.MultiDiGraph()
+    result.add_nodes_from(
+        (node, {k: v for k, v in data.items() if k != "label"})
+        for node, data in graph.nodes(data=True)
+    )
+    for u, v, data in graph.edges(data=True):
+        kept = {k: v for k, v in data.items() if k not in ("id", "edge_key")}
+        result.add_edge(u, v, key=data["edge_key"], **kept)
+    return result
+
+
+def to_graphml(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    buffer = io.BytesIO()
+    nx.write_graphml_xml(_with_edge_ids(graph), buffer, prettyprint=True)
+    return buffer.getvalue().decode("utf-8")
+
+
+def from_graphml(text: str) -> nx.MultiDiGraph:
+    graph = nx.parse_graphml(text, force_multigraph=True)
+    result = _without_edge_ids(graph)
+    defaults = ("node_default", "edge_default")
+    result.graph.update((k, v) for k, v in graph.graph.items() if k not in defaults)
+    return result
+
+
+def to_gexf(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """GEXF has no attributes of graphs: they are JSON in its description."""
+    for *_, data in [*graph.nodes(data=True), *graph.edges(data=True)]:
+        if taken := _GEXF_WORDS & set(data):
+            raise ValueError(
+                f"attributes must not be named {sorted(_GEXF_WORDS)} in .gexf; got {sorted(taken)}; "
+                "rename them or save as .graphml"
+            )
+    bare = _with_edge_ids(graph)
+    bare.graph.clear()
+    buffer = io.BytesIO()
+    nx.write_gexf(bare, buffer)
+    root = ET.fromstring(buffer.getvalue())
+    space = root.tag.partition("}")[0] + "}"
+    ET.register_namespace("", space[1:-1])
+    meta = root.find(f"{space}meta")
+    assert meta is not None
+    ET.SubElement(meta, f"{space}description").text = json.dumps(graph.graph)
+    return _xml(root)
+
+
+def from_gexf(text: str) -> nx.MultiDiGraph:
+    root = ET.fromstring(text)
+    space = root.tag.partition("}")[0] + "}"
+    description = root.findtext(f"{space}meta/{space}description")
+    graph = nx.read_gexf(io.BytesIO(text.encode("utf-8")))
+    result = _without_edge_ids(graph)
+    result.graph.update(json.loads(description or "{}"))
+    return result
+
+
+def _xml(root: ET.Element) -> str:
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+# -- DOT ------------------------------------------------------------------------------------------
+
+_DOT_STYLE = {
+    "color", "fillcolor", "fontcolor", "labelloc", "penwidth", "rankdir", "style", "tooltip"
+}  # fmt: skip
+
+
+def _dot_quote(text: str) -> str:
+    """As Graphviz shows it: quotes and backslashes as HTML entities, so that none can end it."""
+    return f'"{html.escape(text).replace(chr(92), "&#92;")}"'
+
+
+def _dot_text(quoted: object) -> str:
+    text = str(quoted)
+    return html.unescape(text[1:-1] if text[:1] == '"' else text)
+
+
+def _dot_value(value: object) -> str:
+    """Text as it is, all else as JSON; text that could be taken for JSON as JSON too."""
+    text = json.dumps(value)
+    if isinstance(value, str) and value.isprintable():
+        try:
+            json.loads(value)
+        except ValueError:
+            text = value
+    return _dot_quote(text)
+
+
+def _dot_read(quoted: str) -> Any:
+    text = _dot_text(quoted)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    for *_, data in [("", graph.graph), *graph.nodes(data=True), *graph.edges(data=True)]:
+        if taken := _DOT_STYLE & set(data):
+            raise ValueError(
+                f"attributes must not be named {sorted(_DOT_STYLE)} in .dot; got {sorted(taken)}; "
+                "rename them or save as .graphml"
+            )
+    limit, strongest = node_limit(graph), edge_limit(graph)
+    dot = pydot.Dot(_dot_quote("circuit"), graph_type="digraph", rankdir="BT", labelloc="t")
+    dot.set("label", _dot_quote(title or heading(graph)))
+    for name, value in graph.graph.items():
+        dot.set(name, _dot_value(value))
+    dot.set_node_defaults(shape="box", style=_dot_quote("rounded,filled"), fontname="Helvetica")
+    for node, data in graph.nodes(data=True):
+        box = pydot.Node(_dot_quote(node))
+        for name, value in data.items():
+            box.set(name, _dot_value(value))
+        box.set("fillcolor", _dot_quote(tint(data["score"], limit)))
+        box.set("fontcolor", _dot_quote(ink(data["score"], limit)))
+        box.set("tooltip", _dot_quote(node_note(graph, node)))
+        dot.add_node(box)
+    for u, v, key, data in graph.edges(keys=True, data=True):
+        line = pydot.Edge(_dot_quote(u), _dot_quote(v))
+        for name, value in {"key": key, **data}.items():
+            line.set(name, _dot_value(value))
+        line.set("color", _dot_quote(edge_hue(data)))
+        line.set("penwidth", f"{_width(data, strongest):.2f}")
+        line.set("style", "dashed" if data["structural"] else "solid")
+        line.set("tooltip", _dot_quote(edge_note(u, v, data)))
+        dot.add_edge(line)
+    return str(dot.to_string())
+
+
+def from_dot(text: str) -> nx.MultiDiGraph:
+    with contextlib.redirect_stdout(io.StringIO()):  # pydot prints where the syntax is wrong
+        graphs = pydot.graph_from_dot_data(text)
+    if not graphs:
+        raise ValueError("the file is not in Graphviz' language")
+    dot, result = graphs[0], nx.MultiDiGraph()
+
+    def data(attributes: dict[str, Any], drop: set[str]) -> dict[str, Any]:
+        return {name: _dot_read(value) for name, value in attributes.items() if name not in drop}
+
+    result.graph.update(data(dot.get_attributes(), _DOT_STYLE | {"label"}))
+    for node in dot.get_nodes():
+        if node.get_name() not in ("node", "edge", "graph"):  # those are defaults
+            result.add_node(_dot_text(node.get_name()), **data(node.get_attributes(), _DOT_STYLE))
+    for edge in dot.get_edges():
+        u, v = _dot_text(edge.get_source()), _dot_text(edge.get_destination())
+        result.add_edge(u, v, **data(edge.get_attributes(), _DOT_STYLE))  # `key` among them
+    return result
+
+
+# -- Mermaid --------------------------------------------------------------------------------------
+
+
+def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """A flowchart from bottom to top; Mermaid itself draws at most 500 edges unless told to."""
+    limit, strongest = node_limit(graph), edge_limit(graph)
+    # The title is YAML, in which a JSON string is a valid one.
+    lines = ["---", f"title: {json.dumps(title or heading(graph))}", "---", "flowchart BT"]
+    ids = {node: f"n{i}" for i, node in enumerate(graph)}
+    for node, name in ids.items():
+        score = graph.nodes[node]["score"]
+        lines.append(f'    {name}("{_mermaid_text(node)}")')
+        lines.append(
+            f"    style {name} fill:{tint(score, limit)},color:{ink(score, limit)},stroke:#57606a"
+        )
+    styles = []
+    for i, (u, v, key, data) in enumerate(graph.edges(keys=True, data=True)):
+        arrow = "-.->" if data["structural"] else "-->"
+        label = "" if data["slot"] in ("in", "kv") else f'|"{_mermaid_text(key)}"|'
+        lines.append(f"    {ids[u]} {arrow}{label} {ids[v]}")
+        styles.append(
+            f"    linkStyle {i} stroke:{edge_hue(data)},stroke-width:{_width(data, strongest):.2f}px"
+        )
+    return "\n".join([*lines, *styles]) + "\n"
+
+
+def _mermaid_text(text: str) -> str:
+    """Mermaid's entities are HTML's with # in place of &."""
+    special = {"&": "#amp;", "<": "#lt;", ">": "#gt;", '"': "#quot;", "#": "#35;", "\n": " "}
+    return "".join(special.get(letter, letter) for letter in text)
+
+
+# -- SVG ------------------------------------------------------------------------------------------
+
+_X, _Y = 94.0, 74.0  # pixels per unit of layout
+_MARGIN, _HEAD, _FOOT, _GUTTER = 28.0, 92.0, 84.0, 62.0
+_FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
+# Prefixed, as the picture may stand in a page with styles of its own.
+_STYLE = """
+.relp-edge:hover { stroke-opacity: 1; stroke: #1f2328; }
+.relp-node:hover rect { stroke: #1f2328; stroke-width: 2.5; }
+"""
+
+
+def _width(data: dict[str, Any], strongest: float) -> float:
+    """Stroke width in pixels: in proportion to |score|, but never too thin to be seen."""
+    return 0.9 if data["structural"] else max(0.5, 7.0 * abs(data["score"]) / strongest)
+
+
+def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    positions = layout(graph)
+    curves = routes(graph, positions)
+    strongest, limit = edge_limit(graph), node_limit(graph)
+
+    # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
+    reach = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves.values() for x, _ in inner]
+    sides = [x + side for x, _ in positions.values() for side in (-0.6, 0.6)] + reach
+    left, right = min(sides), max(sides)
+    floor, roof = (pick(y for _, y in positions.values()) for pick in (min, max))
+    plot_width = max((right - left) * _X, 620.0)
+    shift = (plot_width - (right - left) * _X) / 2
+    width = _GUTTER + plot_width + 2 * _MARGIN
+    height = _HEAD + (roof - floor) * _Y + 60 + _FOOT
+
+    def at(point: tuple[float, float]) -> tuple[float, float]:
+        x, y = point
+        return _MARGIN + _GUTTER + shift + (x - left) * _X, _HEAD + 30 + (roof - y) * _Y
+
+    svg = ET.Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "width": f"{width:.0f}",
+            "height": f"{height:.0f}",
+            "viewBox": f"0 0 {width:.0f} {height:.0f}",
+            "role": "img",
+            "font-family": _FONT,
+            "fill": "#1f2328",
+        },
+    )
+    _add(svg, "title", text=title or heading(graph))
+    _add(svg, "metadata", text=to_json(graph), id=_FORMAT)
+    _add(svg, "style", text=_STYLE)
+    _add(svg, "rect", width="100%", height="100%", fill="#ffffff")
+    _heading(svg, graph, title, width)
+    _bands(svg, graph, positions, at, width)
+
+    edges = _add(svg, "g")
+    ranked = sorted(graph.edges(keys=True, data=True), key=lambda edge: abs(edge[3]["score"]))
+    for u, v, key, data in ranked:  # the strongest last, so on top
+        (x0, y0), (x1, y1), (x2, y2), (x3, y3) = (at(point) for point in curves[u, v, key])
+        path = _add(
+            edges,
+            "path",
+            d=f"M{x0:.1f} {y0:.1f}C{x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} {x3:.1f} {y3:.1f}",
+            stroke=edge_hue(data),
+            **{
+                "class": "relp-edge",
+                "fill": "none",
+                "stroke-linecap": "round",
+                "stroke-width": f"{_width(data, strongest):.2f}",
+                "stroke-opacity": f"{_opacity(data, strongest):.2f}",
+            },
+        )
+        if data["structural"]:
+            path.set("stroke-dasharray", "2 3")
+        _add(path, "title", text=edge_note(u, v, data))
+
+    nodes = _add(svg, "g")
+    for node, point in positions.items():
+        _node(nodes, graph, node, at(point), limit)
+    _legend(svg, graph, strongest, limit, height)
+    return _xml(svg)
+
+
+def _opacity(data: dict[str, Any], strongest: float) -> float:
+    return 0.8 if data["structural"] else 0.35 + 0.5 * math.sqrt(abs(data["score"]) / strongest)
+
+
+def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
+    child = ET.SubElement(parent, tag, attributes)
+    if text is not None:
+        child.text = _ILLEGAL_XML.sub("�", text)
+    return child
+
+
+def _label(parent: ET.Element, x: float, y: float, text: str, px: float, **more: str) -> ET.Element:
+    attributes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "font-size": f"{px:g}"}
+    return _add(
+        parent, "text", text, **attributes, **{k.replace("_", "-"): v for k, v in more.items()}
+    )
+
+
+def _fit(text: str, px: float, room: float) -> str:
+    """Cuts what would run out of the picture; a letter is about 0.55 of the font size wide."""
+    letters = max(8, int(room / (0.55 * px)))
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def _heading(svg: ET.Element, graph: nx.MultiDiGraph, title: str | None, width: float) -> None:
+    g, room = graph.graph, width - 2 * _MARGIN
+    metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
+    first = title or f"{g['task']} · {g['model']}"
+    second = f"{g['rules']} · {g['direction']} · {extent(graph)} · {metric}"
+    _label(svg, _MARGIN, 42, _fit(first, 20, room), 20, font_weight="600")
+    _label(svg, _MARGIN, 65, _fit(second, 13, room), 13, style="fill:#57606a")
+
+
+def _bands(
+    svg: ET.Element,
+    graph: nx.MultiDiGraph,
+    positions: dict[str, tuple[float, float]],
+    at: Callable[[tuple[float, float]], tuple[float, float]],
+    width: float,
+) -> None:
+    """A pale band behind each layer, with its number at the left."""
+    layers: dict[int, list[float]] = {}
+    for node, point in positions.items():
+        if graph.nodes[node]["layer"] >= 0:
+            layers.setdefault(graph.nodes[node]["layer"], []).append(at(point)[1])
+    for layer, ys in layers.items():
+        top, bottom = min(ys) - 0.46 * _Y, max(ys) + 0.46 * _Y
+        _add(
+            svg,
+            "rect",
+            x=f"{_MARGIN:.0f}",
+            y=f"{top:.1f}",
+            width=f"{width - 2 * _MARGIN:.1f}",
+            height=f"{bottom - top:.1f}",
+            rx="10",
+            fill="#f6f8fa",
+        )
+        _label(
+            svg, _MARGIN + 12, (top + bottom) / 2 + 4, f"layer {layer}", 12, style="fill:#6e7781"
+        )
+
+
+def _node(
+    parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: tuple[float, float], limit: float
+) -> None:
+    """A box: heads have rounded corners and their slots, MLPs and ends are pills."""
+    data, (x, y) = graph.nodes[node], at
+    w, h = BOX[0] * _X, BOX[1] * _Y
+    group = _add(parent, "g", **{"class": "relp-node"})
+    _add(group, "title", text=node_note(graph, node))
+    box = _add(
+        group,
+        "rect",
+        x=f"{x - w / 2:.1f}",
+        y=f"{y - h / 2:.1f}",
+        width=f"{w:.1f}",
+        height=f"{h:.1f}",
+        rx="6" if data["kind"] in ("head", "kv") else f"{h / 2:.1f}",
+        fill=tint(data["score"], limit),
+        stroke="#57606a",
+        **{"stroke-width": "1.1"},
+    )
+    if data["kind"] == "kv":
+        box.set("stroke-dasharray", "3 2")
+    colour = f"fill:{ink(data['score'], limit)}"
+    slots = {d["slot"] for *_, d in graph.in_edges(node, data=True)} & set(PORTS)
+    middle = {"text_anchor": "middle", "style": colour}
+    px = 13.0 if len(node) <= 7 else 13.0 * 7 / len(node)
+    _label(group, x, y + (0.5 if slots else 4.5), node, px, font_weight="500", **middle)
+    for slot in slots:
+        _label(group, x + PORTS[slot] * w, y + h / 2 - 3.5, slot, 8.5, **middle)
+
+
+def _legend(
+    svg: ET.Element, graph: nx.MultiDiGraph, strongest: float, limit: float, height: float
+) -> None:
+    y, x = height - 40, _MARGIN
+    grey = "fill:#57606a"
+    for hue, word in ((POSITIVE, "positive"), (NEGATIVE, "negative")):
+        _line(svg, x, y, 26, hue, 4)
+        _label(svg, x + 33, y + 4, word, 12, style=grey)
+        x += 104
+    for share in (1.0, 0.5, 0.1):
+        _line(svg, x, y, 26, NEUTRAL, max(0.5, 7 * share))
+        _label(svg, x + 33, y + 4, f"{share * strongest:.2g}", 12, style=grey)
+        x += 76
+    x += 16
+    stops = _add(_add(svg, "defs"), "linearGradient", id="relp-scale")
+    for offset, score in (("0", -1.0), ("0.5", 0.0), ("1", 1.0)):
+        _add(stops, "stop", offset=offset, **{"stop-color": tint(score, 1.0)})
+    low, high = f"−{limit:.2g}", f"+{limit:.2g}"
+    _label(svg, x, y + 4, low, 12, style=grey)
+    x += 7.2 * len(low) + 4
+    _add(
+        svg,
+        "rect",
+        x=f"{x:.1f}",
+        y=f"{y - 6:.1f}",
+        width="96",
+        height="12",
+        rx="3",
+        fill="url(#relp-scale)",
+    )
+    _label(svg, x + 104, y + 4, high, 12, style=grey)
+    note = f"edges: score ({graph.graph['metric']}) · boxes: score of the node, all its edges"
+    _label(svg, _MARGIN, y + 24, note, 11, style=grey)
+
+
+def _line(svg: ET.Element, x: float, y: float, length: float, hue: str, px: float) -> None:
+    ends = {"x1": f"{x:.1f}", "x2": f"{x + length:.1f}", "y1": f"{y:.1f}", "y2": f"{y:.1f}"}
+    _add(svg, "line", stroke=hue, **ends, **{"stroke-width": f"{px:.2f}", "stroke-opacity": "0.8"})
+
+
+def from_svg(text: str) -> nx.MultiDiGraph:
+    for element in ET.fromstring(text).iter():
+        if element.get("id") == _FORMAT:
+            return from_json(element.text or "")
+    raise ValueError("the picture holds no circuit in its metadata")
+
+
+# -- HTML and figures -----------------------------------------------------------------------------
+
+_SCRIPT = f'<script type="application/json" id="{_FORMAT}">'
+
+
+def to_html(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    # Without <, no name can end the script element or start another one.
+    data = to_json(graph).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    page = _page(draw(graph, title=title), title or heading(graph))
+    before, tag, after = page.rpartition("</body>")
+    return f"{before}{_SCRIPT}{data}</script>\n{tag}{after}"
+
+
+def from_html(text: str) -> nx.MultiDiGraph:
+    _, found, rest = text.rpartition(_SCRIPT)
+    if not found:
+        raise ValueError("the page holds no circuit")
+    return from_json(rest.partition("</script>")[0])
+
+
+def _page(figure: go.Figure, title: str) -> str:
+    """A page that works offline: plotly's code is inside, about 5 MB."""
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return page.replace("<head>", f"<head><title>{html.escape(title)}</title>", 1)
+
+
+def _figure_text(figure: go.Figure, path: Path, title: str | None) -> str:
+    if title is not None:
+        figure = go.Figure(figure).update_layout(title_text=plain(title))
+    if path.suffix == ".html":
+        return _page(figure, title or "figure")
+    if path.suffix == ".json":
+        return str(figure.to_json())
+    raise ValueError(
+        f"a figure must be saved as .html or .json; got {path.name!r}; save the circuit itself for "
+        "the other formats"
+    )
+
+
+_Writer = Callable[[nx.MultiDiGraph, str | None], str]
+_WRITERS: dict[str, _Writer] = {
+    ".json": to_json,
+    ".graphml": to_graphml,
+    ".gexf": to_gexf,
+    ".dot": to_dot,
+    ".svg": to_svg,
+    ".html": to_html,
+    ".mmd": to_mermaid,
+}
+_READERS: dict[str, Callable[[str], nx.MultiDiGraph]] = {
+    ".json": from_json,
+    ".graphml": from_graphml,
+    ".gexf": from_gexf,
+    ".dot": from_dot,
+    ".svg": from_svg,
+    ".html": from_html,
+}
