@@ -4,7 +4,8 @@ A site is a hook point of the bridge, used through plain torch hooks, so that th
 the ones on the path (`HookPoint.add_hook` converts shapes, and gradients of converted copies are
 zero). Names of sites: `L3.resid` (entering block 3), `L3.q` `L3.k` `L3.v` (before rotary and
 QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.attn` and `L3.mlp` (what is added to the
-residual stream), `final` (the residual stream that the final norm reads).
+residual stream), `final` (the residual stream that the final norm reads), `unembed` (what the
+unembedding reads; here positions may be left out, before it some models restore the shape).
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ class Sites:
                 f"the model must be in eval mode, or dropout makes every number noise; "
                 f"{training[0]!r} is in train mode; call model.eval()"
             )
-        points: dict[str, nn.Module] = {"final": model.ln_final.hook_in}
+        points: dict[str, nn.Module] = {
+            "final": model.ln_final.hook_in,
+            "unembed": model.unembed.hook_in,
+        }
         blocks = []
         for layer, block in enumerate(model.blocks):
             attn = getattr(block, "attn", None)
