@@ -20,12 +20,12 @@ import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from circuits.agreement import agreement
 from circuits.graph import check_circuit, real_edges, size
-from relp.scores import Component, Scores
+from relp.scores import Component, Scores, precedes
 
 __all__ = ["crossings", "draw", "layout", "routes"]
 
@@ -157,7 +157,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
         title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(nodes)} pairs"
         f"{', summed over positions' if x_title != 'position' else ''}</sup>",
         template="plotly_white",
-        height=max(320, 170 + 24 * len(rows)),
+        height=max(340, 200 + 26 * len(rows)),
     )
     figure.update_xaxes(title_text=x_title, showgrid=False, zeroline=False, **ticks)
     figure.update_yaxes(
@@ -185,10 +185,11 @@ def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
 
 def _edge_heatmap(scores: Scores) -> go.Figure:
     assert scores.edges is not None
-    table = scores.edges.detach().double().cpu().numpy()
+    edges = scores.edges.detach().double().cpu()
+    table = (edges if edges.dim() == 2 else edges.sum(0)).numpy()
     figure = go.Figure(
         _heatmap(
-            table if table.ndim == 2 else table.sum(0),
+            np.where(_exists(scores), table, np.nan),  # blank where there can be no edge
             _unit(scores),
             x=[plain(reader) for reader in scores.readers],
             y=[plain(writer) for writer in scores.writers],
@@ -198,7 +199,8 @@ def _edge_heatmap(scores: Scores) -> go.Figure:
     figure.update_layout(
         title_text=f"{plain(scores.title)}<br><sup>edges, mean over {len(scores.clean)} pairs</sup>",
         template="plotly_white",
-        height=max(420, min(900, 200 + 12 * len(table[0] if table.ndim == 3 else table))),
+        height=max(420, min(900, 200 + 14 * len(table))),
+        plot_bgcolor="#eaeef2",
     )
     figure.update_xaxes(title_text="reader", showgrid=False)
     figure.update_yaxes(title_text="writer", showgrid=False, autorange="reversed")
@@ -208,17 +210,15 @@ def _edge_heatmap(scores: Scores) -> go.Figure:
 # -- score against effect -------------------------------------------------------------------------
 
 
-def comparison(
-    scores: Scores, effects: Scores
-) -> dict[str, tuple[list[Float[Tensor, " point"]], list[Float[Tensor, " point"]]]]:
-    """For each kind of component (or slot), the scores and the effects: one tensor per pair.
+def comparison(scores: Scores, effects: Scores) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """For each kind of component (edges: for each slot) Pearson's r, the scores, the effects.
 
-    Positions that a pair does not have are left out, and so is what was not measured (NaN). Edges
-    have no pairs: they give one tensor.
+    The correlation is the mean over pairs, as `agreement` has it; edges have no pairs. Scores and
+    effects are `[point]`, without the positions that a pair does not have.
 
     Raises:
         ValueError: the two were not made for the same level, model, task, metric and direction,
-            or share no component.
+            or do not hold the same pairs and components.
     """
     for name in ("level", "model", "task", "metric", "direction"):
         a, b = getattr(scores, name), getattr(effects, name)
@@ -227,59 +227,47 @@ def comparison(
                 f"scores and effects must have the same {name}; got {a!r} and {b!r}; compute both "
                 "with the same model, task and options"
             )
-    points: dict[str, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-
-    def add(panel: str, x: Tensor, y: Tensor) -> None:
-        measured = x.isfinite() & y.isfinite()
-        points[panel][0].append(x[measured].double())
-        points[panel][1].append(y[measured].double())
-
+    result: dict[str, tuple[float, Tensor, Tensor]] = {}
     if scores.nodes is not None and effects.nodes is not None:
         if scores.lengths.tolist() != effects.lengths.tolist():
             raise ValueError(
                 "scores and effects must be of the same pairs; got lengths "
                 f"{scores.lengths.tolist()} and {effects.lengths.tolist()}; use one task for both"
             )
-        for kind in scores.kinds():
-            shared = [c for c in scores.of_kind(kind)[0] if c in set(effects.components)]
-            if not shared:
-                continue
-            ours = scores.nodes[:, [scores.components.index(c) for c in shared]].cpu()
-            theirs = effects.nodes[:, [effects.components.index(c) for c in shared]].cpu()
-            for pair, length in enumerate(scores.lengths.tolist()):
-                add(kind, ours[pair, :, :length].flatten(), theirs[pair, :, :length].flatten())
-    elif scores.edges is not None and effects.edges is not None:
-        if (scores.writers, scores.readers, scores.edges.shape) != (
-            effects.writers,
-            effects.readers,
-            effects.edges.shape,
-        ):
-            raise ValueError(
-                "scores and effects must have the same writers, readers and positions; got edges "
-                f"{list(scores.edges.shape)} and {list(effects.edges.shape)}; compute both with "
-                "the same options"
-            )
-        for slot in ("q", "k", "v", "in"):
-            at = [i for i, r in enumerate(scores.readers) if r.endswith(f".{slot}")]
-            exists = (scores.edges[..., at] != 0) | (effects.edges[..., at] != 0)
-            if at:
-                add(slot, scores.edges[..., at][exists].cpu(), effects.edges[..., at][exists].cpu())
-    if not points:
-        raise ValueError(
-            f"scores and effects must share a component; got {scores.components[:3]}… and "
-            f"{effects.components[:3]}…; compute both for the same kinds"
-        )
-    return dict(points)
-
-
-def pearson(x: list[Tensor], y: list[Tensor]) -> float:
-    """The mean over pairs of each pair's correlation; pairs without variance are left out."""
-    each = [
-        float(np.corrcoef(a.numpy(), b.numpy())[0, 1])
-        for a, b in zip(x, y, strict=True)
-        if len(a) > 1 and float(a.std()) > 0 and float(b.std()) > 0
+        for row in agreement(scores, effects).itertuples():
+            names, measured = effects.of_kind(row.kind)
+            estimated = scores.nodes[:, [scores.components.index(name) for name in names]]
+            # [pair, component, pos]: True where the pair has a token.
+            real = (torch.arange(measured.shape[-1]) < effects.lengths.cpu()[:, None])[:, None]
+            real = real.expand(measured.shape)
+            result[row.kind] = (row.pearson, estimated.cpu()[real], measured.cpu()[real])
+        return result
+    assert scores.edges is not None and effects.edges is not None
+    layouts = [
+        (s.writers, s.readers, s.edges.shape) for s in (scores, effects) if s.edges is not None
     ]
-    return float(np.mean(each)) if each else math.nan
+    if layouts[0] != layouts[1]:
+        raise ValueError(
+            "scores and effects must have the same writers, readers and positions; got edges "
+            f"{list(scores.edges.shape)} and {list(effects.edges.shape)}; compute both with the "
+            "same options"
+        )
+    exists = torch.from_numpy(_exists(scores)).expand(scores.edges.shape)
+    for slot in ("q", "k", "v", "in"):
+        reads = torch.tensor([reader.endswith(f".{slot}") for reader in scores.readers])
+        x, y = scores.edges.cpu()[exists & reads], effects.edges.cpu()[exists & reads]
+        if len(x) > 1:
+            varied = float(x.std()) > 0 and float(y.std()) > 0
+            r = float(np.corrcoef(x.numpy(), y.numpy())[0, 1]) if varied else math.nan
+            result[slot] = (r, x, y)
+    return result
+
+
+def _exists(scores: Scores) -> np.ndarray:
+    """`[writer, reader]`: True where the writer comes before the reader."""
+    writers = [Component.parse(writer) for writer in scores.writers]
+    readers = [Component.of_reader(reader)[0] for reader in scores.readers]
+    return np.array([[precedes(w, r) for r in readers] for w in writers])
 
 
 def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
@@ -295,14 +283,13 @@ def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=[f"{name} · Pearson {pearson(*xy):.3f}" for name, xy in panels.items()],
+        subplot_titles=[f"{name} · Pearson {r:.3f}" for name, (r, _, _) in panels.items()],
         horizontal_spacing=0.08,
-        vertical_spacing=0.16 / rows + 0.04,
+        vertical_spacing=0.3 / rows,
     )
-    for i, (estimated, measured) in enumerate(panels.values()):
+    for i, (_, y, x) in enumerate(panels.values()):
         at = {"row": i // columns + 1, "col": i % columns + 1}
-        # Both by the measured effect across and the estimate up: points on the line are right.
-        x, y = torch.cat(measured), torch.cat(estimated)
+        # The measured effect across, the estimate up: points on the line are right.
         if len(x) > _MOST_POINTS:
             chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
             x, y = x[chosen[:_MOST_POINTS]], y[chosen[:_MOST_POINTS]]
@@ -635,20 +622,21 @@ def _circuit(graph: nx.MultiDiGraph) -> go.Figure:
             name="nodes",
         )
     )
-    for node, (x, y) in positions.items():
-        score = graph.nodes[node]["score"]
-        figure.add_annotation(
-            x=x,
-            y=y,
-            text=plain(node),
-            showarrow=False,
-            bgcolor=tint(score, limit),
-            bordercolor="#57606a",
-            borderpad=2,
-            width=BOX[0] * _PIXELS[0] - 6,
-            height=BOX[1] * _PIXELS[1] - 6,
-            font={"size": 11, "color": ink(score, limit)},
-        )
+    boxes = [
+        {
+            "x": x,
+            "y": y,
+            "text": plain(node),
+            "showarrow": False,
+            "bgcolor": tint(graph.nodes[node]["score"], limit),
+            "bordercolor": "#57606a",
+            "borderpad": 2,
+            "width": BOX[0] * _PIXELS[0] - 6,
+            "height": BOX[1] * _PIXELS[1] - 6,
+            "font": {"size": 11, "color": ink(graph.nodes[node]["score"], limit)},
+        }
+        for node, (x, y) in positions.items()
+    ]
     curved = np.concatenate([path for *_, path, _ in every] or [np.zeros((0, 2))])
     reach = np.concatenate([np.array(list(positions.values())), curved])
     (left, low), (right, high) = reach.min(0) - [0.7, 0.6], reach.max(0) + [0.7, 0.6]
@@ -661,6 +649,7 @@ def _circuit(graph: nx.MultiDiGraph) -> go.Figure:
         width=max(620, margin["l"] + margin["r"] + _PIXELS[0] * (right - left)),
         height=margin["t"] + margin["b"] + _PIXELS[1] * (high - low),
         hovermode="closest",
+        annotations=boxes,
         margin=margin,
     )
     figure.update_xaxes(visible=False, range=[left, right])

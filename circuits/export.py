@@ -27,6 +27,7 @@ import math
 import os
 import re
 import uuid
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -279,8 +280,9 @@ def _xml(root: ET.Element) -> str:
 
 # -- DOT ------------------------------------------------------------------------------------------
 
-_DOT_STYLE = {
-    "color", "fillcolor", "fontcolor", "labelloc", "penwidth", "rankdir", "style", "tooltip"
+_DOT_WORDS = {
+    "color", "fillcolor", "fontcolor", "labelloc", "penwidth", "rankdir", "style", "tooltip",
+    "dst", "name", "obj_dict", "points", "src",  # arguments of pydot's own classes
 }  # fmt: skip
 
 
@@ -315,14 +317,15 @@ def _dot_read(quoted: str) -> Any:
 
 def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     for *_, data in [("", graph.graph), *graph.nodes(data=True), *graph.edges(data=True)]:
-        if taken := _DOT_STYLE & set(data):
+        if taken := _DOT_WORDS & set(data):
             raise ValueError(
-                f"attributes must not be named {sorted(_DOT_STYLE)} in .dot; got {sorted(taken)}; "
+                f"attributes must not be named {sorted(_DOT_WORDS)} in .dot; got {sorted(taken)}; "
                 "rename them or save as .graphml"
             )
     limit, strongest = node_limit(graph), edge_limit(graph)
     dot = pydot.Dot(_dot_quote("circuit"), graph_type="digraph", rankdir="BT", labelloc="t")
-    dot.set("label", _dot_quote(title or heading(graph)))
+    # In labels a backslash begins an escape such as \N, also one written as an entity.
+    dot.set("label", _dot_quote((title or heading(graph)).replace("\\", 2 * "\\")))
     for name, value in graph.graph.items():
         dot.set(name, _dot_value(value))
     dot.set_node_defaults(shape="box", style=_dot_quote("rounded,filled"), fontname="Helvetica")
@@ -347,7 +350,9 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
 
 
 def from_dot(text: str) -> nx.MultiDiGraph:
-    with contextlib.redirect_stdout(io.StringIO()):  # pydot prints where the syntax is wrong
+    # pydot prints where the syntax is wrong, and uses names that pyparsing is about to drop.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         graphs = pydot.graph_from_dot_data(text)
     if not graphs:
         raise ValueError("the file is not in Graphviz' language")
@@ -356,13 +361,13 @@ def from_dot(text: str) -> nx.MultiDiGraph:
     def data(attributes: dict[str, Any], drop: set[str]) -> dict[str, Any]:
         return {name: _dot_read(value) for name, value in attributes.items() if name not in drop}
 
-    result.graph.update(data(dot.get_attributes(), _DOT_STYLE | {"label"}))
+    result.graph.update(data(dot.get_attributes(), _DOT_WORDS | {"label"}))
     for node in dot.get_nodes():
         if node.get_name() not in ("node", "edge", "graph"):  # those are defaults
-            result.add_node(_dot_text(node.get_name()), **data(node.get_attributes(), _DOT_STYLE))
+            result.add_node(_dot_text(node.get_name()), **data(node.get_attributes(), _DOT_WORDS))
     for edge in dot.get_edges():
         u, v = _dot_text(edge.get_source()), _dot_text(edge.get_destination())
-        result.add_edge(u, v, **data(edge.get_attributes(), _DOT_STYLE))  # `key` among them
+        result.add_edge(u, v, **data(edge.get_attributes(), _DOT_WORDS))  # `key` among them
     return result
 
 
@@ -373,7 +378,7 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     """A flowchart from bottom to top; Mermaid itself draws at most 500 edges unless told to."""
     limit, strongest = node_limit(graph), edge_limit(graph)
     # The title is YAML, in which a JSON string is a valid one.
-    lines = ["---", f"title: {json.dumps(title or heading(graph))}", "---", "flowchart BT"]
+    lines = ["---", f"title: {json.dumps(title or heading(graph), ensure_ascii=False)}", "---", "flowchart BT"]
     ids = {node: f"n{i}" for i, node in enumerate(graph)}
     for node, name in ids.items():
         score = graph.nodes[node]["score"]
