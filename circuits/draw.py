@@ -197,7 +197,7 @@ def _edge_heatmap(scores: Scores) -> go.Figure:
         )
     )
     figure.update_layout(
-        title_text=f"{plain(scores.title)}<br><sup>edges, mean over {len(scores.clean)} pairs</sup>",
+        title_text=f"{plain(scores.title)}<br><sup>mean over {len(scores.clean)} pairs</sup>",
         template="plotly_white",
         height=max(420, min(900, 200 + 14 * len(table))),
         plot_bgcolor="#eaeef2",
@@ -345,12 +345,12 @@ def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     check_circuit(graph)
     if len(graph) == 0:
         raise ValueError(
-            "a circuit must have a node to be drawn; this one is empty (no edge lies on a path from "
-            "embed to logits); ask for more edges, lower the threshold, or pass connected=False"
+            "a circuit must have a node to be drawn; this one is empty (no edge lies on a path "
+            "from embed to logits); ask for more edges or pass connected=False"
         )
     rows: dict[tuple[float, int], list[str]] = defaultdict(list)
     for node, data in graph.nodes(data=True):
-        layer = math.inf if data["kind"] == "logits" else data["layer"]
+        layer = math.inf if data["kind"] == "logits" else float(data["layer"])
         rows[layer, {"kv": 0, "mlp": 2}.get(data["kind"], 1)].append(node)
     for nodes in rows.values():
         nodes.sort(key=lambda node: graph.nodes[node]["head"])
@@ -604,7 +604,7 @@ def _circuit(graph: nx.MultiDiGraph) -> go.Figure:
                 "size": 30,
                 "opacity": 0,
                 "color": shown,
-                "colorscale": [[0, tint(-1, 1)], [0.5, "#ffffff"], [1, tint(1, 1)]],
+                "colorscale": [[0, tint(-1.0, 1.0)], [0.5, "#ffffff"], [1, tint(1.0, 1.0)]],
                 "cmin": -limit,
                 "cmid": 0,
                 "cmax": limit,

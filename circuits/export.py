@@ -175,12 +175,14 @@ def _check_storable(graph: nx.MultiDiGraph) -> None:
 
 
 def to_json(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """Node-link data, with the format and its version."""
     data = nx.node_link_data(graph, edges="links")
     extra = {} if title is None else {"title": title}
     return json.dumps({"format": _FORMAT, "version": _VERSION, **extra, **data}, allow_nan=False)
 
 
 def from_json(text: str) -> nx.MultiDiGraph:
+    """Undoes `to_json`."""
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f'the field "format" must be "{_FORMAT}"')
@@ -230,12 +232,14 @@ def _without_edge_ids(graph: nx.Graph) -> nx.MultiDiGraph:
 
 
 def to_graphml(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """GraphML; attributes keep their types."""
     buffer = io.BytesIO()
     nx.write_graphml_xml(_with_edge_ids(graph), buffer, prettyprint=True)
     return buffer.getvalue().decode("utf-8")
 
 
 def from_graphml(text: str) -> nx.MultiDiGraph:
+    """Undoes `to_graphml`."""
     graph = nx.parse_graphml(text, force_multigraph=True)
     result = _without_edge_ids(graph)
     defaults = ("node_default", "edge_default")
@@ -248,8 +252,8 @@ def to_gexf(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     for *_, data in [*graph.nodes(data=True), *graph.edges(data=True)]:
         if taken := _GEXF_WORDS & set(data):
             raise ValueError(
-                f"attributes must not be named {sorted(_GEXF_WORDS)} in .gexf; got {sorted(taken)}; "
-                "rename them or save as .graphml"
+                f"attributes must not be named {sorted(_GEXF_WORDS)} in .gexf; got {sorted(taken)};"
+                " rename them or save as .graphml"
             )
     bare = _with_edge_ids(graph)
     bare.graph.clear()
@@ -265,6 +269,7 @@ def to_gexf(graph: nx.MultiDiGraph, title: str | None = None) -> str:
 
 
 def from_gexf(text: str) -> nx.MultiDiGraph:
+    """Undoes `to_gexf`."""
     root = ET.fromstring(text)
     space = root.tag.partition("}")[0] + "}"
     description = root.findtext(f"{space}meta/{space}description")
@@ -316,6 +321,7 @@ def _dot_read(quoted: str) -> Any:
 
 
 def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """Graphviz' language: attributes as data, and as colours and widths."""
     for *_, data in [("", graph.graph), *graph.nodes(data=True), *graph.edges(data=True)]:
         if taken := _DOT_WORDS & set(data):
             raise ValueError(
@@ -350,6 +356,7 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
 
 
 def from_dot(text: str) -> nx.MultiDiGraph:
+    """Undoes `to_dot`, and leaves the style out."""
     # pydot prints where the syntax is wrong, and uses names that pyparsing is about to drop.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -378,7 +385,12 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     """A flowchart from bottom to top; Mermaid itself draws at most 500 edges unless told to."""
     limit, strongest = node_limit(graph), edge_limit(graph)
     # The title is YAML, in which a JSON string is a valid one.
-    lines = ["---", f"title: {json.dumps(title or heading(graph), ensure_ascii=False)}", "---", "flowchart BT"]
+    lines = [
+        "---",
+        f"title: {json.dumps(title or heading(graph), ensure_ascii=False)}",
+        "---",
+        "flowchart BT",
+    ]
     ids = {node: f"n{i}" for i, node in enumerate(graph)}
     for node, name in ids.items():
         score = graph.nodes[node]["score"]
@@ -391,9 +403,8 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
         arrow = "-.->" if data["structural"] else "-->"
         label = "" if data["slot"] in ("in", "kv") else f'|"{_mermaid_text(key)}"|'
         lines.append(f"    {ids[u]} {arrow}{label} {ids[v]}")
-        styles.append(
-            f"    linkStyle {i} stroke:{edge_hue(data)},stroke-width:{_width(data, strongest):.2f}px"
-        )
+        width = f"{_width(data, strongest):.2f}px"
+        styles.append(f"    linkStyle {i} stroke:{edge_hue(data)},stroke-width:{width}")
     return "\n".join([*lines, *styles]) + "\n"
 
 
@@ -421,6 +432,7 @@ def _width(data: dict[str, Any], strongest: float) -> float:
 
 
 def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """A picture of `layout` and `routes` that needs nothing else; notes appear on hovering."""
     positions = layout(graph)
     curves = routes(graph, positions)
     strongest, limit = edge_limit(graph), node_limit(graph)
@@ -515,8 +527,8 @@ def _heading(svg: ET.Element, graph: nx.MultiDiGraph, title: str | None, width: 
     metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
     first = title or f"{g['task']} · {g['model']}"
     second = f"{g['rules']} · {g['direction']} · {extent(graph)} · {metric}"
-    _label(svg, _MARGIN, 42, _fit(first, 20, room), 20, font_weight="600")
-    _label(svg, _MARGIN, 65, _fit(second, 13, room), 13, style="fill:#57606a")
+    _label(svg, _MARGIN, 42.0, _fit(first, 20.0, room), 20.0, font_weight="600")
+    _label(svg, _MARGIN, 65.0, _fit(second, 13.0, room), 13.0, style="fill:#57606a")
 
 
 def _bands(
@@ -544,7 +556,7 @@ def _bands(
             fill="#f6f8fa",
         )
         _label(
-            svg, _MARGIN + 12, (top + bottom) / 2 + 4, f"layer {layer}", 12, style="fill:#6e7781"
+            svg, _MARGIN + 12, (top + bottom) / 2 + 4, f"layer {layer}", 12.0, style="fill:#6e7781"
         )
 
 
@@ -585,19 +597,19 @@ def _legend(
     y, x = height - 40, _MARGIN
     grey = "fill:#57606a"
     for hue, word in ((POSITIVE, "positive"), (NEGATIVE, "negative")):
-        _line(svg, x, y, 26, hue, 4)
-        _label(svg, x + 33, y + 4, word, 12, style=grey)
+        _line(svg, x, y, 26.0, hue, 4.0)
+        _label(svg, x + 33, y + 4, word, 12.0, style=grey)
         x += 104
     for share in (1.0, 0.5, 0.1):
-        _line(svg, x, y, 26, NEUTRAL, max(0.5, 7 * share))
-        _label(svg, x + 33, y + 4, f"{share * strongest:.2g}", 12, style=grey)
+        _line(svg, x, y, 26.0, NEUTRAL, max(0.5, 7 * share))
+        _label(svg, x + 33, y + 4, f"{share * strongest:.2g}", 12.0, style=grey)
         x += 76
     x += 16
     stops = _add(_add(svg, "defs"), "linearGradient", id="relp-scale")
     for offset, score in (("0", -1.0), ("0.5", 0.0), ("1", 1.0)):
         _add(stops, "stop", offset=offset, **{"stop-color": tint(score, 1.0)})
     low, high = f"−{limit:.2g}", f"+{limit:.2g}"
-    _label(svg, x, y + 4, low, 12, style=grey)
+    _label(svg, x, y + 4, low, 12.0, style=grey)
     x += 7.2 * len(low) + 4
     _add(
         svg,
@@ -609,9 +621,11 @@ def _legend(
         rx="3",
         fill="url(#relp-scale)",
     )
-    _label(svg, x + 104, y + 4, high, 12, style=grey)
+    _label(svg, x + 104, y + 4, high, 12.0, style=grey)
     note = f"edges: score ({graph.graph['metric']}) · boxes: score of the node, all its edges"
-    _label(svg, _MARGIN, y + 24, note, 11, style=grey)
+    if any(data["structural"] for *_, data in graph.edges(data=True)):
+        note += " · dashed: keys and values"
+    _label(svg, _MARGIN, y + 24, note, 11.0, style=grey)
 
 
 def _line(svg: ET.Element, x: float, y: float, length: float, hue: str, px: float) -> None:
@@ -620,6 +634,7 @@ def _line(svg: ET.Element, x: float, y: float, length: float, hue: str, px: floa
 
 
 def from_svg(text: str) -> nx.MultiDiGraph:
+    """The graph in the metadata."""
     for element in ET.fromstring(text).iter():
         if element.get("id") == _FORMAT:
             return from_json(element.text or "")
@@ -632,6 +647,7 @@ _SCRIPT = f'<script type="application/json" id="{_FORMAT}">'
 
 
 def to_html(graph: nx.MultiDiGraph, title: str | None = None) -> str:
+    """`draw`'s figure as a page, with the graph inside."""
     # Without <, no name can end the script element or start another one.
     data = to_json(graph).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     page = _page(draw(graph, title=title), title or heading(graph))
@@ -640,6 +656,7 @@ def to_html(graph: nx.MultiDiGraph, title: str | None = None) -> str:
 
 
 def from_html(text: str) -> nx.MultiDiGraph:
+    """The graph in the page."""
     _, found, rest = text.rpartition(_SCRIPT)
     if not found:
         raise ValueError("the page holds no circuit")

@@ -190,7 +190,7 @@ def _check_attributes(owner: str, data: Mapping[str, object], schema: Mapping[st
 
 def _depth(component: Component) -> tuple[float, int, int]:
     """Sorts components from `embed` to `logits`, as a forward pass meets them."""
-    layer = float("inf") if component.kind == "logits" else component.layer
+    layer = float("inf" if component.kind == "logits" else component.layer)
     return layer, _WITHIN_LAYER.get(component.kind, 0), component.head
 
 

@@ -46,7 +46,8 @@ def top(
     edges = operator.index(edges)
     if edges < 0:
         raise ValueError(
-            f"`edges` must be 0 or more; got {edges}; the full graph has {graph.graph['total_edges']}"
+            f"`edges` must be 0 or more; got {edges}; the full graph has "
+            f"{graph.graph['total_edges']}"
         )
     worth = float if signed else abs
     best_first = sorted((-worth(d["score"]), (u, v, key)) for u, v, key, d in real_edges(graph))
