@@ -64,6 +64,7 @@ class KLDivergence:
         return KLDivergence(self.reference[index])
 
     def __call__(self, logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
+        """Minus the divergence of each pair's run from its clean run."""
         last = task.answer_logits(logits).float().log_softmax(-1)
         reference = self.reference.to(last.device)
         return -(reference.exp() * (reference - last)).sum(-1)
@@ -104,15 +105,18 @@ class Metric:
             TypeError: the function returned something other than a floating-point tensor.
             ValueError: it returned the wrong shape, NaN or infinity.
         """
-        if takes_task(self.function):
-            values = self.function(logits, self.task)
-        else:
+        if not takes_task(self.function):
             values = self.function(logits)
+        elif _keyword_only(self.function):
+            values = self.function(logits, task=self.task)
+        else:
+            values = self.function(logits, self.task)
         if not isinstance(values, Tensor) or not values.is_floating_point():
             got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
             raise TypeError(
                 f"metric {self.name!r} must return a floating-point tensor, one number per pair; "
-                f"it returned {got}; return for instance logits[:, -1, answer] - logits[:, -1, foil]"
+                f"it returned {got}; return for instance logits[:, -1, answer] - "
+                "logits[:, -1, foil]"
             )
         if values.shape != (len(self.task),):
             raise ValueError(
@@ -131,13 +135,22 @@ class Metric:
 
 def takes_task(function: Callable[..., Tensor]) -> bool:
     """True if `function` has a second required positional parameter (or any named `task`)."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some C functions have no signature: call them with logits
-        return False
+    parameters = _parameters(function)
     required = [
         p
         for p in parameters
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     return len(required) >= 2 or any(p.name == "task" for p in parameters)
+
+
+def _keyword_only(function: Callable[..., Tensor]) -> bool:
+    """True if the task must be passed as `task=`."""
+    return any(p.name == "task" and p.kind is p.KEYWORD_ONLY for p in _parameters(function))
+
+
+def _parameters(function: Callable[..., Tensor]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some C functions have no signature: call them with logits
+        return []

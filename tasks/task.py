@@ -60,6 +60,12 @@ class Task:
                     f"`{label}` must hold one token id per pair, shape [{pairs}]; "
                     f"got {list(ids.shape)}; give one answer token for every prompt"
                 )
+            if bool((ids < 0).any()):
+                i = int((ids < 0).nonzero()[0])
+                raise ValueError(
+                    f"`{label}` must hold token ids, 0 or more; pair {i} has {int(ids[i])}; "
+                    "use the ids that the tokenizer gives"
+                )
         misaligned = ((self.clean == PAD) != (self.corrupt == PAD)).any(1).nonzero().flatten()
         if len(misaligned):
             i = int(misaligned[0])
@@ -69,6 +75,15 @@ class Task:
                 "tokens; choose prompts that align token by token"
             )
         lengths = self.lengths
+        inside = torch.arange(self.clean.shape[1], device=lengths.device) < lengths[:, None]
+        wrong = (inside & ((self.clean < 0) | (self.corrupt < 0))).any(1).nonzero().flatten()
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(
+                f"token ids must be non-negative, and {PAD} only after a prompt's end: pair {i} is "
+                f"{self.clean[i].tolist()} / {self.corrupt[i].tolist()}; "
+                "use Task.from_tokens for prompts of different lengths"
+            )
         spans = {k: torch.as_tensor(v, dtype=torch.long) for k, v in self.spans.items()}
         spans.setdefault("end", lengths - 1)
         for label, at in spans.items():
@@ -166,8 +181,9 @@ class Task:
         lists = {"clean": clean, "corrupt": corrupt, "answers": answers, "foils": foils}
         for label, texts in lists.items():
             if isinstance(texts, str) or len(texts) != len(clean) or len(texts) == 0:
+                count = "one or more" if label == "clean" else len(clean)
                 raise ValueError(
-                    f"`{label}` must be a list of {len(clean) or 'one or more'} texts, one per "
+                    f"`{label}` must be a list of {count} texts, one per "
                     f"pair; got {texts if isinstance(texts, str) else len(texts)!r}; "
                     "give clean, corrupt, answers and foils lists of one length"
                 )
@@ -211,15 +227,33 @@ class Task:
         """Logits `[pair, d_vocab]` at each pair's answer position, from `[pair, pos, d_vocab]`.
 
         Logits that hold a single position are taken to be those of the answer position.
+
+        Raises:
+            ValueError: the rows of `logits` are not this task's pairs.
         """
+        if logits.dim() != 3 or len(logits) != len(self):
+            raise ValueError(
+                f"logits must be [pair, pos, d_vocab] with {len(self)} pairs; got "
+                f"{list(logits.shape)}; use the task that holds exactly those rows (task.select)"
+            )
         if logits.shape[1] == 1:
             return logits[:, 0]
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, self.spans["end"].to(logits.device)]
 
     def select(self, index: Tensor | Sequence[int]) -> Task:
-        """The task of some of the pairs, in the order of `index` (rows may repeat)."""
-        at = torch.as_tensor(index, dtype=torch.long)
+        """The task of some of the pairs, in the order of `index` (rows may repeat), or by a mask.
+
+        Raises:
+            ValueError: no pair is left.
+        """
+        at = torch.as_tensor(index)
+        at = at.nonzero().flatten() if at.dtype == torch.bool else at.long()
+        if len(at) == 0:
+            raise ValueError(
+                f"a selection must keep at least one pair; got none of the {len(self)} pairs of "
+                f"task {self.name!r}; choose some by number, counted from 0, or by a mask"
+            )
         width = int(self.lengths[at].max())
         return replace(
             self,
@@ -296,6 +330,8 @@ def answer_id(tokenizer: Any, prompt: str, answer: str) -> int:
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
+    if not rows:
+        return torch.empty(0, 0, dtype=torch.long)
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=PAD)
 
 

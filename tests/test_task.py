@@ -1,0 +1,558 @@
+"""Tasks and metrics: alignment, positions and read-outs, worked out by hand."""
+
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from test_ioi import gpt2, llama
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from tasks import KLDivergence, Task, logit_difference, probability_difference
+from tasks.metrics import Metric, takes_task
+
+CLEAN = ["When Mary and John went to the store, John gave a drink to", "Then Tom smiled at"]
+CORRUPT = ["When Mary and John went to the store, Mary gave a drink to", "Then Paul smiled at"]
+ANSWERS = [" Mary", " Tom"]
+FOILS = [" John", " Paul"]
+
+
+@pytest.fixture(scope="module", params=[gpt2, llama], ids=["byte-level", "metaspace"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return request.param()
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users run it: without the tests' type checker, which refuses wrong shapes first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def two() -> Task:
+    """Two pairs of three tokens over a vocabulary of four; answers 1 and 2, foil 0."""
+    return Task.from_tokens(
+        torch.tensor([[3, 1, 1], [3, 2, 2]]), torch.tensor([[3, 0, 1], [3, 0, 2]]), [1, 2], [0, 0]
+    )
+
+
+def mixed(**options: Any) -> Task:
+    """Pair i has length 2, 4, 3, 4, 2, 4 and starts with token 10 + i."""
+    rows = [torch.tensor([10 + i, *range(n - 1)]) for i, n in enumerate((2, 4, 3, 4, 2, 4))]
+    return Task.from_tokens(
+        rows, [r.flip(0) for r in rows], list(range(6)), list(range(6, 12)), **options
+    )
+
+
+def logits_at(values: list[list[float]], length: int = 3, position: int = -1) -> Tensor:
+    """Logits that hold `values` at one position and 99 everywhere else."""
+    logits = torch.full((len(values), length, len(values[0])), 99.0)
+    logits[:, position] = torch.tensor(values)
+    return logits
+
+
+def full_message(call: Callable[[], object], kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind) as error:
+        call()
+    assert type(error.value) is kind
+    return str(error.value)
+
+
+# -- building --------------------------------------------------------------------------------------
+
+
+def test_from_tokens_keeps_ids_and_reads_at_the_end() -> None:
+    task = two()
+    assert len(task) == 2 and task.lengths.tolist() == [3, 3]
+    assert task.clean.tolist() == [[3, 1, 1], [3, 2, 2]]
+    assert task.corrupt.tolist() == [[3, 0, 1], [3, 0, 2]]
+    assert task.answers.tolist() == [1, 2] and task.foils.tolist() == [0, 0]
+    assert list(task.spans) == ["end"] and task.spans["end"].tolist() == [2, 2]
+    assert repr(task) == "Task('task', 2 pairs, 3 tokens, metric=logit_difference, spans=['end'])"
+    assert repr(mixed(name="mix")).startswith("Task('mix', 6 pairs, 2-4 tokens, ")
+
+
+def test_from_prompts_aligns_tokens_and_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = Task.from_prompts(tokenizer, CLEAN, CORRUPT, ANSWERS, FOILS, name="names")
+    bos = tokenizer.bos_token_id
+    for i, (clean, corrupt) in enumerate(zip(CLEAN, CORRUPT, strict=True)):
+        end = int(task.spans["end"][i])
+        for row, text in ((task.clean[i], clean), (task.corrupt[i], corrupt)):
+            ids = row[: end + 1].tolist()
+            assert ids[0] == bos and ids.count(bos) == 1
+            assert tokenizer.decode(ids[1:]) == text
+            assert row[end + 1 :].tolist() == [-1] * (len(row) - end - 1)
+        # what the model should say is exactly what the tokenizer makes of the longer text
+        for side, word in ((task.answers, ANSWERS[i]), (task.foils, FOILS[i])):
+            whole = tokenizer(clean + word, add_special_tokens=False).input_ids
+            assert [bos, *whole] == [*task.clean[i, : end + 1].tolist(), int(side[i])]
+    assert task.name == "names" and (task.lengths == task.spans["end"] + 1).all()
+    assert task.lengths[0] > task.lengths[1]
+
+
+def test_beginning_of_sequence_is_never_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
+    bos = tokenizer.bos_token
+    made = [
+        Task.from_prompts(tokenizer, [p + CLEAN[1]], [p + CORRUPT[1]], [" Tom"], [" Paul"])
+        for p in ("", bos)
+    ]
+    assert torch.equal(made[0].clean, made[1].clean)
+    bare = Task.from_prompts(
+        tokenizer, CLEAN[1:], CORRUPT[1:], [" Tom"], [" Paul"], prepend_bos=False
+    )
+    assert torch.equal(bare.clean, made[0].clean[:, 1:])
+
+
+def test_a_tokenizer_without_such_a_token_gets_none() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=gpt2().backend_tokenizer)
+    assert tokenizer.bos_token_id is None
+    task, bare = (
+        Task.from_prompts(tokenizer, CLEAN, CORRUPT, ANSWERS, FOILS, prepend_bos=b)
+        for b in (True, False)
+    )
+    assert torch.equal(task.clean, bare.clean)
+
+
+def test_a_task_is_frozen() -> None:
+    task = two()
+    with pytest.raises(FrozenInstanceError):
+        task.name = "other"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        task.spans["end"] = torch.tensor([0, 0])  # type: ignore[index]
+
+
+# -- lengths ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 100])
+def test_buckets_partition_the_pairs_without_padding(batch_size: int | None) -> None:
+    task = mixed(spans={"first": [0] * 6})
+    seen: list[int] = []
+    for index, bucket in task.buckets(batch_size):
+        assert len(index) == len(bucket) <= (batch_size or 6)
+        assert int(bucket.clean.min()) >= 0 and int(bucket.corrupt.min()) >= 0
+        assert len(set(bucket.lengths.tolist())) == 1 and bucket.clean.shape[1] == bucket.lengths[0]
+        assert bucket.clean[:, 0].tolist() == [10 + i for i in index.tolist()]
+        assert bucket.answers.tolist() == index.tolist()
+        assert bucket.foils.tolist() == [6 + i for i in index.tolist()]
+        assert (bucket.spans["end"] == bucket.lengths - 1).all()
+        assert torch.equal(bucket.spans["first"], torch.zeros(len(index), dtype=torch.long))
+        seen += index.tolist()
+    assert sorted(seen) == list(range(6))
+    assert (task.clean == -1).sum() == 2 + 1 + 2
+
+
+def test_buckets_are_as_few_as_lengths_and_batches_allow() -> None:
+    assert [i.tolist() for i, _ in mixed().buckets()] == [[0, 4], [2], [1, 3, 5]]
+    assert [i.tolist() for i, _ in mixed().buckets(2)] == [[0, 4], [2], [1, 3], [5]]
+    task = two()
+    ((_, only),) = task.buckets()
+    assert only is task
+
+
+def test_batch_size_must_be_positive() -> None:
+    assert full_message(lambda: next(two().buckets(0))) == (
+        "`batch_size` must be at least 1; got 0; or leave it out"
+    )
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+def test_select_takes_rows_in_the_order_asked_for_and_trims() -> None:
+    part = mixed(name="mix", metric="probability_difference").select([2, 0, 2])
+    assert part.clean.tolist() == [[12, 0, 1], [10, 0, -1], [12, 0, 1]]
+    assert part.corrupt.tolist() == [[1, 0, 12], [0, 10, -1], [1, 0, 12]]
+    assert part.answers.tolist() == [2, 0, 2] and part.foils.tolist() == [8, 6, 8]
+    assert part.spans["end"].tolist() == [2, 1, 2]
+    assert part.name == "mix" and part.metric.function is probability_difference
+
+
+def test_select_takes_a_mask() -> None:
+    mask = torch.tensor([False, True, False, False, True, False])
+    assert mixed().select(mask).answers.tolist() == [1, 4]
+    assert mixed().select(mask.tolist()).answers.tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("nothing", [[], torch.zeros(6, dtype=torch.bool)])
+def test_selecting_nothing_is_an_error(nothing: Any) -> None:
+    assert full_message(lambda: mixed().select(nothing)) == (
+        "a selection must keep at least one pair; got none of the 6 pairs of task 'task'; "
+        "choose some by number, counted from 0, or by a mask"
+    )
+
+
+def test_with_metric_changes_the_read_out_only() -> None:
+    task = mixed(spans={"first": [0] * 6})
+    other = task.with_metric("probability_difference")
+    assert other.metric.name == "probability_difference"
+    assert task.metric.name == "logit_difference"
+    for field in ("clean", "corrupt", "answers", "foils"):
+        assert getattr(other, field) is getattr(task, field)
+    assert torch.equal(other.spans["first"], task.spans["first"])
+
+
+def test_filter_correct_asks_the_model_about_each_length() -> None:
+    """Right on pairs 1, 4 and 5; a tie on pair 2 is not right."""
+    right = {1, 4, 5}
+    shapes = []
+
+    def model(tokens: Tensor) -> Tensor:
+        assert int(tokens.min()) >= 0 and not torch.is_grad_enabled()
+        shapes.append(tuple(tokens.shape))
+        logits = torch.zeros(*tokens.shape, 12)
+        for row, first in enumerate(tokens[:, 0].tolist()):
+            i = first - 10
+            logits[row, :-1, 6 + i] = 100.0  # only the last position counts
+            logits[row, -1, i] = {True: 1.0, False: -1.0}[i in right] if i != 2 else 0.0
+        return logits
+
+    kept = mixed().filter_correct(model)
+    assert kept.answers.tolist() == [1, 4, 5] and kept.lengths.tolist() == [4, 2, 4]
+    assert shapes == [(2, 2), (1, 3), (3, 4)]
+
+
+def test_filter_correct_needs_one_right_answer() -> None:
+    task = mixed(name="mix")
+    assert full_message(lambda: task.filter_correct(lambda t: torch.zeros(*t.shape, 12))) == (
+        "at least one pair must be answered correctly; the model prefers the foil on all 6 pairs "
+        "of task 'mix'; use a model that can do the task"
+    )
+
+
+# -- errors of building ----------------------------------------------------------------------------
+
+
+def test_prompts_must_align_token_by_token() -> None:
+    longer = ["When Mary and John went to the store, Mary gave a big drink to", CORRUPT[1]]
+    bpe = gpt2()
+    n, m = (len(bpe(t, add_special_tokens=False).input_ids) + 1 for t in (CLEAN[0], longer[0]))
+    assert m > n
+    assert full_message(lambda: Task.from_prompts(bpe, CLEAN, longer, ANSWERS, FOILS)) == (
+        f"`corrupt` must tokenize to the length of `clean`: pair 0 has {n} and {m} tokens "
+        "('…re, John gave a drink to' / '…Mary gave a big drink to'); "
+        "choose words of one token"
+    )
+
+
+def test_an_answer_must_be_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    message = full_message(
+        lambda: Task.from_prompts(tokenizer, CLEAN, CORRUPT, [" Mary", " Tom Paul"], FOILS)
+    )
+    space = "Ġ" if "Ġ" in message else "▁"
+    assert message == (
+        "an answer must be exactly one token after its prompt; ' Tom Paul' after "
+        f"'Then Tom smiled at' is ['{space}Tom', '{space}Paul']; "
+        "choose a word of one token, with its leading space"
+    )
+    for answer in ("", "tending"):  # nothing at all, and a change of the prompt's last token
+        with pytest.raises(ValueError, match="an answer must be exactly one token after its"):
+            Task.from_prompts(tokenizer, CLEAN[1:], CORRUPT[1:], [answer], [" Paul"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"foils": [" John"]},
+            "`foils` must be a list of 2 texts, one per pair; got 1; "
+            "give clean, corrupt, answers and foils lists of one length",
+        ),
+        (
+            {"corrupt": "Then Paul smiled at"},
+            "`corrupt` must be a list of 2 texts, one per pair; got 'Then Paul smiled at'; "
+            "give clean, corrupt, answers and foils lists of one length",
+        ),
+        (
+            {"clean": [], "corrupt": [], "answers": [], "foils": []},
+            "`clean` must be a list of one or more texts, one per pair; got 0; "
+            "give clean, corrupt, answers and foils lists of one length",
+        ),
+        (
+            {"clean": "Then Tom smiled at"},
+            "`clean` must be a list of one or more texts, one per pair; got 'Then Tom smiled at'; "
+            "give clean, corrupt, answers and foils lists of one length",
+        ),
+    ],
+    ids=["too few", "a text", "none", "clean a text"],
+)
+def test_lists_of_texts_must_correspond(change: dict[str, Any], message: str) -> None:
+    texts = {"clean": CLEAN, "corrupt": CORRUPT, "answers": ANSWERS, "foils": FOILS} | change
+    assert full_message(lambda: Task.from_prompts(gpt2(), **texts)) == message
+
+
+def rows(*lengths: int) -> list[Tensor]:
+    return [torch.arange(n) for n in lengths]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (rows(2, 2), rows(2), [0, 0], [1, 1]),
+            "`clean` and `corrupt` must hold as many prompts; got 2 and 1; "
+            "every clean prompt needs its corrupt partner",
+        ),
+        (
+            (rows(2, 3), rows(2, 4), [0, 0], [1, 1]),
+            "`corrupt` must have the length of `clean`: pair 1 has 3 and 4 tokens; "
+            "choose prompts that align token by token",
+        ),
+        (
+            ([torch.tensor([5, -1])], [torch.tensor([6, -1])], [0], [1]),
+            "token ids must be non-negative and a prompt non-empty: pair 0 is [5, -1] / [6, -1]; "
+            "pass the tokenizer's ids without padding",
+        ),
+        (
+            (rows(2, 0), rows(2, 0), [0, 0], [1, 1]),
+            "token ids must be non-negative and a prompt non-empty: pair 1 is [] / []; "
+            "pass the tokenizer's ids without padding",
+        ),
+        (
+            (rows(2, 2), rows(2, 2), [0], [1, 1]),
+            "`answers` must hold one token id per pair, shape [2]; got [1]; "
+            "give one answer token for every prompt",
+        ),
+        (
+            (rows(2, 2), rows(2, 2), [0, 0], [[1, 1]]),
+            "`foils` must hold one token id per pair, shape [2]; got [1, 2]; "
+            "give one answer token for every prompt",
+        ),
+        (
+            (rows(2, 2), rows(2, 2), [0, -1], [1, 1]),
+            "`answers` must hold token ids, 0 or more; pair 1 has -1; "
+            "use the ids that the tokenizer gives",
+        ),
+        (
+            ([], [], [], []),
+            "`clean` and `corrupt` must be token ids [pair, pos] of one shape with at least one "
+            "pair; got [0, 0] and [0, 0]; use Task.from_prompts or Task.from_tokens to build them",
+        ),
+    ],
+    ids=["partners", "lengths", "padding", "empty", "answers", "foils", "negative", "none"],
+)
+def test_tokens_must_correspond(arguments: tuple[Any, ...], message: str) -> None:
+    assert full_message(lambda: Task.from_tokens(*arguments)) == message
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_constructor_checks_shapes_and_padding() -> None:
+    task = two()
+    assert full_message(lambda: replace(task, corrupt=task.corrupt[:, :2])) == (
+        "`clean` and `corrupt` must be token ids [pair, pos] of one shape with at least one pair; "
+        "got [2, 3] and [2, 2]; use Task.from_prompts or Task.from_tokens to build them"
+    )
+    shorter = torch.tensor([[3, 0, 1], [3, 0, -1]])
+    assert full_message(lambda: replace(task, corrupt=shorter)) == (
+        "`corrupt` must have the length of `clean`: pair 1 has 3 and 2 tokens; "
+        "choose prompts that align token by token"
+    )
+    for bad in (torch.tensor([[3, -1, 1], [3, 2, 2]]), torch.tensor([[3, 1, 1], [3, -7, 2]])):
+        i = int((bad < 0).any(1).nonzero()[0])
+        with pytest.raises(ValueError) as error:
+            replace(task, clean=bad, corrupt=bad)
+        assert str(error.value) == (
+            f"token ids must be non-negative, and -1 only after a prompt's end: pair {i} is "
+            f"{bad[i].tolist()} / {bad[i].tolist()}; use Task.from_tokens for prompts of "
+            "different lengths"
+        )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("at", "shown"), [([0, 3], "[0, 3]"), ([-1, 0], "[-1, 0]"), ([0], "[0]")], ids=str
+)
+def test_spans_lie_inside_their_prompts(at: list[int], shown: str) -> None:
+    task = two()
+    message = full_message(
+        lambda: Task.from_tokens(
+            task.clean, task.corrupt, task.answers, task.foils, spans={"S1": at}
+        )
+    )
+    assert message == (
+        "span 'S1' must hold one position inside the prompt per pair, shape [2]; "
+        f"got {shown} for lengths [3, 3]; "
+        "count positions from 0, the beginning-of-sequence token included"
+    )
+
+
+def test_a_metric_is_a_known_name_or_a_callable() -> None:
+    assert full_message(lambda: two().with_metric("accuracy")) == (
+        "`metric` must be one of ['logit_difference', 'probability_difference'] or a callable; "
+        "got 'accuracy'; pass a function logits -> [pair]"
+    )
+    assert full_message(lambda: replace(two(), metric=3), TypeError) == (
+        "`metric` must be one of ['logit_difference', 'probability_difference'] or a callable; "
+        "got int; pass a function logits -> [pair]"
+    )
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+VALUES = [[1.0, 3.0, 0.0, 0.0], [2.0, 0.0, 1.5, 0.0]]
+
+
+def test_logit_difference_by_hand() -> None:
+    task = two()
+    assert task.metric(logits_at(VALUES)).tolist() == [2.0, -0.5]
+    assert logit_difference(logits_at(VALUES), task).tolist() == [2.0, -0.5]
+
+
+def test_probability_difference_by_hand() -> None:
+    """Logits are logarithms of weights 1 2 4 1 and 5 1 3 1: (2-1)/8 and (3-5)/10."""
+    logits = logits_at([[1.0, 2.0, 4.0, 1.0], [5.0, 1.0, 3.0, 1.0]]).log()
+    got = two().with_metric("probability_difference").metric(logits)
+    torch.testing.assert_close(got, torch.tensor([1 / 8, -2 / 10]))
+    assert torch.equal(got, probability_difference(logits, two()))
+
+
+def test_kl_divergence_by_hand() -> None:
+    """Clean (½, ½) and (¼, ¾), run (¼, ¾) and (¼, ¾): -½ ln(2 · ⅔) = -½ ln(4/3), and 0."""
+    reference = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    task = Task.from_tokens(rows(3, 3), rows(3, 3), [1, 1], [0, 0])
+    task = task.with_metric(KLDivergence(reference.log()))
+    logits = logits_at([[1.0, 3.0], [2.0, 6.0]]).log()
+    want = torch.tensor([-0.5 * torch.log(torch.tensor(4 / 3)), 0.0])
+    torch.testing.assert_close(task.metric(logits), want)
+    assert task.metric.name == "KLDivergence"
+
+
+def test_kl_divergence_of_a_model_is_zero_on_its_clean_run_for_each_length() -> None:
+    def model(tokens: Tensor) -> Tensor:
+        assert int(tokens.min()) >= 0
+        return torch.nn.functional.one_hot(tokens.cumsum(1) % 7, 7).float() * 2.0
+
+    task = mixed()
+    metric = KLDivergence.of(model, task)
+    assert metric.reference.shape == (6, 7) and not metric.reference.requires_grad
+    torch.testing.assert_close(metric.reference.exp().sum(1), torch.ones(6))
+    task = task.with_metric(metric)
+    for index, bucket in task.buckets(2):
+        assert torch.equal(bucket.metric.function.reference, metric.reference[index])
+        torch.testing.assert_close(bucket.metric(model(bucket.clean)), torch.zeros(len(index)))
+        shifted = model(bucket.clean).roll(1, -1)
+        assert bool((bucket.metric(shifted) < -0.1).all())
+
+
+def test_the_answer_is_read_where_the_task_says() -> None:
+    task = replace(two(), spans={"end": torch.tensor([0, 1])})
+    logits = torch.zeros(2, 3, 4)
+    logits[0, 0, 1], logits[1, 1, 2], logits[:, 2] = 5.0, 7.0, -1.0
+    assert task.metric(logits).tolist() == [5.0, 7.0]
+
+
+@pytest.mark.parametrize("metric", ["logit_difference", "probability_difference", "KL"])
+def test_one_position_of_logits_is_the_answers(metric: str) -> None:
+    divergence = KLDivergence(torch.eye(4)[:2].log_softmax(-1))
+    task = two().with_metric(divergence if metric == "KL" else metric)
+    logits = logits_at(VALUES)
+    assert torch.equal(task.metric(logits), task.metric(logits[:, -1:]))
+    assert task.metric.reads_answer_only
+
+
+def test_a_metric_may_take_logits_or_logits_and_task() -> None:
+    task = two()
+
+    def alone(logits: Tensor) -> Tensor:
+        return logits[:, -1, 1]
+
+    def scaled(logits: Tensor, scale: float = 2.0) -> Tensor:
+        return logits[:, -1, 1] * scale
+
+    def both(logits: Tensor, given: Task) -> Tensor:
+        return logits[torch.arange(len(given)), -1, given.answers]
+
+    def named(logits: Tensor, *, task: Task) -> Tensor:
+        return both(logits, task)
+
+    logits = logits_at(VALUES)
+    for function, want in (
+        (alone, [3.0, 0.0]),
+        (scaled, [6.0, 0.0]),
+        (both, [3.0, 1.5]),
+        (named, [3.0, 1.5]),
+        (lambda logits, task=None: both(logits, task), [3.0, 1.5]),
+    ):
+        bound = task.with_metric(function).metric
+        assert bound(logits).tolist() == want
+        assert bound.name == function.__name__ and not bound.reads_answer_only
+        assert takes_task(function) == (want == [3.0, 1.5])
+
+
+def test_a_metric_sees_the_task_of_its_own_rows() -> None:
+    def metric(logits: Tensor, task: Task) -> Tensor:
+        return task.answers.float()
+
+    task = mixed(metric=metric)
+    assert task.metric.task is task
+    for index, bucket in task.buckets(2):
+        assert bucket.metric.task is bucket
+        assert bucket.metric(torch.zeros(len(index), 1, 12)).tolist() == index.tolist()
+    renamed = replace(task, name="other", answers=task.answers + 1)
+    assert renamed.metric.task is renamed and isinstance(renamed.metric, Metric)
+    assert renamed.metric(torch.zeros(6, 1, 12)).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_kl_divergence_follows_the_rows() -> None:
+    reference = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    task = mixed(metric=KLDivergence(reference))
+    twice = task.select([5, 1, 1]).select([2, 0])
+    assert torch.equal(twice.metric.function.reference, reference[[1, 5]])
+    assert torch.equal(task.metric.function.reference, reference)
+
+
+@pytest.mark.parametrize(
+    ("metric", "kind", "message"),
+    [
+        (
+            lambda logits: logits[:, -1, 0].mean(),
+            ValueError,
+            "metric '<lambda>' must return shape [2], one number per pair; it returned [] for "
+            "logits [2, 3, 4]; do not average over pairs, and take (logits, task) if it needs "
+            "each pair's answers",
+        ),
+        (
+            lambda logits: logits.argmax(-1)[:, -1],
+            TypeError,
+            "metric '<lambda>' must return a floating-point tensor, one number per pair; it "
+            "returned torch.int64; return for instance logits[:, -1, answer] - "
+            "logits[:, -1, foil]",
+        ),
+        (
+            lambda logits: logits[:, -1, 0].tolist(),
+            TypeError,
+            "metric '<lambda>' must return a floating-point tensor, one number per pair; it "
+            "returned list; return for instance logits[:, -1, answer] - logits[:, -1, foil]",
+        ),
+        (
+            lambda logits: torch.tensor([1.0, float("nan")]),
+            ValueError,
+            "metric '<lambda>' must return finite numbers; pair 1 has nan; "
+            "check the prompts of that pair and the metric's logarithms",
+        ),
+        (
+            lambda logits: torch.tensor([float("-inf"), 0.0]),
+            ValueError,
+            "metric '<lambda>' must return finite numbers; pair 0 has -inf; "
+            "check the prompts of that pair and the metric's logarithms",
+        ),
+    ],
+    ids=["shape", "dtype", "list", "nan", "infinite"],
+)
+def test_what_a_metric_returns_is_checked(
+    metric: Callable[..., Any], kind: type[Exception], message: str
+) -> None:
+    task = two().with_metric(metric)
+    assert full_message(lambda: task.metric(logits_at(VALUES)), kind) == message
+
+
+def test_logits_of_other_rows_are_refused() -> None:
+    """Nothing is broadcast."""
+    for shape in ([3, 3, 4], [1, 1, 4], [2, 4]):
+        assert full_message(lambda shape=shape: two().metric(torch.zeros(shape))) == (
+            f"logits must be [pair, pos, d_vocab] with 2 pairs; got {shape}; "
+            "use the task that holds exactly those rows (task.select)"
+        )
