@@ -71,7 +71,9 @@ class Rules:
                     "for instance RELP.with_(softmax='constant')"
                 )
         changes = ", ".join(f"{kind}={rule}" for kind, rule in rules.items())
-        return replace(self, name=name or f"{self.name}({changes})", **rules)
+        if changes:
+            changes = f"({changes})"
+        return replace(self, name=name or f"{self.name}{changes}", **rules)
 
     @property
     def needs_reference(self) -> bool:

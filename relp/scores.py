@@ -11,18 +11,18 @@ import html
 import json
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 __all__ = ["Component", "Effects", "Scores"]
@@ -178,7 +178,13 @@ class Scores:
             parsed = [Component.parse(c) for c in self.components]
             frame = pd.DataFrame(
                 [
-                    {"component": c.name, "kind": c.kind, "layer": c.layer, "head": c.head, "pos": p}
+                    {
+                        "component": c.name,
+                        "kind": c.kind,
+                        "layer": c.layer,
+                        "head": c.head,
+                        "pos": p,
+                    }
                     for c in parsed
                     for p in range(width)
                 ]
@@ -247,17 +253,14 @@ class Scores:
             for k in ("clean", "corrupt", "lengths", "nodes", "edges")
             if (v := getattr(self, k)) is not None
         }
-        tensors |= {f"span.{k}": v.cpu().contiguous() for k, v in self.spans.items()}
+        # the format refuses tensors that share memory, as spans of one position may
+        tensors |= {f"span.{k}": v.cpu().clone() for k, v in self.spans.items()}
         labels = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
         labels = {k: v for k, v in labels.items() if k not in ("spans", "nodes", "edges")}
         labels["type"] = type(self).__name__
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata={"relp": json.dumps(labels)})
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with written_whole(path) as temporary:
+            # not save_file: its files can be read by their owner only, whatever the umask
+            temporary.write_bytes(to_bytes(tensors, metadata={"relp": json.dumps(labels)}))
         return path
 
     @classmethod
@@ -266,17 +269,20 @@ class Scores:
 
         Raises:
             ValueError: the file was not written by `save`.
+            OSError: the file does not exist or cannot be read.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
                 labels = json.loads((file.metadata() or {})["relp"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             kind = {"Scores": Scores, "Effects": Effects}[labels.pop("type")]
             spans = {k[5:]: v for k, v in tensors.items() if k.startswith("span.")}
             arrays = {k: v for k, v in tensors.items() if not k.startswith("span.")}
-            names = {k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()}
+            names: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()
+            }
             return kind(spans=spans, **arrays, **names)
-        except (KeyError, TypeError, SafetensorError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"{str(path)!r} must be a file written by Scores.save; it is not ({error}); "
                 "for a circuit graph use circuits.load"
@@ -289,14 +295,37 @@ class Effects(Scores):
     noun = "effect"
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, renamed to it at the end: nobody ever sees half a file.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the folder cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must lie in an existing folder; {str(path.parent)!r} is none; create it first"
+        )
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def precedes(writer: Component, reader: Component) -> bool:
     """True if what `writer` adds to the residual stream is there when `reader` reads it.
 
     Blocks are taken as sequential; a parallel block's scores hold a 0 where its MLP would read
     its own heads.
     """
+    if writer.kind == "logits" or reader.kind == "embed":
+        return False
     if writer.kind == "embed" or reader.kind == "logits":
-        return writer.kind != "logits"
+        return True
     if writer.layer != reader.layer:
         return writer.layer < reader.layer
-    return writer.kind in ("head", "attn") and reader.kind == "mlp"
+    return writer.kind in ("head", "attn", "mixer") and reader.kind == "mlp"

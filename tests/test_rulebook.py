@@ -1,0 +1,103 @@
+"""The presets, cell by cell, and how rules are named and refused."""
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+import relp
+from relp import DEEPLIFT, GRADIENT, PRESETS, RELP, Rules, preset
+from relp.rulebook import KINDS
+
+TABLE = """
+kind        GRADIENT    RELP        CP_LRP      ATTN_LRP    DEEPLIFT
+norm        derivative  constant    constant    constant    secant
+activation  derivative  identity    identity    identity    secant
+gate        derivative  half        half        half        midpoint
+softmax     derivative  derivative  constant    derivative  secant
+bilinear    derivative  derivative  derivative  half        midpoint
+exponent    derivative  constant    constant    constant    secant
+"""
+HEAD, *ROWS = (line.split() for line in TABLE.strip().splitlines())
+
+
+@pytest.mark.parametrize("name", HEAD[1:])
+def test_a_preset_is_its_column_of_the_table(name: str) -> None:
+    rules = getattr(relp, name)
+    assert isinstance(rules, Rules) and rules.name == name and PRESETS[name] is rules
+    column = {row[0]: row[HEAD.index(name)] for row in ROWS}
+    assert {kind: getattr(rules, kind) for kind in KINDS} == column
+    assert list(column) == list(KINDS)
+
+
+def test_there_are_no_other_presets() -> None:
+    assert list(PRESETS) == HEAD[1:]
+
+
+def test_rules_are_frozen_and_compare_by_value() -> None:
+    with pytest.raises(FrozenInstanceError):
+        RELP.gate = "derivative"  # type: ignore[misc]
+    assert len({*PRESETS.values(), replace(RELP), Rules("GRADIENT")}) == len(PRESETS)
+
+
+def test_changed_rules_are_named_after_the_change() -> None:
+    changed = RELP.with_(softmax="constant", gate="derivative")
+    assert changed.name == "RELP(softmax=constant, gate=derivative)"
+    assert (changed.softmax, changed.gate) == ("constant", "derivative")
+    assert replace(changed, name="RELP", softmax="derivative", gate="half") == RELP
+    assert RELP.with_("mine", softmax="constant").name == "mine"
+    assert changed.with_(norm="derivative").name == f"{changed.name}(norm=derivative)"
+    assert RELP.softmax == "derivative"
+
+
+def test_rules_that_change_nothing_keep_their_name() -> None:
+    assert RELP.with_() == RELP and RELP.with_("same") == replace(RELP, name="same")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_listed_rule_is_accepted_and_no_other(kind: str) -> None:
+    assert KINDS[kind][0] == "derivative"
+    for rule in KINDS[kind]:
+        assert getattr(GRADIENT.with_(**{kind: rule}), kind) == rule
+    message = (
+        f"the rule for {kind!r} must be one of {KINDS[kind]}; got 'epsilon'; "
+        f"for instance RELP.with_({kind}='derivative')"
+    )
+    for build in (GRADIENT.with_, lambda **rules: Rules("mine", **rules)):
+        with pytest.raises(ValueError) as error:
+            build(**{kind: "epsilon"})
+        assert str(error.value) == message
+
+
+def test_an_unknown_kind_is_an_error() -> None:
+    with pytest.raises(ValueError) as error:
+        RELP.with_(linear="epsilon")
+    assert str(error.value) == (
+        "a kind of operation must be one of ('norm', 'activation', 'gate', 'softmax', 'bilinear', "
+        "'exponent'); got 'linear'; for instance RELP.with_(softmax='constant')"
+    )
+
+
+@pytest.mark.parametrize("name", ["ATTN_LRP", "attn_lrp", "attn-lrp", "Attn-LRP"])
+def test_a_preset_is_found_however_it_is_spelled(name: str) -> None:
+    assert preset(name) is relp.ATTN_LRP
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with pytest.raises(ValueError) as error:
+        preset("LRP-0")
+    assert str(error.value) == (
+        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT; got 'LRP-0'; "
+        "build your own with Rules(...) or RELP.with_(...)"
+    )
+
+
+def test_only_rules_that_compare_two_runs_need_both() -> None:
+    assert [r.name for r in PRESETS.values() if r.needs_reference] == ["DEEPLIFT"]
+    for kind, rules in KINDS.items():
+        for rule in rules:
+            both = rule in ("secant", "midpoint")
+            assert GRADIENT.with_(**{kind: rule}).needs_reference == both
+    # a name proves nothing
+    assert not Rules("secant").needs_reference
+    without = {row[0]: "derivative" for row in ROWS}
+    assert DEEPLIFT.needs_reference and not DEEPLIFT.with_(**without).needs_reference

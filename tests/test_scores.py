@@ -1,0 +1,373 @@
+"""Labelled results: names, tables worked out by hand, and files that come back as they were."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relp import Component, Effects, Scores
+from relp.scores import precedes
+
+LABELS = {
+    "model": "tiny",
+    "task": "toy",
+    "rules": "RELP",
+    "direction": "denoise",
+    "metric": "logit_difference",
+    "clean": torch.tensor([2.0, 4.0]),
+    "corrupt": torch.tensor([-1.0, 0.5]),
+    "lengths": torch.tensor([2, 2]),
+}
+COMPONENTS = ("embed", "L0.resid", "L0H0", "L0H1", "L0.attn", "L0.mlp")
+
+
+def node_scores(kind: type[Scores] = Scores, **options: Any) -> Scores:
+    """Pair 0: component c at position p has 10 c + p; pair 1: twice that, negative."""
+    first = 10.0 * torch.arange(6)[:, None] + torch.arange(2)
+    nodes = torch.stack([first, -2 * first])
+    return kind(**(LABELS | {"components": COMPONENTS, "nodes": nodes} | options))
+
+
+def edge_scores(kind: type[Scores] = Scores, *, positions: bool = False, **options: Any) -> Scores:
+    """Two writers, three readers; `L0.mlp -> L0H0.q` does not exist."""
+    table = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.0, -4.0]])
+    edges = torch.stack([table, 10 * table]) if positions else table
+    names = {"writers": ("embed", "L0.mlp"), "readers": ("L0H0.q", "L0.mlp.in", "logits.in")}
+    return kind(**(LABELS | names | {"edges": edges} | options))
+
+
+def full_message(call: Callable[[], object], kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind) as error:
+        call()
+    assert type(error.value) is kind
+    return str(error.value)
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("embed", ("embed", -1, -1)),
+        ("logits", ("logits", -1, -1)),
+        ("L9H6", ("head", 9, 6)),
+        ("L12KV3", ("kv", 12, 3)),
+        ("L0.attn", ("attn", 0, -1)),
+        ("L10.mlp", ("mlp", 10, -1)),
+        ("L1.mixer", ("mixer", 1, -1)),
+        ("L2.resid", ("resid", 2, -1)),
+    ],
+)
+def test_a_name_is_taken_apart(name: str, parts: tuple[str, int, int]) -> None:
+    assert Component.parse(name) == (name, *parts)
+
+
+@pytest.mark.parametrize("name", ["", "L9", "L9H", "H6", "L9H6.q", "L9.mlp.in", "l9h6", "L9H6 "])
+def test_other_names_are_refused(name: str) -> None:
+    assert full_message(lambda: Component.parse(name)) == (
+        "a component must be named like embed, L9H6, L9KV1, L9.mlp, L9.attn, L9.resid or logits; "
+        f"got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
+    )
+
+
+def test_a_reader_is_a_component_and_a_slot() -> None:
+    for reader, name, slot in (
+        ("L9H6.q", "L9H6", "q"),
+        ("L9KV1.k", "L9KV1", "k"),
+        ("L9KV1.v", "L9KV1", "v"),
+        ("L3.mlp.in", "L3.mlp", "in"),
+        ("logits.in", "logits", "in"),
+    ):
+        assert Component.of_reader(reader) == (Component.parse(name), slot)
+    for reader in ("L9H6", "L3.mlp", "logits"):
+        assert full_message(lambda reader=reader: Component.of_reader(reader)) == (
+            f"a reader must end in one of ('q', 'k', 'v', 'in'); got {reader!r}; "
+            "write for instance L9H6.q, L3.mlp.in or logits.in"
+        )
+
+
+def test_what_precedes_what_follows_the_order_of_a_forward_pass() -> None:
+    """Each block: attention reads, attention writes, MLP reads, MLP writes."""
+    blocks = range(3)
+    written = {"embed": 0.0, "logits": float("inf")}
+    read = {"embed": 0.0, "logits": float("inf")}
+    for i in blocks:
+        start = 4 * i + 1
+        read |= dict.fromkeys((f"L{i}H0", f"L{i}H1", f"L{i}KV0", f"L{i}.mixer"), start)
+        written |= dict.fromkeys((f"L{i}H0", f"L{i}H1", f"L{i}.attn", f"L{i}.mixer"), start + 1)
+        read[f"L{i}.mlp"], written[f"L{i}.mlp"] = start + 2, start + 3
+    for writer, reader in product(written, read):
+        got = precedes(Component.parse(writer), Component.parse(reader))
+        assert got == (written[writer] < read[reader]), (writer, reader)
+
+
+# -- what a result holds ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodes": None}, "Scores must hold either nodes or edges; got both or neither"),
+        (
+            {"edges": torch.zeros(1, 1)},
+            "Scores must hold either nodes or edges; got both or neither",
+        ),
+        (
+            {"components": COMPONENTS[:5]},
+            "`nodes` must be [pair, component, pos] with 5 components; got [2, 6, 2]",
+        ),
+    ],
+    ids=["neither", "both", "components"],
+)
+def test_node_scores_are_consistent(change: dict[str, Any], message: str) -> None:
+    assert full_message(lambda: replace(node_scores(), **change)) == message
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_edge_scores_are_consistent(positions: bool) -> None:
+    shape = "[2, 2, 3]" if positions else "[2, 3]"
+    assert full_message(lambda: edge_scores(positions=positions, writers=("embed",))) == (
+        f"`edges` must end in [writer 1, reader 3]; got {shape}"
+    )
+
+
+def test_a_result_is_frozen_and_says_where_it_comes_from() -> None:
+    scores = node_scores(spans={"end": torch.tensor([1, 1])})
+    with pytest.raises(FrozenInstanceError):
+        scores.rules = "GRADIENT"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        scores.spans["S1"] = torch.tensor([0, 0])  # type: ignore[index]
+    assert scores.title == "RELP · tiny · toy · denoise"
+    labels = (
+        "model='tiny', task='toy', rules='RELP', direction='denoise', metric='logit_difference')"
+    )
+    for result, what in (
+        (scores, "Scores(nodes[2, 6, 2] [pair, component, pos]"),
+        (node_scores(Effects), "Effects(nodes[2, 6, 2] [pair, component, pos]"),
+        (edge_scores(), "Scores(edges[2, 3] [writer, reader]"),
+        (edge_scores(positions=True), "Scores(edges[2, 2, 3] [pos, writer, reader]"),
+    ):
+        assert repr(result) == f"{what}, {labels}"
+    assert (scores.level, edge_scores().level) == ("node", "edge")
+
+
+def test_the_gap_has_the_sign_of_a_patch() -> None:
+    assert node_scores().gap.tolist() == [3.0, 3.5]
+    assert node_scores(direction="noise").gap.tolist() == [-3.0, -3.5]
+
+
+def test_components_of_one_kind() -> None:
+    scores = node_scores()
+    assert scores.kinds() == ("embed", "resid", "head", "attn", "mlp")
+    names, values = scores.of_kind("head")
+    assert names == ("L0H0", "L0H1")
+    assert values.tolist() == [[[20, 21], [30, 31]], [[-40, -42], [-60, -62]]]
+    assert full_message(lambda: scores.of_kind("mixer")) == (
+        "`kind` must be one of ('embed', 'resid', 'head', 'attn', 'mlp'); got 'mixer'; "
+        "see Scores.kinds()"
+    )
+    assert full_message(lambda: edge_scores().of_kind("head")) == (
+        "of_kind reads node scores; these are edge scores; call attribute(level='node')"
+    )
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def test_table_of_nodes() -> None:
+    """The mean over the two pairs is (x - 2x) / 2."""
+    frame = node_scores(tokens=("When", " Mary")).to_dataframe()
+    assert list(frame) == ["component", "kind", "layer", "head", "pos", "token", "score"]
+    assert len(frame) == 12
+    assert frame.iloc[0].tolist() == ["embed", "embed", -1, -1, 0, "When", 0.0]
+    assert frame.iloc[7].tolist() == ["L0H1", "head", 0, 1, 1, " Mary", -15.5]
+    assert frame["score"].tolist() == [-(10 * c + p) / 2 for c in range(6) for p in range(2)]
+
+
+def test_tokens_label_positions_only_where_all_pairs_have_them() -> None:
+    uneven = node_scores(tokens=("When", " Mary"), lengths=torch.tensor([2, 1]))
+    assert "token" not in uneven.to_dataframe()
+    assert "token" not in node_scores().to_dataframe()
+
+
+def test_table_of_edges_has_those_that_exist() -> None:
+    rows = [
+        ("embed", "L0H0.q", "q", 1.0),
+        ("embed", "L0.mlp.in", "in", -2.0),
+        ("embed", "logits.in", "in", 3.0),
+        ("L0.mlp", "logits.in", "in", -4.0),
+    ]
+    frame = edge_scores().to_dataframe()
+    assert list(frame) == ["writer", "reader", "slot", "score"]
+    assert list(frame.itertuples(index=False, name=None)) == rows
+
+    frame = edge_scores(Effects, positions=True).to_dataframe()
+    assert list(frame) == ["writer", "reader", "slot", "pos", "effect"]
+    wanted = [(u, r, slot, p, x * (1, 10)[p]) for u, r, slot, x in rows for p in range(2)]
+    assert list(frame.itertuples(index=False, name=None)) == wanted
+
+
+def test_top_is_by_absolute_value_and_keeps_the_sign() -> None:
+    top = edge_scores().top(2)
+    assert top.index.tolist() == [0, 1]
+    assert list(zip(top["writer"], top["reader"], top["score"], strict=True)) == [
+        ("L0.mlp", "logits.in", -4.0),
+        ("embed", "logits.in", 3.0),
+    ]
+    assert len(edge_scores().top(100)) == 4
+    assert node_scores(Effects).top(1).iloc[0]["effect"] == -25.5
+    assert full_message(lambda: edge_scores().top(0)) == (
+        "`k` must be at least 1; got 0; ask for one row or more"
+    )
+
+
+def test_html_shows_labels_as_text() -> None:
+    scores = node_scores(
+        model="<b>x</b>", task="a & b", metric="<i>m</i>", tokens=("<s>", "<script>")
+    )
+    page = scores._repr_html_()
+    assert "&lt;b&gt;x&lt;/b&gt; · a &amp; b" in page and "&lt;i&gt;m&lt;/i&gt;: clean" in page
+    assert "<b>x</b>" not in page and "<i>" not in page
+    assert "<td>&lt;script&gt;</td>" in page and "<script>" not in page and "<td><s>" not in page
+    assert page.startswith("<b>Scores</b> · RELP · ")
+    assert "clean 3.000, corrupt -0.250, 2 pairs" in page and "-25.5000" in page
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def same(one: Scores, other: Scores) -> bool:
+    """Equal type and equal fields, tensors with their dtypes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.tolist()
+        if hasattr(value, "items"):
+            return {k: plain(v) for k, v in value.items()}
+        return type(value), value
+
+    return type(one) is type(other) and all(
+        plain(getattr(one, f.name)) == plain(getattr(other, f.name)) for f in fields(one)
+    )
+
+
+@pytest.mark.parametrize("kind", [Scores, Effects])
+@pytest.mark.parametrize("make", [node_scores, edge_scores])
+def test_a_file_gives_back_what_was_saved(
+    make: Callable[..., Scores], kind: type[Scores], tmp_path: Path
+) -> None:
+    end = torch.tensor([1, 0])
+    result = make(
+        kind,
+        model='a/b "c" 漢字',
+        task="</x>",
+        tokens=("Ġ", "\n"),
+        spans={"end": end, "last": end, "S1 (first)": torch.tensor([[0, 1], [1, 0]])[:, 0]},
+    )
+    path = tmp_path / "scores.safetensors"
+    assert result.save(path) == path and Scores.load(str(path)).level == result.level
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    for reader in (Scores, Effects):
+        again = reader.load(path)
+        assert same(again, result) and type(again.components) is type(again.tokens) is tuple
+        assert again.to_dataframe().equals(result.to_dataframe())
+    assert not same(Scores.load(path), replace(result, rules="GRADIENT"))
+
+
+def test_positions_and_half_precision_survive(tmp_path: Path) -> None:
+    scores = edge_scores(positions=True)
+    scores = replace(scores, edges=scores.edges.to(torch.bfloat16))
+    assert same(Scores.load(scores.save(tmp_path / "e.safetensors")), scores)
+
+
+def test_a_file_replaces_the_one_before(tmp_path: Path) -> None:
+    path = node_scores().save(tmp_path / "s.safetensors")
+    edge_scores(Effects).save(path)
+    assert same(Scores.load(path), edge_scores(Effects))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_permissions_follow_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = node_scores().save(tmp_path / "s.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_what_cannot_be_saved_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert full_message(lambda: node_scores().save(tmp_path / "scores.json")) == (
+        "scores must be saved as .safetensors; got 'scores.json'; change the suffix "
+        "(a circuit graph is saved with circuits.save)"
+    )
+    folder = tmp_path / "missing"
+    message = full_message(lambda: node_scores().save(folder / "s.safetensors"), FileNotFoundError)
+    assert message == (
+        f"`path` must lie in an existing folder; {str(folder)!r} is none; create it first"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+    path = node_scores().save(tmp_path / "s.safetensors")
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        edge_scores().save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+    assert same(Scores.load(path), node_scores())
+
+
+def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as users run it: the tests' type checker would refuse wrong labels with its own error
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    whole = node_scores().save(tmp_path / "s.safetensors").read_bytes()
+    arrays = {"clean": torch.ones(2), "corrupt": torch.ones(2), "lengths": torch.ones(2)}
+    path = tmp_path / "other.safetensors"
+
+    def refused(reason: str) -> None:
+        message = full_message(lambda: Scores.load(path))
+        assert message.startswith(
+            f"{str(path)!r} must be a file written by Scores.save; it is not ({reason}"
+        )
+        assert message.endswith("); for a circuit graph use circuits.load")
+
+    save_file(arrays, path)
+    refused("'relp')")
+    for header, reason in (
+        ("no json", "Expecting value"),
+        ("3", ""),
+        ("{}", "'type')"),
+        ('{"type": "Pickle"}', "'Pickle')"),
+        ('{"type": "Scores", "rules": "RELP"}', ""),
+        (
+            json.dumps({"type": "Scores", **dict.fromkeys(list(LABELS)[:5], "x")}),
+            "Scores must hold",
+        ),
+    ):
+        save_file(arrays, path, metadata={"relp": header})
+        refused(reason)
+    for length in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused("")
+    path.write_text("{}")
+    refused("")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        Scores.load(tmp_path / "none.safetensors")
