@@ -518,6 +518,7 @@ def edge_limit(graph: nx.MultiDiGraph) -> float:
 
 
 def edge_hue(data: dict[str, Any]) -> str:
+    """The colour of an edge's sign; what only holds the circuit together has none."""
     if data["structural"]:
         return NEUTRAL
     return POSITIVE if data["score"] >= 0 else NEGATIVE
