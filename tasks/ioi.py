@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,10 +20,9 @@ from tasks.task import Task, answer_id, encode
 
 __all__ = ["ioi"]
 
-Corruption = Literal["flip", "abc"]
-
 
 def words(text: str) -> tuple[str, ...]:
+    """The words of a text, split at spaces."""
     return tuple(text.split())
 
 
@@ -89,7 +88,7 @@ class Prompt:
     object: str
     fresh: tuple[str, str, str]
 
-    def text(self, corruption: Corruption | None = None) -> str:
+    def text(self, corruption: str | None = None) -> str:
         """The prompt, up to and without the answer; `None` is the clean one."""
         first, second = (self.io, self.s) if self.abba else (self.s, self.io)
         subject = self.s
@@ -121,7 +120,7 @@ def ioi(
     pairs: int = 32,
     seed: int = 0,
     *,
-    corruption: Corruption = "flip",
+    corruption: str = "flip",
     mixed_lengths: bool = False,
     prepend_bos: bool = True,
 ) -> Task:
@@ -191,7 +190,7 @@ def build(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    corruption: Corruption = "flip",
+    corruption: str = "flip",
     prepend_bos: bool = True,
 ) -> Task:
     """The task made of these prompts, with every position and answer checked token by token.

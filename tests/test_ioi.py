@@ -21,7 +21,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from tasks import ioi, zoo
-from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, Corruption, draw
+from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, draw
 
 rng = random.Random(0)
 TEXTS = [
@@ -174,7 +174,7 @@ def people(tokenizer: PreTrainedTokenizerFast, row: torch.Tensor) -> list[str]:
 
 @pytest.mark.parametrize("corruption", ["flip", "abc"])
 def test_spans_and_answers_name_the_people(
-    tokenizer: PreTrainedTokenizerFast, corruption: Corruption
+    tokenizer: PreTrainedTokenizerFast, corruption: str
 ) -> None:
     task = ioi(tokenizer, pairs=40, corruption=corruption)
     assert task.name == "ioi" and len(task) == 40 and len(set(task.lengths.tolist())) == 1
@@ -257,7 +257,7 @@ def test_templates_hold_each_slot_once_and_start_with_no_name() -> None:
     assert len(set(NAMES)) == len(NAMES) and not {*NAMES} & {*PLACES, *OBJECTS}
 
 
-@pytest.mark.parametrize("pairs", [0, -3, 1.5])
+@pytest.mark.parametrize("pairs", [0, -3])
 def test_too_few_pairs_is_an_error(pairs: int) -> None:
     with pytest.raises(ValueError) as error:
         ioi(gpt2(), pairs=pairs)
@@ -268,7 +268,7 @@ def test_too_few_pairs_is_an_error(pairs: int) -> None:
 
 def test_unknown_corruption_is_an_error() -> None:
     with pytest.raises(ValueError) as error:
-        ioi(gpt2(), corruption="swap")  # type: ignore[arg-type]
+        ioi(gpt2(), corruption="swap")
     assert str(error.value) == (
         "`corruption` must be 'flip' or 'abc'; got 'swap'; 'flip' swaps who gives, "
         "'abc' replaces all names"

@@ -64,6 +64,12 @@ def test_the_two_models_differ_where_architectures_do() -> None:
     )
 
 
+def test_the_script_still_makes_the_shipped_tokenizer(model: Any) -> None:
+    """A changed corpus would leave the shipped weights without their recipe."""
+    _, tokenizer = MODELS[model.cfg.model_name](0)
+    assert tokenizer.get_vocab() == model.tokenizer.get_vocab()
+
+
 def test_a_folder_is_small(model: Any) -> None:
     files = [f for f in (zoo.HERE / model.cfg.model_name).iterdir() if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 8 * MIB

@@ -3,6 +3,10 @@
 Tokenizer and model are trained from scratch on `tasks.zoo.corpus`; nothing is downloaded. Training
 goes on where it stopped when the same command is given again. The model is written into place
 at every evaluation where it is good enough on held-out combinations of template and names.
+
+The shipped models: 3000 steps of 64 rows, seed 0, some 26 minutes each on one core of a server CPU
+(`--threads 1`); both choose the right name from about step 800 on, and the rest is annealing.
+Another machine may round differently and end at slightly different weights.
 """
 
 from __future__ import annotations
