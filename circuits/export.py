@@ -24,9 +24,7 @@ import html
 import io
 import json
 import math
-import os
 import re
-import uuid
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -58,6 +56,7 @@ from circuits.draw import (
     tint,
 )
 from circuits.graph import check_circuit
+from relp.scores import written_whole
 
 __all__ = ["load", "save"]
 
@@ -92,7 +91,9 @@ def save(what: nx.MultiDiGraph | go.Figure, path: str | Path, *, title: str | No
             raise _unknown(path)
         _check_storable(check_circuit(what))
         text = writer(what, title)
-    return _write_whole(path, text)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return path
 
 
 def load(path: str | Path) -> nx.MultiDiGraph:
@@ -127,22 +128,6 @@ def _unknown(path: Path, *, reading: bool = False) -> ValueError:
     return ValueError(
         f"the suffix must be one of {' '.join(known)}; got {path.name!r}{why}; choose another name"
     )
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Writes beside `path`, then renames: nobody ever sees half a file."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"`path` must lie in an existing folder; {str(path.parent)!r} is none; create it first"
-        )
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
 
 
 def _check_storable(graph: nx.MultiDiGraph) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from relp.capture import ROOT, Capture, capture
-from relp.propagation import frozen, propagate
+from relp.propagation import propagate
 from relp.rulebook import RELP, Rules
 from relp.scores import Scores
 from relp.sites import Block, Sites, weight
@@ -195,9 +195,7 @@ def edge_scores(
         nonlocal column
         at = slice(column, column := column + len(coefficients))
         if positions:
-            table[:, :rows, at] = einsum(
-                deltas[:rows], coefficients, "w p t d, r p t d -> t w r"
-            )
+            table[:, :rows, at] = einsum(deltas[:rows], coefficients, "w p t d, r p t d -> t w r")
         else:
             table[0, :rows, at] = deltas[:rows].flatten(1) @ coefficients.flatten(1).T
 
@@ -254,7 +252,7 @@ def pull_back(
     rules: Rules,
 ) -> Float[Tensor, "reader pair pos d_model"]:
     """Coefficients at a norm's input from those at its output, for many readers at once."""
-    with frozen(norm), torch.enable_grad():
+    with torch.enable_grad():
         x = own.detach().requires_grad_()
         with propagate(rules, root=norm) as report:
             y = norm(x)

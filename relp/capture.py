@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp.propagation import Propagation, frozen, propagate
+from relp.propagation import Propagation, propagate
 from relp.rulebook import Rules
 from relp.sites import Sites, editing, reading
 
@@ -63,27 +63,26 @@ def capture(
     """
     other = "corrupt" if own == "clean" else "clean"
     names = tuple(dict.fromkeys([ROOT, *names]))
-    with frozen(sites.model):
-        if steps == 1:
-            with propagate(rules, root=sites.model) as report:
-                values, metric = _differentiable(sites, task, names, own, rules, report)
-            with ExitStack() as stack:
-                if rules.needs_reference:
-                    stack.enter_context(report.reference())
-                others, other_metric = observe(sites, task, names, side=other)
-            coefficients = _coefficients(metric, values, names, rules)
-        else:
+    if steps == 1:
+        with propagate(rules, root=sites.model) as report:
+            values, metric = _differentiable(sites, task, names, own, rules, report)
+        with ExitStack() as stack:
+            if rules.needs_reference:
+                stack.enter_context(report.reference())
             others, other_metric = observe(sites, task, names, side=other)
-            values, metric = observe(sites, task, names, side=own)
-            coefficients = {}
-            for step in range(steps):
-                at = (step + 0.5) / steps
-                root = torch.lerp(values[ROOT], others[ROOT], at)
-                with propagate(rules, root=sites.model) as report:
-                    between, middle = _differentiable(sites, task, names, own, rules, report, root)
-                part = _coefficients(middle, between, names, rules)
-                for name, c in part.items():
-                    coefficients[name] = coefficients.get(name, 0) + c / steps
+        coefficients = _coefficients(metric, values, names, rules)
+    else:
+        others, other_metric = observe(sites, task, names, side=other)
+        values, metric = observe(sites, task, names, side=own)
+        coefficients = {}
+        for step in range(steps):
+            at = (step + 0.5) / steps
+            root = torch.lerp(values[ROOT], others[ROOT], at)
+            with propagate(rules, root=sites.model) as report:
+                between, middle = _differentiable(sites, task, names, own, rules, report, root)
+            part = _coefficients(middle, between, names, rules)
+            for name, c in part.items():
+                coefficients[name] = coefficients.get(name, 0) + c / steps
     own_values = {n: v.detach() for n, v in values.items()}
     return Capture(own_values, others, coefficients, metric.detach(), other_metric.detach())
 

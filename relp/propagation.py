@@ -82,6 +82,7 @@ class Propagation:
     def __init__(self, rules: Rules, *, strict: bool = True, root: nn.Module | None = None) -> None:
         self.rules = rules
         self.strict = strict
+        self._root = root
         self._names = {id(m): n for n, m in root.named_modules()} if root is not None else {}
         self._path: list[str] = []
         self._counts: Counter[tuple[str, str, str, str]] = Counter()
@@ -100,6 +101,8 @@ class Propagation:
         if self._stack is not None:
             raise RuntimeError("a propagation can be entered once; call propagate(rules) again")
         self._stack = ExitStack()
+        if self._root is not None:
+            self._stack.enter_context(frozen(self._root))
         self._start(self._stack)
         return self
 
@@ -398,7 +401,7 @@ class Propagation:
             if slot is not None:
                 slot.fill(*(args[i] for i in slot.positions))
             return out
-        dependent = [i for i, a in at if a.requires_grad]
+        dependent = [i for i, a in at if _carries(a)]
         factors = [i for i in dependent if not (name in ("baddbmm", "addmm", "addbmm") and i == 0)]
         if len(factors) < 2:
             self._count(name, "linear", "derivative")
@@ -410,7 +413,7 @@ class Propagation:
         if len(factors) > 2 or len(dependent) != len(factors) or _carries(kwargs):
             raise UnknownOperationError(
                 f"a product of dependent tensors must have two factors to be split; {name!r} has "
-                f"{len(dependent)}; write it as products of two"
+                f"{len(dependent)}; write it as products of two, and freeze weights that are computed"
             )
         if rule == "half":
             return formulas.half(func(*args, **kwargs))
@@ -439,7 +442,7 @@ class Propagation:
         if self._in_reference:
             out = func(*args, **kwargs)
             if slot is not None:
-                slot.fill(x if dtype is None else x.to(dtype))
+                slot.fill(x if dtype is None else x.to(dtype), out)
             return out
         rule = self.rules.softmax
         self._count(name, "softmax", rule)
@@ -467,7 +470,7 @@ class Propagation:
         if _carries(weight) or _carries(bias):
             raise UnknownOperationError(
                 f"the weight and bias of {name!r} must not depend on the input under the rule "
-                f"{rule!r}; they require grad; freeze the parameters first"
+                f"{rule!r}; they do; write the norm as a division and a product"
             )
         with torch.no_grad():
             y = func(*args, **kwargs)
@@ -534,12 +537,14 @@ def propagate(
     tensor([0.6915, 0.1587])
 
     Values are torch's own. For rules that compare two runs (DEEPLIFT) run the other input inside
-    `with report.reference():` before the backward. Freeze parameters whose gradient is not wanted.
+    `with report.reference():` before the backward. Relevance flows to activations and inputs;
+    gradients of parameters mean nothing here.
 
     Args:
         rules: which rule each kind of operation gets.
         strict: an operation that no rule knows is an error; else its derivative is used.
-        root: the module whose `named_modules` give the paths in the report.
+        root: the module that is run. Its parameters do not require grad inside the block (the
+            backward is much cheaper so), and its names for its parts appear in the report.
 
     Raises:
         UnknownOperationError: inside the block, at an operation that no rule knows.
@@ -588,7 +593,6 @@ def coverage(
 
     report = propagate(rules, strict=strict, root=module)
     with ExitStack() as stack:
-        stack.enter_context(frozen(module))
         for part in module.modules():
             if isinstance(part, nn.Embedding):
                 stack.callback(part.register_forward_hook(embedded).remove)
@@ -624,9 +628,9 @@ def _name(func: Any) -> str:
 
 
 def _carries(value: Any) -> bool:
-    """True if a tensor in `value` requires grad."""
+    """True if a tensor in `value` carries relevance: it requires grad and is not a parameter."""
     if isinstance(value, Tensor):
-        return value.requires_grad
+        return value.requires_grad and not isinstance(value, nn.Parameter)
     if isinstance(value, (tuple, list)):
         return any(_carries(v) for v in value)
     if isinstance(value, dict):
@@ -654,9 +658,7 @@ def _norm_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return x, shape, given.get("weight"), given.get("bias"), eps
 
 
-def _refuse_in_place(
-    name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _refuse_in_place(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     spelled = getattr(func, "__name__", "")
     in_place = (spelled.endswith("_") and not spelled.endswith("__")) or spelled.startswith("__i")
     if in_place or kwargs.get("inplace"):
@@ -698,9 +700,7 @@ def _written_out(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = (query @ key.transpose(-2, -1)) * (
-        query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         n, m = scores.shape[-2:]
         mask = torch.ones(n, m, dtype=torch.bool, device=scores.device).tril()

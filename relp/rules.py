@@ -124,8 +124,9 @@ def _secant(
     # With |step| = t the quotient is off by about eps / t, the derivative midway by about t^2 / 24:
     # both are small at t = eps ** (1/3). At a kink the two differ by more than rounding explains,
     # and the quotient is right: a piecewise linear function is as exact as its input.
-    near = step.abs() < torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.abs())
-    smooth = (y_ - y - middle * step).abs() <= 1e-6 * (1 + y.abs())
+    eps = torch.finfo(x.dtype).eps
+    near = step.abs() < eps ** (1 / 3) * (1 + x.abs())
+    smooth = (y_ - y - middle * step).abs() <= eps ** (2 / 3) * (1 + y.abs())
     return torch.where((step == 0) | (near & smooth), middle, quotient)
 
 
@@ -196,29 +197,40 @@ def midpoint_matmul(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Te
 
 
 def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
-    """e = exp(x - c) with one c for both runs, S = Σe, y = e·(1/S), each step exact.
+    """y = exp(z) with z = x - lse(x), lse the log of the sum of exp(x): each step by its secant.
 
-    exp by its secant, the product by midpoints, 1/S by its secant -1/(S·S'). What is masked out
-    in both runs gets 0.
+    Δy_i = M(y_i, y'_i)·Δz_i with M the logarithmic mean, Δz_i = Δx_i - Δlse, and
+    Δlse = Σ_j w_j·Δx_j with w_j = M(e_j, e'_j) / M(S, S'), e = exp(x), S = Σe. M adds up to no
+    more than the M of the sums, so Σ w ≤ 1: no coefficient exceeds what arrives. (Splitting
+    y = e·(1/S) by midpoints is as exact on paper, but its terms grow with S'/S and cancel: with
+    attention scores that differ by 20 between the runs, nothing is left of float32.)
+    What is masked out in both runs gets 0.
     """
-    saved = x.detach()
+    saved, value = x.detach(), y.detach()
 
     def pull_back(g: Tensor) -> tuple[Tensor]:
-        (x_,) = reference()
-        top = torch.maximum(saved, x_).amax(dim, keepdim=True)
-        e, e_ = (saved - top).exp(), (x_ - top).exp()
-        total, total_ = e.sum(dim, keepdim=True), e_.sum(dim, keepdim=True)
-        at_e = g * ((1 / total + 1 / total_) / 2)
-        at_e = at_e - (g * ((e + e_) / 2)).sum(dim, keepdim=True) / (total * total_)
-        # exp's secant: e^mid · sinh(h) / h with h half the step; the series where h is small
+        x_, y_ = reference()
         step = x_ - saved
-        near = step.abs() < 1e-2
-        series = (e * e_).sqrt() * (1 + step.square() / 24)
-        slope = torch.where(near, series, (e_ - e) / torch.where(near, 1.0, step))
-        masked = torch.isinf(saved) | torch.isinf(x_)
-        return (torch.where(masked, 0.0, at_e * slope),)
+        shift = x_.logsumexp(dim, keepdim=True) - saved.logsumexp(dim, keepdim=True)
+        weighted = g * _logarithmic_mean(y_, value, step - shift)
+        # w with both sums divided by the larger one, so that nothing overflows
+        size = shift.abs()
+        less = (-size).exp()
+        larger = torch.where(shift >= 0, y_, y_ * less)
+        smaller = torch.where(shift >= 0, value * less, value)
+        scale = torch.where(size == 0, 1.0, size / -torch.expm1(-size))
+        share = scale * _logarithmic_mean(larger, smaller, step)
+        return (weighted - share * weighted.sum(dim, keepdim=True),)
 
     return attach(y, pull_back, x)
+
+
+def _logarithmic_mean(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
+    """(a - b) / log(a / b), by its series where a is close to b; 0 where the ratio is undefined."""
+    near = log_ratio.abs() < 1e-2
+    series = (a * b).sqrt() * (1 + log_ratio.square() / 24)
+    mean = torch.where(near, series, (a - b) / torch.where(near, 1.0, log_ratio))
+    return torch.where(log_ratio.isfinite(), mean, 0.0)
 
 
 # -- norm ------------------------------------------------------------------------------------------

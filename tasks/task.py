@@ -114,8 +114,8 @@ class Task:
     @classmethod
     def from_tokens(
         cls,
-        clean: Tensor | Sequence[Tensor],
-        corrupt: Tensor | Sequence[Tensor],
+        clean: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
+        corrupt: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
         answers: Tensor | Sequence[int],
         foils: Tensor | Sequence[int],
         *,
@@ -123,7 +123,7 @@ class Task:
         metric: str | Callable[..., Tensor] = "logit_difference",
         name: str = "task",
     ) -> Task:
-        """From token ids: `[pair, pos]` tensors, or lists of 1-D tensors when lengths differ.
+        """From token ids: `[pair, pos]` tensors, or lists of rows when lengths differ.
 
         Raises:
             ValueError: a pair's two prompts have different lengths, or a token id is negative.

@@ -1,0 +1,134 @@
+"""Models that several suites share: tiny random ones in the hub's folder layout, and the shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from tasks import Task, zoo
+from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer that knows IOI's words, saved as the hub does; gives its size."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    words = [f" {w}" for w in (*NAMES, *OBJECTS, *PLACES)]
+    bpe.train_from_iterator([*TEMPLATES, "".join(words), *words] * 4, trainer)
+    end = "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    size = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=size, n_layer=3, n_head=4, n_embd=32, n_positions=64, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    size = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, intermediate_size=48, max_position_embeddings=64, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def boot(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return warm(TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype).eval())
+
+
+def warm(model: Any) -> Any:
+    """A bridge installs hooks of its own at the first run; `state` should not see those as ours."""
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    return model
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def tiny(request: pytest.FixtureRequest) -> Any:
+    """A tiny random model of each style."""
+    return boot(request.getfixturevalue(f"{request.param}_folder"))
+
+
+@pytest.fixture(scope="session", params=["ioi-gpt2", "ioi-llama"])
+def shipped(request: pytest.FixtureRequest) -> Any:
+    """A model that comes with the package."""
+    return warm(zoo.load(request.param))
+
+
+@pytest.fixture(autouse=True)
+def same_model_after(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does with a shared model, it must leave it as it was."""
+    shared = [request.getfixturevalue(n) for n in ("tiny", "shipped") if n in request.fixturenames]
+    before = [state(m) for m in shared]
+    yield
+    for model, was in zip(shared, before, strict=True):
+        now = state(model)
+        assert now == was, [a for a, b in zip(now, was, strict=True) if a != b]
+
+
+def state(model: Any) -> list[tuple[Any, ...]]:
+    """Hooks, flags, mode, methods, gradients and weights of every part of a model."""
+    parts = [
+        (
+            name,
+            module.training,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+            "forward" in vars(module),
+        )
+        for name, module in model.named_modules()
+    ]
+    weights = [
+        (name, p.requires_grad, p.grad is None, float(p.detach().double().sum()))
+        for name, p in model.named_parameters()
+    ]
+    return [*parts, *weights]
+
+
+def random_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -> Task:
+    """Pairs of random tokens with random answers: no structure to hide behind."""
+    generator = torch.Generator().manual_seed(seed)
+    size = int(model.cfg.d_vocab)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(0, size, shape, generator=generator)
+
+    return Task.from_tokens(draw(pairs, length), draw(pairs, length), draw(pairs), draw(pairs))

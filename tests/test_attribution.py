@@ -1,0 +1,271 @@
+"""Scores: completeness, plain gradients, edges against nodes, directions, batches, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_task
+from replica import Replica
+from torch import Tensor
+
+from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute
+from relp.scores import Component, precedes
+from tasks import KLDivergence, Task, ioi
+
+ALL = (GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT)
+ids = [r.name for r in ALL]
+
+
+def node_totals(scores: Scores, names: tuple[str, ...]) -> Tensor:
+    """Mean over pairs, sum over positions, for some components."""
+    assert scores.nodes is not None
+    at = [scores.components.index(n) for n in names]
+    return scores.nodes.mean(0).sum(-1)[at]
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("metric", ["logit_difference", "probability_difference"])
+def test_deeplift_sums_to_the_gap_at_every_layer(shipped: Any, direction: str, metric: str) -> None:
+    task = ioi(shipped.tokenizer, pairs=8, seed=1, corruption="abc").with_metric(metric)
+    scores = attribute(shipped, task, rules=DEEPLIFT, direction=direction)
+    names, residual = scores.of_kind("resid")
+    assert len(names) == len(shipped.blocks)
+    for layer in range(len(names)):
+        error = (residual[:, layer].sum(-1) - scores.gap).abs() / scores.gap.abs()
+        assert float(error.max()) < 1e-4, names[layer]
+    edges = attribute(shipped, task, rules=DEEPLIFT, direction=direction, level="edge")
+    assert edges.edges is not None
+    gap = float(scores.gap.mean())
+    assert float(edges.edges[0].sum()) == pytest.approx(gap, rel=1e-4)
+    assert float(edges.edges[:, -1].sum()) == pytest.approx(gap, rel=1e-4)
+
+
+def test_gradient_is_torchs_own(shipped: Any) -> None:
+    """The plain way: hooks, autograd, a product; no package code but the task's metric."""
+    task = ioi(shipped.tokenizer, pairs=4, seed=2)
+    points = {"L0.resid": shipped.blocks[0].hook_in}
+    for layer, block in enumerate(shipped.blocks):
+        points[f"L{layer}.mlp"] = block.mlp.hook_out
+        points[f"L{layer}.attn"] = block.attn.hook_out
+    runs: dict[str, dict[str, Tensor]] = {"clean": {}, "corrupt": {}}
+    for side, kept in runs.items():
+        handles = [
+            p.register_forward_hook(lambda _, __, v, n=n, kept=kept: kept.__setitem__(n, v))
+            for n, p in points.items()
+        ]
+        metric = task.metric(shipped(getattr(task, side))).sum()
+        for h in handles:
+            h.remove()
+    corrupt = runs["corrupt"]
+    grads = dict(zip(corrupt, torch.autograd.grad(metric, list(corrupt.values())), strict=True))
+    scores = attribute(shipped, task, rules=GRADIENT)
+    assert scores.nodes is not None
+    for name in points:
+        expected = ((runs["clean"][name] - runs["corrupt"][name]) * grads[name]).sum(-1).detach()
+        found = scores.nodes[:, scores.components.index(name)]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", ALL, ids=ids)
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_writers_edges_sum_to_its_node(shipped: Any, rules: Rules, direction: str) -> None:
+    task = ioi(shipped.tokenizer, pairs=6, seed=4)
+    nodes = attribute(shipped, task, rules=rules, direction=direction)
+    edges = attribute(shipped, task, rules=rules, direction=direction, level="edge")
+    expected = node_totals(nodes, edges.writers)
+    assert edges.edges is not None
+    error = (edges.edges.sum(1) - expected).abs() / expected.abs().clamp(min=1e-2)
+    assert float(error.max()) < 1e-4
+
+
+def test_edges_exist_only_from_earlier_to_later(tiny: Any) -> None:
+    edges = attribute(tiny, random_task(tiny), rules=RELP, level="edge")
+    assert edges.edges is not None
+    layers, heads = len(tiny.blocks), tiny.cfg.n_heads
+    kv = getattr(tiny.cfg, "n_key_value_heads", None) or heads
+    assert len(edges.writers) == 1 + layers * (heads + 1)
+    assert len(edges.readers) == layers * (heads + 2 * kv + 1) + 1
+    for w, writer in enumerate(edges.writers):
+        for r, reader in enumerate(edges.readers):
+            exists = precedes(Component.parse(writer), Component.of_reader(reader)[0])
+            assert (float(edges.edges[w, r]) != 0) == exists, (writer, reader)
+
+
+@pytest.mark.parametrize("rules", [GRADIENT, RELP], ids=["GRADIENT", "RELP"])
+def test_edges_are_what_each_reader_alone_would_see(tiny: Any, rules: Rules) -> None:
+    """In the float64 replica every reader gets its own copy of the residual stream."""
+    task = random_task(tiny, pairs=2, length=5)
+    edges = attribute(tiny, task, rules=rules, level="edge")
+    assert edges.edges is not None
+    replica = Replica(tiny, rules)
+    with torch.no_grad():
+        clean = replica.run(task.clean).writers
+    copies: dict[str, Tensor] = {}
+
+    def read(reader: str, residual: Tensor) -> Tensor:
+        if reader not in copies:  # keys and values of a group are read once per query head
+            copies[reader] = torch.zeros_like(residual, requires_grad=True)
+        return residual + copies[reader]
+
+    trace = replica.run(task.corrupt, read=read)
+    grads = torch.autograd.grad(task.metric(trace.logits).sum(), list(copies.values()))
+    coefficients = dict(zip(copies, grads, strict=True))
+    for w, writer in enumerate(edges.writers):
+        delta = clean[writer] - trace.writers[writer].detach()
+        for r, reader in enumerate(edges.readers):
+            if precedes(Component.parse(writer), Component.of_reader(reader)[0]):
+                expected = float((delta * coefficients[reader]).sum()) / len(task)
+                assert float(edges.edges[w, r]) == pytest.approx(expected, rel=1e-3, abs=2e-6)
+
+
+def test_positions_sum_to_the_edges(tiny: Any) -> None:
+    task = random_task(tiny)
+    flat = attribute(tiny, task, rules=RELP, level="edge")
+    kept = attribute(tiny, task, rules=RELP, level="edge", positions=True)
+    assert kept.edges is not None and flat.edges is not None
+    assert kept.edges.shape == (7, *flat.edges.shape)
+    torch.testing.assert_close(kept.edges.sum(0), flat.edges, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rules", ALL, ids=ids)
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_identical_pairs_score_zero(tiny: Any, rules: Rules, level: str) -> None:
+    task = random_task(tiny)
+    same = Task.from_tokens(task.clean, task.clean, task.answers, task.foils)
+    scores = attribute(tiny, same, rules=rules, level=level)
+    values = scores.nodes if level == "node" else scores.edges
+    assert values is not None
+    assert torch.equal(values, torch.zeros_like(values))
+
+
+@pytest.mark.parametrize("rules", ALL, ids=ids)
+def test_noise_is_denoise_with_the_sides_swapped(tiny: Any, rules: Rules) -> None:
+    task = random_task(tiny)
+    swapped = Task.from_tokens(task.corrupt, task.clean, task.answers, task.foils)
+    noise = attribute(tiny, task, rules=rules, direction="noise")
+    denoise = attribute(tiny, swapped, rules=rules, direction="denoise")
+    assert noise.nodes is not None and denoise.nodes is not None
+    torch.testing.assert_close(noise.nodes, denoise.nodes)
+    if rules is DEEPLIFT:  # the same path both ways, walked backwards
+        there = attribute(tiny, task, rules=rules, direction="denoise")
+        assert there.nodes is not None
+        torch.testing.assert_close(there.nodes, -noise.nodes, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_batches_are_the_mean_of_single_pairs(tiny: Any, level: str) -> None:
+    task = random_task(tiny, pairs=5)
+    whole = attribute(tiny, task, rules=RELP, level=level)
+    parts = attribute(tiny, task, rules=RELP, level=level, batch_size=2, progress=False)
+    for name in ("nodes", "edges"):
+        one, two = getattr(whole, name), getattr(parts, name)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_of_different_lengths(tiny: Any) -> None:
+    one, two = random_task(tiny, pairs=2, length=5), random_task(tiny, pairs=3, length=8, seed=1)
+    mixed = Task.from_tokens(
+        [*one.clean, *two.clean], [*one.corrupt, *two.corrupt],
+        torch.cat([one.answers, two.answers]), torch.cat([one.foils, two.foils]),
+    )  # fmt: skip
+    scores = attribute(tiny, mixed, rules=RELP)
+    short, long = attribute(tiny, one, rules=RELP), attribute(tiny, two, rules=RELP)
+    assert scores.nodes is not None and short.nodes is not None and long.nodes is not None
+    torch.testing.assert_close(scores.nodes[:2, :, :5], short.nodes)
+    assert torch.equal(scores.nodes[:2, :, 5:], torch.zeros(2, len(scores.components), 3))
+    torch.testing.assert_close(scores.nodes[2:], long.nodes)
+
+
+def test_steps_approach_the_path_integral(tiny: Any) -> None:
+    task = random_task(tiny)
+    errors = []
+    for steps in (1, 8, 40):
+        scores = attribute(tiny, task, rules=GRADIENT, steps=steps)
+        assert scores.nodes is not None
+        embed = scores.nodes[:, 0].sum(-1)
+        errors.append(float((embed - scores.gap).abs().max() / scores.gap.abs().max()))
+    # at the embedding, integrated gradients are complete
+    assert errors[2] < errors[0]
+    assert errors[2] < 2e-2, errors
+    assert scores.rules == "GRADIENT (40 steps)"
+
+
+def test_a_users_own_metric_works(tiny: Any) -> None:
+    task = random_task(tiny)
+    plain = attribute(tiny, task, rules=RELP)
+
+    def mine(logits: Tensor) -> Tensor:
+        rows = torch.arange(len(task))
+        return logits[rows, -1, task.answers] - logits[rows, -1, task.foils]
+
+    own = attribute(tiny, task.with_metric(mine), rules=RELP)
+    assert own.nodes is not None and plain.nodes is not None
+    torch.testing.assert_close(own.nodes, plain.nodes)
+    assert own.metric == "mine"
+    kl = attribute(tiny, task.with_metric(KLDivergence.of(tiny, task)), rules=RELP)
+    torch.testing.assert_close(kl.clean, torch.zeros(len(task)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level": "head"}, "`level` must be 'node' or 'edge'; got 'head'"),
+        ({"direction": "forward"}, "`direction` must be 'denoise' or 'noise'; got 'forward'"),
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"steps": 3, "rules": DEEPLIFT}, "and 1 for rules that compare two runs; got 3 with"),
+        ({"positions": True}, "`positions` is for edge scores; got level='node'"),
+        ({"batch_size": -1}, "`batch_size` must be at least 1; got -1"),
+    ],
+)
+def test_wrong_arguments(tiny: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        attribute(tiny, random_task(tiny), **arguments)
+    assert message in str(error.value)
+
+
+def test_a_model_in_train_mode_is_refused(tiny: Any) -> None:
+    part = tiny.blocks[1]
+    part.training = True
+    try:
+        with pytest.raises(ValueError, match=r"in train mode; call model\.eval\(\)"):
+            attribute(tiny, random_task(tiny))
+    finally:
+        part.training = False
+
+
+def test_a_plain_module_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    task = Task.from_tokens([[1]], [[2]], [0], [1])
+    with pytest.raises(TypeError, match="must be a TransformerBridge"):
+        attribute(model, task)
+
+
+def test_errors_leave_the_model_as_it_was(tiny: Any) -> None:
+    def bad(logits: Tensor) -> Tensor:
+        return logits.mean()
+
+    task = random_task(tiny).with_metric(bad)
+    for level in ("node", "edge"):
+        with pytest.raises(ValueError, match=r"must return shape \[4\], one number per pair"):
+            attribute(tiny, task, level=level)
+    nan = random_task(tiny).with_metric(lambda logits: logits[:, -1, 0] * float("nan"))
+    with pytest.raises(ValueError, match="must return finite numbers"):
+        attribute(tiny, nan)
+    # the autouse fixture compares every hook, flag, mode and weight
+
+
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_result"])
+def test_the_bridges_flags_change_nothing(tiny: Any, flag: str) -> None:
+    """They send the bridge along other paths; scores must follow or refuse, never drift."""
+    task = random_task(tiny)
+    plain = attribute(tiny, task, level="edge")
+    getattr(tiny, f"set_{flag}")(True)
+    try:
+        flagged = attribute(tiny, task, level="edge")
+    finally:
+        getattr(tiny, f"set_{flag}")(False)
+    assert plain.edges is not None and flagged.edges is not None
+    torch.testing.assert_close(flagged.edges, plain.edges, rtol=1e-4, atol=1e-6)
