@@ -128,7 +128,8 @@ class Metric:
             bad = int((~torch.isfinite(values.detach())).nonzero()[0])
             raise ValueError(
                 f"metric {self.name!r} must return finite numbers; pair {bad} has "
-                f"{float(values.detach()[bad])}; check the prompts of that pair and the metric's logarithms"
+                f"{float(values.detach()[bad])}; check the prompts of that pair and the metric's "
+                "logarithms"
             )
         return values
 
