@@ -21,7 +21,7 @@ from circuits.graph import real_edges
 from relp.attribution import head_outputs
 from relp.capture import ROOT, observe
 from relp.scores import Component, precedes
-from relp.sites import Block, Sites, editing, weight
+from relp.sites import Block, Sites, bias, editing, weight
 
 __all__ = ["faithfulness"]
 
@@ -88,7 +88,7 @@ def faithfulness(
             "faithfulness needs a metric that differs between clean and corrupt prompts; both "
             f"average {float(clean.mean()):.4g}; use prompts whose answers differ"
         )
-    shares = [(float(m.mean()) - float(corrupt.mean())) / gap for m in alone]
+    shares = [float(m.mean() - corrupt.mean()) / gap for m in alone]
     return shares[0] if single else shares
 
 
@@ -100,7 +100,7 @@ def _mask(
     readers = {r: i for i, r in enumerate(sites.readers)}
     positional = bool(circuit.graph.get("positions", False))
     mask = torch.zeros(length, len(readers), len(writers), dtype=torch.bool)
-    for u, v, _, data in real_edges(circuit):
+    for u, _, _, data in real_edges(circuit):
         reader = data["reader"]
         known = u in writers and reader in readers
         if not known or not precedes(Component.parse(u), Component.of_reader(reader)[0]):
@@ -148,12 +148,12 @@ def _run(
         def rebuild() -> None:
             names = block.readers[:-1]
             x = block.norm(inputs(names, block.name("resid"), known).flatten(1, 2))
-            for slot, site, projection, heads in block.attention_readers:
+            for site, projection, heads in block.attention_readers:
                 part, x = x[:heads], x[heads:]
-                inner = getattr(projection, "original_component", projection)
                 w = rearrange(weight(projection), "(h d) m -> h d m", h=heads)
                 out = torch.einsum("hntm,hdm->nthd", part, w.to(part.dtype)).flatten(2)
-                rebuilt[site] = out if inner.bias is None else out + inner.bias
+                offset = bias(projection)
+                rebuilt[site] = out if offset is None else out + offset
 
         def give(site: str) -> Callable[[Tensor], Tensor]:
             def edit(_: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _run(
 
             return edit
 
-        for _, site, _, _ in block.attention_readers:
+        for site, _, _ in block.attention_readers:
             edits[site] = give(site)
 
     def listen(block: Block) -> None:

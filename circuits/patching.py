@@ -140,9 +140,9 @@ class _Runs:
         if self.task.metric.reads_answer_only:
             end = self.task.spans["end"].to(self.sites.device).repeat(count)
             edits["unembed"] = lambda x: x[torch.arange(len(x), device=x.device), end][:, None]
-        with torch.no_grad(), _skipping(self.sites, layer, self.outputs):
-            with editing(self.sites, edits):
-                logits = self.sites.model(tokens)
+        skipping = _skipping(self.sites, layer, self.outputs)
+        with torch.no_grad(), skipping, editing(self.sites, edits):
+            logits = self.sites.model(tokens)
         return torch.stack([self.task.metric(part) for part in logits.split(pairs)])
 
     def _site(self, cell: Cell) -> str:

@@ -1,6 +1,7 @@
 """Relevance patching: attribution patching with LRP coefficients in place of gradients."""
 
 from relp.attribution import attribute
+from relp.propagation import UnknownOperationError, coverage, propagate
 from relp.rulebook import (
     ATTN_LRP,
     CP_LRP,
@@ -11,7 +12,6 @@ from relp.rulebook import (
     Rules,
     preset,
 )
-from relp.propagation import UnknownOperationError, coverage, propagate
 from relp.scores import Component, Effects, Scores
 
 __all__ = [

@@ -227,7 +227,7 @@ def _attention_coefficients(
 ) -> Float[Tensor, "reader pair pos d_model"]:
     """Coefficients at the residual stream for each head's q, k and v, in column order."""
     parts = []
-    for _, site, projection, heads in block.attention_readers:
+    for site, projection, heads in block.attention_readers:
         c = rearrange(seen.coefficients[site].float(), "p t (h d) -> h p t d", h=heads)
         w = rearrange(weight(projection).float(), "(h d) m -> h d m", h=heads)
         parts.append(torch.einsum("hptd,hdm->hptm", c, w))

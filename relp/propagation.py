@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -120,7 +120,8 @@ class Propagation:
 
     def _start(self, stack: ExitStack) -> None:
         self._calls = 0
-        before = register_module_forward_pre_hook(self._enter_module)
+        # torch's annotation forgets that a hook may return new arguments
+        before = register_module_forward_pre_hook(cast(Any, self._enter_module))
         stack.callback(before.remove)
         after = register_module_forward_hook(self._leave_module)
         stack.callback(after.remove)
@@ -413,7 +414,7 @@ class Propagation:
         if len(factors) > 2 or len(dependent) != len(factors) or _carries(kwargs):
             raise UnknownOperationError(
                 f"a product of dependent tensors must have two factors to be split; {name!r} has "
-                f"{len(dependent)}; write it as products of two, and freeze weights that are computed"
+                f"{len(dependent)}; write it as products of two, with frozen weights"
             )
         if rule == "half":
             return formulas.half(func(*args, **kwargs))

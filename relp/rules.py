@@ -30,7 +30,7 @@ class _Attach(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         # The formulas are plain arithmetic: no rule may be applied to them in turn.
         with torch._C.DisableTorchFunction():
             grads = ctx.pull_back(g)
@@ -68,6 +68,7 @@ class Reference:
         self._tensors = tuple(t.detach() for t in tensors)
 
     def __call__(self) -> tuple[Tensor, ...]:
+        """What the reference run had here."""
         if self._tensors is None:
             raise RuntimeError(
                 f"rules that compare two runs need the reference run before the backward; "

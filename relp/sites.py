@@ -59,12 +59,12 @@ class Block:
         return tuple(f"L{self.layer}KV{h}" for h in range(self.kv_heads))
 
     @property
-    def attention_readers(self) -> tuple[tuple[str, str, nn.Module, int], ...]:
-        """`(slot, site, projection, number of heads)` for q, k and v."""
+    def attention_readers(self) -> tuple[tuple[str, nn.Module, int], ...]:
+        """`(site, projection, number of heads)` for q, k and v."""
         return (
-            ("q", self.name("q"), self.q, self.heads),
-            ("k", self.name("k"), self.k, self.kv_heads),
-            ("v", self.name("v"), self.v, self.kv_heads),
+            (self.name("q"), self.q, self.heads),
+            (self.name("k"), self.k, self.kv_heads),
+            (self.name("v"), self.v, self.kv_heads),
         )
 
     @property
@@ -87,7 +87,6 @@ class Sites:
     model: Any
     points: Mapping[str, nn.Module]
     blocks: tuple[Block, ...]
-    final_norm: nn.Module
     model_name: str
 
     @classmethod
@@ -117,7 +116,7 @@ class Sites:
         blocks = []
         for layer, block in enumerate(model.blocks):
             attn = getattr(block, "attn", None)
-            parts = [getattr(attn, p, None) for p in "qkvo"]
+            parts: list[Any] = [getattr(attn, p, None) for p in "qkvo"]
             if any(p is None for p in parts) or not hasattr(block, "mlp"):
                 raise ValueError(
                     "a block must have an attention with q, k, v and o and an MLP; block "
@@ -154,11 +153,12 @@ class Sites:
                 f"L{layer}.mlp": block.hook_mlp_out,
             }
             if not parallel:
-                points[f"L{layer}.mid"] = block.mlp.hook_in if norm is None else block.ln2.hook_in
+                # without a norm before it (OLMo-2) the MLP reads the stream itself
+                points[f"L{layer}.mid"] = getattr(block, "ln2", block.mlp).hook_in
         name = str(getattr(model.cfg, "model_name", type(model).__name__))
         # a folder's path says where a user keeps files, not which model it is
         name = PurePath(name).name if PurePath(name).is_absolute() else name
-        return cls(model, points, tuple(blocks), model.ln_final, name)
+        return cls(model, points, tuple(blocks), name)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -251,7 +251,13 @@ def editing(sites: Sites, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 def weight(projection: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """The matrix of a linear module, whichever way round its class stores it."""
-    inner = getattr(projection, "original_component", None) or projection
-    matrix = inner.weight.detach()
+    inner: Any = getattr(projection, "original_component", None) or projection
+    matrix: Tensor = inner.weight.detach()
     # transformers' Conv1D (GPT-2) holds [d_in, d_out]
     return matrix.T if type(inner).__name__ == "Conv1D" else matrix
+
+
+def bias(projection: nn.Module) -> Float[Tensor, " d_out"] | None:
+    """The bias of a linear module, if it has one."""
+    inner: Any = getattr(projection, "original_component", None) or projection
+    return None if inner.bias is None else inner.bias.detach()

@@ -1,4 +1,4 @@
-"""Models that several suites share: tiny random ones in the hub's folder layout, and the shipped."""
+"""Models that several suites share: tiny random ones in the hub's layout, and the shipped."""
 
 from __future__ import annotations
 

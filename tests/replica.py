@@ -86,8 +86,14 @@ class Replica:
 
     # -- the model -------------------------------------------------------------------------------
 
-    def run(self, tokens: Tensor, root: Tensor | None = None, read: Reader = everything) -> Trace:
-        """One forward pass; `root` replaces the input of block 0."""
+    def run(
+        self,
+        tokens: Tensor,
+        root: Tensor | None = None,
+        read: Reader = everything,
+        writers: dict[str, Tensor] | None = None,
+    ) -> Trace:
+        """One forward pass; `root` replaces block 0's input, `writers` is filled on the way."""
         length = tokens.shape[1]
         if root is None:
             if self.llama:
@@ -97,7 +103,8 @@ class Replica:
                 root = root + self.p["transformer.wpe.weight"][:length]
         x = root
         sites: dict[str, Tensor] = {}
-        writers = {"embed": root}
+        writers = {} if writers is None else writers
+        writers["embed"] = root
         for layer in range(self.layers):
             sites[f"L{layer}.resid"] = x
             x = x + self.attention(layer, x, sites, writers, read)
