@@ -161,7 +161,7 @@ def _one_line_errors() -> Iterator[None]:
     """What a user can mend is one sentence on stderr and exit code 1, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
 

@@ -2,7 +2,8 @@
 
 A cell is one component at one position. Cells of a layer share forward passes (they are rows of
 one batch), the blocks before that layer are skipped, and logits are computed only where a built-in
-metric reads them.
+metric reads them. A cell that holds the same values in both runs (all that comes before the first
+token that differs) has no effect and is not run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -74,6 +76,8 @@ def patch(
             f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
             "values into the corrupt run"
         )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
     sites = Sites.of(model)
     names = _chosen(sites.components, components)
     own = OWN[direction]
@@ -92,11 +96,14 @@ def patch(
             metrics[own][index] = own_metric.float().cpu()
             metrics[other][index] = other_metric.float().cpu()
             run = _Runs(sites, bucket, own, base, source, outputs)
-            for cells in _batches(names, bucket, sites, batch_size):
-                values = run.patched(cells) - own_metric
-                for cell, effect in zip(cells, values.float().cpu(), strict=True):
+            cells = _cells(names, int(bucket.lengths[0]))
+            changed = [c for c in cells if run.changes(c)]
+            bar.update(len(cells) - len(changed))
+            for batch in _batches(changed, bucket, sites, batch_size):
+                values = run.patched(batch) - own_metric
+                for cell, effect in zip(batch, values.float().cpu(), strict=True):
                     effects[index, cell.row, cell.pos] = effect
-                bar.update(len(cells))
+                bar.update(len(batch))
     return Effects(
         model=sites.model_name,
         task=task.name,
@@ -145,6 +152,20 @@ class _Runs:
             logits = self.sites.model(tokens)
         return torch.stack([self.task.metric(part) for part in logits.split(pairs)])
 
+    def changes(self, cell: Cell) -> bool:
+        """False if the cell holds the very same values in both runs."""
+        site, part = self._site(cell), self._part(cell)
+        one, two = self.base[site], self.source[site]
+        return not torch.equal(one[:, cell.pos, part], two[:, cell.pos, part])
+
+    def _part(self, cell: Cell) -> slice:
+        """Which entries of its site belong to the cell."""
+        if cell.component.kind != "head":
+            return slice(None)
+        block = self.sites.blocks[cell.component.layer]
+        size = self.base[block.name("z")].shape[-1] // block.heads
+        return slice(cell.component.head * size, (cell.component.head + 1) * size)
+
     def _site(self, cell: Cell) -> str:
         kind, layer = cell.component.kind, cell.component.layer
         if kind == "embed":
@@ -160,13 +181,9 @@ class _Runs:
         def write(value: Tensor) -> Tensor:
             value = (value if before is None else before(value)).clone()
             for i, cell in enumerate(cells):
-                if self._site(cell) != site:
-                    continue
-                part = slice(None)
-                if cell.component.kind == "head":
-                    size = value.shape[-1] // self.sites.blocks[cell.component.layer].heads
-                    part = slice(cell.component.head * size, (cell.component.head + 1) * size)
-                value[i * pairs : (i + 1) * pairs, cell.pos, part] = source[:, cell.pos, part]
+                if self._site(cell) == site:
+                    rows, part = slice(i * pairs, (i + 1) * pairs), self._part(cell)
+                    value[rows, cell.pos, part] = source[:, cell.pos, part]
             return value
 
         return write
@@ -186,28 +203,27 @@ def _chosen(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, 
     return tuple(n for n in known if n in wanted or Component.parse(n).kind in wanted)
 
 
+def _cells(names: tuple[str, ...], length: int) -> list[Cell]:
+    """All cells, those of one layer after those of the layer before."""
+    parsed = [(row, Component.parse(n)) for row, n in enumerate(names)]
+    parsed.sort(key=lambda item: max(item[1].layer, 0))
+    return [Cell(c, row, pos) for row, c in parsed for pos in range(length)]
+
+
 def _batches(
-    names: tuple[str, ...], task: Any, sites: Sites, batch_size: int | None
+    cells: Sequence[Cell], task: Any, sites: Sites, batch_size: int | None
 ) -> Iterator[list[Cell]]:
     """Cells of one layer at a time, as many as one forward pass should hold."""
-    length, cfg = int(task.lengths[0]), sites.model.cfg
+    cfg = sites.model.cfg
     if batch_size is None:
         values = 12 * int(cfg.d_model)
         if not task.metric.reads_answer_only:
             values += int(cfg.d_vocab)
-        batch_size = max(1, BATCH_BYTES // (4 * len(task) * length * values))
-    elif batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
-    parsed = [Component.parse(n) for n in names]
-    for layer in sorted({max(c.layer, 0) for c in parsed}):
-        cells = [
-            Cell(c, row, pos)
-            for row, c in enumerate(parsed)
-            if max(c.layer, 0) == layer
-            for pos in range(length)
-        ]
-        for at in range(0, len(cells), batch_size):
-            yield cells[at : at + batch_size]
+        batch_size = max(1, BATCH_BYTES // (4 * len(task) * int(task.lengths[0]) * values))
+    for _, group in groupby(cells, key=lambda c: max(c.component.layer, 0)):
+        same_layer = list(group)
+        for at in range(0, len(same_layer), batch_size):
+            yield same_layer[at : at + batch_size]
 
 
 # -- skipping blocks -------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def attribute(
     """
     _check(rules, level, direction, steps, positions)
     sites = Sites.of(model)
-    batch_size = batch_size or _fitting(sites, task, level)
+    batch_size = _fitting(sites, task, level) if batch_size is None else batch_size
     own = OWN[direction]
     metrics = {s: torch.zeros(len(task)) for s in ("clean", "corrupt")}
     width = int(task.lengths.max())
@@ -322,8 +322,18 @@ def _fitting(sites: Sites, task: Any, level: str) -> int:
 
 
 def token_labels(model: Any, task: Any) -> tuple[str, ...]:
-    """The first pair's clean tokens as text, if all pairs have one length."""
+    """What stands at each position of the clean prompts, if all have one length.
+
+    The token where all pairs have the same one, else the span that is there in all pairs, else `…`.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or len(task.lengths.unique()) > 1:
         return ()
-    return tuple(tokenizer.decode([i]) for i in task.clean[0].tolist())
+    labels = ["…"] * task.clean.shape[1]
+    for name, at in task.spans.items():
+        if len(at.unique()) == 1:
+            labels[int(at[0])] = name
+    for pos, column in enumerate(task.clean.T):
+        if len(column.unique()) == 1:
+            labels[pos] = tokenizer.decode([int(column[0])])
+    return tuple(labels)

@@ -100,7 +100,7 @@ class Scores:
     """Tokens of each pair; entries of `nodes` from there on are 0."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
-    """Clean tokens of the first pair, to label positions of tasks of one length."""
+    """What stands at each position (see `relp.attribution.token_labels`), or empty."""
     components: tuple[str, ...] = ()
     nodes: Float[Tensor, "pair component pos"] | None = None
     writers: tuple[str, ...] = ()
