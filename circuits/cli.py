@@ -178,6 +178,11 @@ def _boot(name: str) -> tuple[Any, str]:
     """The model in eval mode, and the name that results carry."""
     if name in zoo.names():
         return zoo.load(name), name
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"the model must be one of {', '.join(zoo.names())}, or a name or folder that "
+            f"TransformerBridge can boot; there is no folder {name!r}; check the path"
+        )
     from transformer_lens.model_bridge import TransformerBridge
 
     try:

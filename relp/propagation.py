@@ -454,6 +454,8 @@ class Propagation:
         if rule == "constant":
             return y
         x = x if dtype is None else x.to(dtype)
+        if rule == "softer":
+            return formulas.softmax_softer(x, y, dim)
         return formulas.softmax_secant(x, y, dim, self._new_slot(name))
 
     def _layer_norm(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:

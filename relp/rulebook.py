@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-__all__ = ["CP_LRP", "ATTN_LRP", "DEEPLIFT", "GRADIENT", "PRESETS", "RELP", "Rules", "preset"]
+__all__ = [
+    "CP_LRP",
+    "ATTN_LRP",
+    "DEEPLIFT",
+    "GIM",
+    "GRADIENT",
+    "PRESETS",
+    "RELP",
+    "Rules",
+    "preset",
+]
 
 KINDS: dict[str, tuple[str, ...]] = {
     "norm": ("derivative", "constant", "secant"),
     "activation": ("derivative", "identity", "secant"),
     "gate": ("derivative", "half", "midpoint"),
-    "softmax": ("derivative", "constant", "secant"),
+    "softmax": ("derivative", "constant", "softer", "secant"),
     "bilinear": ("derivative", "half", "midpoint"),
     "exponent": ("derivative", "constant", "secant"),
 }
@@ -43,7 +53,8 @@ class Rules:
     """Elementwise product of two dependent tensors: `half` gives each factor half
     (arXiv:2406.07592), `midpoint` the mean of the other factor over two runs."""
     softmax: str = "derivative"
-    """Attention and routers: `constant` is the AH-rule (arXiv:2202.07304)."""
+    """Attention and routers: `constant` is the AH-rule (arXiv:2202.07304), `softer` the derivative
+    at temperature 2 (GIM, arXiv:2505.17630)."""
     bilinear: str = "derivative"
     """Matrix product of two dependent tensors: `half` as in AttnLRP (arXiv:2402.05602)."""
     exponent: str = "derivative"
@@ -91,6 +102,10 @@ CP_LRP = RELP.with_("CP_LRP", softmax="constant")
 """RELP with attention patterns constant (AH-rule, arXiv:2202.07304): conserves relevance."""
 ATTN_LRP = RELP.with_("ATTN_LRP", bilinear="half")
 """RELP with matrix products split in halves (Achtibat et al. 2024, arXiv:2402.05602)."""
+GIM = Rules(
+    "GIM", norm="constant", gate="half", softmax="softer", bilinear="half", exponent="constant"
+)
+"""Gradient interaction modifications (Edin et al. 2025, arXiv:2505.17630)."""
 DEEPLIFT = Rules(
     "DEEPLIFT",
     norm="secant",
@@ -103,7 +118,7 @@ DEEPLIFT = Rules(
 """Exact differences between the two runs (arXiv:1704.02685; products as in DeepSHAP,
 arXiv:1705.07874): scores over any cut of the network sum to the metric gap."""
 
-PRESETS: dict[str, Rules] = {r.name: r for r in (GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT)}
+PRESETS: dict[str, Rules] = {r.name: r for r in (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT)}
 
 
 def preset(name: str) -> Rules:

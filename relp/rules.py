@@ -197,6 +197,20 @@ def midpoint_matmul(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Te
 # -- softmax ---------------------------------------------------------------------------------------
 
 
+def softmax_softer(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """The derivative of softmax where it is less sure of itself: p·(g - Σ p·g), p at temperature 2.
+
+    Source: GIM, arXiv:2505.17630, as its authors' code has it (without the factor 1/2).
+    """
+    saved = x.detach()
+
+    def pull_back(g: Tensor) -> tuple[Tensor]:
+        p = (saved / 2).softmax(dim)
+        return (p * (g - (g * p).sum(dim, keepdim=True)),)
+
+    return attach(y, pull_back, x)
+
+
 def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
     """y = exp(z) with z = x - lse(x), lse the log of the sum of exp(x): each step by its secant.
 

@@ -20,6 +20,9 @@ from transformers import (
 from tasks import Task, zoo
 from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
+# Small models gain nothing from threads, and threads that wait for a busy core cost minutes.
+torch.set_num_threads(1)
+
 
 def save_tokenizer(folder: Path) -> int:
     """A byte-level tokenizer that knows IOI's words, saved as the hub does; gives its size."""

@@ -143,6 +143,9 @@ class Replica:
                 q, k = self.rotate(q), self.rotate(k)
             scores = (self.bilinear(q, k.mT) / math.sqrt(d)).masked_fill(~mask, -math.inf)
             pattern = scores.softmax(-1)
+            if self.rules.softmax == "softer":  # the value of one, the derivative of the other
+                warm = (scores / 2).softmax(-1)
+                pattern = pattern.detach() + 2 * (warm - warm.detach())
             if self.rules.softmax == "constant":
                 pattern = pattern.detach()
             mixed.append(self.bilinear(pattern, v))

@@ -10,11 +10,11 @@ from conftest import random_task
 from replica import Replica
 from torch import Tensor
 
-from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute
+from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute
 from relp.scores import Component, precedes
 from tasks import KLDivergence, Task, ioi
 
-ALL = (GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT)
+ALL = (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT)
 ids = [r.name for r in ALL]
 
 

@@ -16,6 +16,7 @@ from relp import (
     ATTN_LRP,
     CP_LRP,
     DEEPLIFT,
+    GIM,
     GRADIENT,
     RELP,
     Rules,
@@ -28,8 +29,8 @@ from relp.capture import capture
 from relp.sites import Sites
 from tasks import ioi
 
-ALL = (GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT)
-ONE_RUN = (GRADIENT, RELP, CP_LRP, ATTN_LRP)
+ALL = (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT)
+ONE_RUN = (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM)
 names = {"argvalues": ALL, "ids": [r.name for r in ALL]}
 
 
@@ -147,7 +148,7 @@ def test_a_reference_run_on_another_path_is_an_error() -> None:
         F.silu(x)
 
 
-@pytest.mark.parametrize("rules", [r for r in ALL if r is not GRADIENT], ids=lambda r: r.name)
+@pytest.mark.parametrize("rules", [RELP, CP_LRP, ATTN_LRP, DEEPLIFT], ids=lambda r: r.name)
 def test_in_place_rule_operations_are_refused(rules: Rules) -> None:
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(UnknownOperationError, match="overwrites it in place"), propagate(rules):

@@ -9,13 +9,13 @@ from relp import DEEPLIFT, GRADIENT, PRESETS, RELP, Rules, preset
 from relp.rulebook import KINDS
 
 TABLE = """
-kind        GRADIENT    RELP        CP_LRP      ATTN_LRP    DEEPLIFT
-norm        derivative  constant    constant    constant    secant
-activation  derivative  identity    identity    identity    secant
-gate        derivative  half        half        half        midpoint
-softmax     derivative  derivative  constant    derivative  secant
-bilinear    derivative  derivative  derivative  half        midpoint
-exponent    derivative  constant    constant    constant    secant
+kind        GRADIENT    RELP        CP_LRP      ATTN_LRP    GIM         DEEPLIFT
+norm        derivative  constant    constant    constant    constant    secant
+activation  derivative  identity    identity    identity    derivative  secant
+gate        derivative  half        half        half        half        midpoint
+softmax     derivative  derivative  constant    derivative  softer      secant
+bilinear    derivative  derivative  derivative  half        half        midpoint
+exponent    derivative  constant    constant    constant    constant    secant
 """
 HEAD, *ROWS = (line.split() for line in TABLE.strip().splitlines())
 
@@ -86,7 +86,7 @@ def test_an_unknown_preset_is_an_error() -> None:
     with pytest.raises(ValueError) as error:
         preset("LRP-0")
     assert str(error.value) == (
-        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT; got 'LRP-0'; "
+        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT; got 'LRP-0'; "
         "build your own with Rules(...) or RELP.with_(...)"
     )
 

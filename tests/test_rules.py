@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN, NewGELUActivation
 
-from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GRADIENT, RELP, Rules, propagate
+from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, propagate
 
 SEEDS = (0, 1, 2)
 RATIOS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
@@ -240,6 +240,18 @@ def test_softmax_secant_survives_scores_that_differ_widely() -> None:
     explained = ((other - x) * c).sum(-1)
     torch.testing.assert_close(explained, (g * (after - y.detach())).sum(-1), rtol=1e-5, atol=1e-5)
     assert float(c.abs().max()) <= 2.0 * float(g.abs().max())
+
+
+def test_softer_softmax_is_the_derivative_at_temperature_two() -> None:
+    x = torch.tensor([[1.0, -2.0, 4.0]], dtype=torch.float64)
+    g = torch.tensor([[0.3, 1.0, -2.0]], dtype=torch.float64)
+    leaf, warm = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with propagate(GIM):
+        y = leaf.softmax(-1)
+    assert torch.equal(y, x.softmax(-1))
+    # d softmax(x / 2) / dx holds the factor 1/2 that GIM leaves out
+    (expected,) = torch.autograd.grad((warm / 2).softmax(-1), warm, 2 * g)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], expected)
 
 
 def test_constant_softmax_lets_nothing_through() -> None:
