@@ -45,7 +45,7 @@ def discover(
     task: TaskName = "ioi",
     model: Model = "ioi-gpt2",
     rules: Annotated[str, typer.Option(help="Rules that the circuit is found with.")] = "RELP",
-    edges: Annotated[int, typer.Option(min=1, help="Edges that the circuit may have.")] = 200,
+    edges: Annotated[int, typer.Option(min=1, help="Edges that the circuit may have.")] = 100,
     pairs: Pairs = 32,
     seed: Seed = 0,
     out: Annotated[
