@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from relp.attribution import OWN, node_sites, token_labels
+from relp.attribution import OWN, node_sites, provenance
 from relp.capture import ROOT, observe
 from relp.scores import Component, Effects
 from relp.sites import Block, Sites, editing
@@ -104,20 +104,8 @@ def patch(
                 for cell, effect in zip(batch, values.float().cpu(), strict=True):
                     effects[index, cell.row, cell.pos] = effect
                 bar.update(len(batch))
-    return Effects(
-        model=sites.model_name,
-        task=task.name,
-        rules="exact",
-        direction=direction,
-        metric=task.metric.name,
-        clean=metrics["clean"],
-        corrupt=metrics["corrupt"],
-        lengths=task.lengths,
-        spans=task.spans,
-        tokens=token_labels(model, task),
-        components=names,
-        nodes=effects,
-    )
+    labels = provenance(sites, task, direction, metrics)
+    return Effects(rules="exact", components=names, nodes=effects, **labels)
 
 
 @dataclass(frozen=True, eq=False)

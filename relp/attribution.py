@@ -8,6 +8,7 @@ is the corrupt run, and a positive score means that patching the clean value in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -108,23 +109,11 @@ def attribute(
             f"every score must be finite; {int((~torch.isfinite(result)).sum())} are not under "
             f"{rules.name}; run the model in float32, or look for overflow in its activations"
         )
-    return Scores(
-        model=sites.model_name,
-        task=task.name,
-        rules=rules.name if steps == 1 else f"{rules.name} ({steps} steps)",
-        direction=direction,
-        metric=task.metric.name,
-        clean=metrics["clean"],
-        corrupt=metrics["corrupt"],
-        lengths=task.lengths,
-        spans=task.spans,
-        tokens=token_labels(model, task),
-        components=sites.components if nodes is not None else (),
-        nodes=nodes,
-        writers=sites.writers if edges is not None else (),
-        readers=sites.readers if edges is not None else (),
-        edges=edges,
-    )
+    labels = provenance(sites, task, direction, metrics)
+    labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps)"
+    if nodes is not None:
+        return Scores(components=sites.components, nodes=nodes, **labels)
+    return Scores(writers=sites.writers, readers=sites.readers, edges=edges, **labels)
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -319,6 +308,23 @@ def _fitting(sites: Sites, task: Any, level: str) -> int:
         return max(1, EDGE_BYTES // per_pair)
     hidden = 40 * int(cfg.d_model) * len(sites.blocks)
     return max(1, NODE_BYTES // (4 * length * (hidden + 3 * int(cfg.d_vocab))))
+
+
+def provenance(
+    sites: Sites, task: Any, direction: str, metrics: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What a result says of where it comes from, scores and exact effects alike."""
+    return {
+        "model": sites.model_name,
+        "task": task.name,
+        "direction": direction,
+        "metric": task.metric.name,
+        "clean": metrics["clean"],
+        "corrupt": metrics["corrupt"],
+        "lengths": task.lengths,
+        "spans": task.spans,
+        "tokens": token_labels(sites.model, task),
+    }
 
 
 def token_labels(model: Any, task: Any) -> tuple[str, ...]:

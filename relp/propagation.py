@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
@@ -139,7 +140,7 @@ class Propagation:
             with ExitStack() as stack, torch.no_grad():
                 self._start(stack)
                 yield
-            unseen = [s for s in self._slots.values() if s._tensors is None]
+            unseen = [s for s in self._slots.values() if not s.filled]
             if unseen:
                 raise ValueError(
                     "the reference run must perform the operations of the first run; "
@@ -179,76 +180,67 @@ class Propagation:
         if not _is_activation(module):
             return None
         self._inside += 1
-        if self._inside > 1 or self.rules.activation == "derivative":
-            self._modules.append((None, None))
+        x, slot = None, None
+        if self._inside == 1 and self.rules.activation != "derivative":
+            self._calls += 1
+            x = args[0] if args and isinstance(args[0], Tensor) else None
+            if self._in_reference:
+                slot = self._recorded(type(module).__name__)
+            elif torch.is_grad_enabled() and _carries(x):
+                slot = self._record(type(module).__name__)
+        self._modules.append((x, slot))
+        if slot is None or self._in_reference:
             return None
-        slot = self._slot(type(module).__name__)
-        x = args[0] if args else None
-        if slot is not None and self._in_reference:
-            self._modules.append((x, slot))
-            return None
-        if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
-            self._modules.append((None, None))
-            return None
-        self._modules.append((x, self._new_slot(type(module).__name__)))
+        assert x is not None
         # without a graph inside: the rule is attached to the module's result
         return (x.detach(), *args[1:])
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        name = self._path.pop()
-        if not _is_activation(module):
-            return None
-        self._inside -= 1
-        x, slot = self._modules.pop()
-        if self._inside:
-            return None
-        rule = self.rules.activation
-        if rule == "derivative":
-            if isinstance(output, Tensor) and output.requires_grad:
-                self._path.append(name)
-                self._count(type(module).__name__, "activation", rule)
-                self._path.pop()
-            return None
-        if x is None:
-            if _carries(output):
-                raise UnknownOperationError(
-                    "an activation module must get its input as first positional argument for "
-                    f"the rule {rule!r}; {type(module).__name__} in {name!r} did not; "
-                    "call it as module(x)"
-                )
-            return None
-        if self._in_reference:
-            assert slot is not None
-            slot.fill(x, output)
-            return None
-        self._path.append(name)
-        self._count(type(module).__name__, "activation", rule)
+        name = type(module).__name__
+        replaced = None
+        if _is_activation(module):
+            self._inside -= 1
+            x, slot = self._modules.pop()
+            if self._in_reference:
+                if slot is not None:
+                    slot.fill(cast(Tensor, x), output)
+            elif slot is not None:
+                self._count(name, "activation", self.rules.activation)
+                replaced = self._activation(cast(Tensor, x), output, _fused(module), slot)
+            elif not self._inside and _carries(output):
+                if self.rules.activation != "derivative":
+                    raise UnknownOperationError(
+                        "an activation module must get its input as first positional argument for "
+                        f"the rule {self.rules.activation!r}; {name} in {self._path[-1]!r} did "
+                        "not; call it as module(x)"
+                    )
+                self._count(name, "activation", "derivative")
         self._path.pop()
-        return self._activation(x, output, _fused(module), slot)
+        return replaced
 
     # -- operations ------------------------------------------------------------------------------
 
-    def _operation(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        name = _name(func)
-        handler = _HANDLERS.get(name)
+    def _operation(self, call: _Call) -> Any:
+        handler = _HANDLERS.get(call.name)
         if handler is None or self._inside:
-            out = func(*args, **kwargs)
-            if self._inside or self._in_reference or not _carries(out):
+            out = call.plainly()
+            if self._inside or self._in_reference or not (_carries(out) and call.carries()):
                 return out
-            if _carries(args) or _carries(kwargs):
-                if name in LINEAR:
-                    self._count(name, "linear", "derivative")
-                else:
-                    self._unknown(name)
+            if call.name in LINEAR:
+                self._count(call.name, "linear", "derivative")
+            else:
+                self._unknown(call.name)
             return out
+        self._calls += 1
         if self._in_reference:
-            return handler(self, name, func, args, kwargs)
-        if not torch.is_grad_enabled() or not (_carries(args) or _carries(kwargs)):
-            self._calls += 1
-            return func(*args, **kwargs)
-        return handler(self, name, func, args, kwargs)
+            out = call.plainly()
+            slot = self._recorded(call.name)
+            if slot is not None:
+                slot.fill(*slot.keep(call, out))
+            return out
+        if not (torch.is_grad_enabled() and call.carries()):
+            return call.plainly()
+        return handler(self, call)
 
     def _unknown(self, name: str) -> None:
         where = self._path[-1] if self._path else "the code under propagate"
@@ -262,10 +254,16 @@ class Propagation:
     def _count(self, name: str, kind: str, rule: str) -> None:
         self._counts[name, kind, rule, self._path[-1] if self._path else ""] += 1
 
-    def _slot(self, name: str) -> formulas.Reference | None:
-        """In the reference run: the slot that the first run made at this call, if it did."""
-        self._calls += 1
-        slot = self._slots.get(self._calls) if self._in_reference else None
+    def _record(self, name: str, keep: formulas.Keep | None = None) -> formulas.Reference:
+        """A slot for what the reference run will have at this call: `keep(call, result)`."""
+        slot = formulas.Reference(name, keep or (lambda call, out: ()))
+        if self.rules.needs_reference:
+            self._slots[self._calls] = slot
+        return slot
+
+    def _recorded(self, name: str) -> formulas.Reference | None:
+        """The slot that the first run made at this call, if it did."""
+        slot = self._slots.get(self._calls)
         if slot is not None and slot.name != name:
             raise ValueError(
                 f"the reference run must perform the operations of the first run; where that did "
@@ -273,235 +271,260 @@ class Propagation:
             )
         return slot
 
-    def _new_slot(self, name: str) -> formulas.Reference:
-        slot = formulas.Reference(name)
-        if self.rules.needs_reference:
-            self._slots[self._calls] = slot
-        return slot
-
-    # Each handler below runs in both runs; in the reference run it only fills the slot.
+    # Each handler gives one kind of operation its rule, in the run that will be differentiated.
 
     def _activation(
         self,
         x: Tensor,
         y: Tensor,
         function: Callable[[Tensor], Tensor],
-        slot: formulas.Reference | None,
+        slot: formulas.Reference,
     ) -> Tensor:
         if self.rules.activation == "identity":
             return formulas.identity(x, y, function)
-        assert slot is not None
         return formulas.rescale(x, y, function, slot)
 
-    def _elementwise(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        kind = "exponent" if name in EXPONENTS else "activation"
+    def _elementwise(self, call: _Call) -> Any:
+        kind = "exponent" if call.name in EXPONENTS else "activation"
         rule = getattr(self.rules, kind)
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(args[0], out)
-            return out
-        self._count(name, kind, rule)
+        self._count(call.name, kind, rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
-        _refuse_in_place(name, func, args, kwargs)
-        with torch.no_grad():
-            y = func(*args, **kwargs)
+            return call.plainly()
+        y = call.value()
         if rule == "constant":
             return y
-        slot = self._new_slot(name)
-        x, rest = args[0], args[1:]
+
+        def function(t: Tensor) -> Tensor:
+            out: Tensor = call.func(t, *call.args[1:], **call.kwargs)
+            return out
+
         if rule == "identity":
-            return formulas.identity(x, y, lambda t: func(t, *rest, **kwargs))
-        return formulas.rescale(x, y, lambda t: func(t, *rest, **kwargs), slot)
+            return formulas.identity(call.args[0], y, function)
+        slot = self._record(call.name, lambda other, out: (other.args[0], out))
+        return formulas.rescale(call.args[0], y, function, slot)
 
-    def _statistic(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _statistic(self, call: _Call, formula: str = "") -> Any:
         rule = self.rules.norm
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(out)
-            return out
-        self._count(name, "norm", rule)
+        self._count(call.name, "norm", rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
-        with torch.no_grad():
-            y = func(*args, **kwargs)
+            return call.plainly()
+        y = call.value()
         if rule == "constant":
             return y
-        return formulas.statistic_secant(name, args[0], y, self._new_slot(name))
+        slot = self._record(call.name, lambda other, out: (out,))
+        return formulas.statistic_secant(formula or call.name, call.args[0], y, slot)
 
-    def _power(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        exponent = 2 if name == "square" else (args[1] if len(args) > 1 else kwargs.get("exponent"))
+    def _power(self, call: _Call) -> Any:
+        given = (*call.args[1:], call.kwargs.get("exponent"))
+        exponent: Any = 2 if call.name == "square" else given[0]
         if exponent == 2:
-            return self._product_of(name, args[0], args[0], func, args, kwargs)
-        if exponent in (-0.5, 0.5, -1):
-            alias = {-0.5: "rsqrt", 0.5: "sqrt", -1: "reciprocal"}[exponent]
-            return self._statistic(alias, func, args, kwargs)
-        return self._elementwise(name, func, args, kwargs)
+            return self._product(call, lambda c: (c.args[0], c.args[0]))
+        statistic = {-0.5: "rsqrt", 0.5: "sqrt", -1: "reciprocal"}
+        if not isinstance(exponent, Tensor) and exponent in statistic:
+            return self._statistic(call, statistic[exponent])
+        return self._elementwise(call)
 
-    def _multiply(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        a, b = _operands(args, kwargs)
-        return self._product_of(name, a, b, func, args, kwargs)
+    def _multiply(self, call: _Call) -> Any:
+        return self._product(call, _Call.operands)
 
-    def _product_of(self, name: str, a: Any, b: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(a, b)
-            return out
+    def _product(self, call: _Call, factors: Callable[[_Call], tuple[Any, Any]]) -> Any:
+        a, b = factors(call)
         if not (_carries(a) and _carries(b)):
-            self._count(name, "linear", "derivative")
-            return func(*args, **kwargs)
+            self._count(call.name, "linear", "derivative")
+            return call.plainly()
         rule = self.rules.gate
-        self._count(name, "gate", rule)
+        self._count(call.name, "gate", rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
-        _refuse_in_place(name, func, args, kwargs)
+            return call.plainly()
+        call.must_not_overwrite()
         if rule == "half":
-            return formulas.half(func(*args, **kwargs))
-        with torch.no_grad():
-            y = func(*args, **kwargs)
-        return formulas.midpoint_gate(a, b, y, self._new_slot(name))
+            return formulas.half(call.plainly())
+        slot = self._record(call.name, lambda other, out: factors(other))
+        return formulas.midpoint_gate(a, b, call.value(), slot)
 
-    def _divide(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        a, b = _operands(args, kwargs)
-        if name == "rdiv":
-            a, b = b, a
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(torch.as_tensor(a), b)
-            return out
+    def _divide(self, call: _Call) -> Any:
+        a, b = call.operands()
         if not _carries(b):
-            self._count(name, "linear", "derivative")
-            return func(*args, **kwargs)
+            self._count(call.name, "linear", "derivative")
+            return call.plainly()
         rule = self.rules.norm
-        self._count(name, "norm", rule)
+        self._count(call.name, "norm", rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
-        _refuse_in_place(name, func, args, kwargs)
+            return call.plainly()
+        call.must_not_overwrite()
         if rule == "constant" and _carries(a):
             return torch.div(a, b.detach())
-        with torch.no_grad():
-            y = func(*args, **kwargs)
+        y = call.value()
         if rule == "constant":
             return y
         a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=y.dtype, device=y.device)
-        return formulas.division_secant(a, b, y, self._new_slot(name))
 
-    def _bilinear(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        at = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor)]
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(*(args[i] for i in slot.positions))
-            return out
-        dependent = [i for i, a in at if _carries(a)]
-        factors = [i for i in dependent if not (name in ("baddbmm", "addmm", "addbmm") and i == 0)]
-        if len(factors) < 2:
-            self._count(name, "linear", "derivative")
-            return func(*args, **kwargs)
+        def keep(other: _Call, out: Tensor) -> tuple[Tensor, Tensor]:
+            one, two = other.operands()
+            return torch.as_tensor(one), two
+
+        return formulas.division_secant(a, b, y, self._record(call.name, keep))
+
+    def _bilinear(self, call: _Call) -> Any:
+        dependent = [i for i, a in enumerate(call.args) if _carries(a)]
+        added = call.name in ("baddbmm", "addmm", "addbmm") and dependent[:1] == [0]
+        factors = dependent[1:] if added else dependent
+        by_name = sum(_carries(v) for v in call.kwargs.values())
+        if len(factors) + by_name < 2:
+            self._count(call.name, "linear", "derivative")
+            return call.plainly()
         rule = self.rules.bilinear
-        self._count(name, "bilinear", rule)
+        self._count(call.name, "bilinear", rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
-        if len(factors) > 2 or len(dependent) != len(factors) or _carries(kwargs):
+            return call.plainly()
+        if (
+            added
+            or by_name
+            or len(factors) > 2
+            or not all(isinstance(call.args[i], Tensor) for i in factors)
+        ):
             raise UnknownOperationError(
-                f"a product of dependent tensors must have two factors to be split; {name!r} has "
-                f"{len(dependent)}; write it as products of two, with frozen weights"
+                "a product of dependent tensors must be of two, given by position, to be split; "
+                f"{call.name!r} has {len(dependent) + by_name}; write it as products of two, with "
+                "frozen weights"
             )
+        call.must_not_overwrite()
         if rule == "half":
-            return formulas.half(func(*args, **kwargs))
-        with torch.no_grad():
-            y = func(*args, **kwargs)
-        slot = self._new_slot(name)
-        slot.positions = tuple(factors)
-        a, b = (args[i] for i in factors)
-        if name in ("matmul", "bmm", "mm") and a.dim() >= 2 and b.dim() >= 2:
-            return formulas.midpoint_matmul(a, b, y, slot)
+            return formulas.half(call.plainly())
+        a, b = (call.args[i] for i in factors)
+        slot = self._record(call.name, lambda other, out: tuple(other.args[i] for i in factors))
+        if call.name in ("matmul", "bmm", "mm") and a.dim() >= 2 and b.dim() >= 2:
+            return formulas.midpoint_matmul(a, b, call.value(), slot)
 
-        def call(*operands: Tensor) -> Tensor:
-            filled = list(args)
+        def function(*operands: Tensor) -> Tensor:
+            filled = list(call.args)
             for i, operand in zip(factors, operands, strict=True):
                 filled[i] = operand
-            result: Tensor = func(*filled, **kwargs)
-            return result
-
-        return formulas.midpoint_bilinear(call, (a, b), y, slot)
-
-    def _softmax(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["input"]
-        dim = kwargs["dim"] if "dim" in kwargs else args[1]
-        dtype = kwargs.get("dtype")
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(x if dtype is None else x.to(dtype), out)
+            out: Tensor = call.func(*filled, **call.kwargs)
             return out
+
+        return formulas.midpoint_bilinear(function, (a, b), call.value(), slot)
+
+    def _softmax(self, call: _Call) -> Any:
         rule = self.rules.softmax
-        self._count(name, "softmax", rule)
+        self._count(call.name, "softmax", rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
-        with torch.no_grad():
-            y = func(*args, **kwargs)
+            return call.plainly()
+        y = call.value()
         if rule == "constant":
             return y
-        x = x if dtype is None else x.to(dtype)
-        if rule == "softer":
-            return formulas.softmax_softer(x, y, dim)
-        return formulas.softmax_secant(x, y, dim, self._new_slot(name))
 
-    def _layer_norm(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        x, shape, weight, bias, eps = _norm_arguments(name, args, kwargs)
-        slot = self._slot(name)
-        if self._in_reference:
-            out = func(*args, **kwargs)
-            if slot is not None:
-                slot.fill(x)
-            return out
+        def scores(of: _Call) -> Tensor:
+            x: Tensor = of.args[0]
+            dtype = of.kwargs.get("dtype")
+            return x if dtype is None else x.to(dtype)
+
+        dim = call.kwargs["dim"] if "dim" in call.kwargs else call.args[1]
+        if rule == "softer":
+            return formulas.softmax_softer(scores(call), y, dim)
+        slot = self._record(call.name, lambda other, out: (scores(other), out))
+        return formulas.softmax_secant(scores(call), y, dim, slot)
+
+    def _layer_norm(self, call: _Call) -> Any:
+        x, shape, weight, bias, eps = call.norm_arguments()
         rule = self.rules.norm
-        self._count(name, "norm", rule)
+        self._count(call.name, "norm", rule)
         if rule == "derivative":
-            return func(*args, **kwargs)
+            return call.plainly()
         if _carries(weight) or _carries(bias):
             raise UnknownOperationError(
-                f"the weight and bias of {name!r} must not depend on the input under the rule "
+                f"the weight and bias of {call.name!r} must not depend on the input under the rule "
                 f"{rule!r}; they do; write the norm as a division and a product"
             )
-        with torch.no_grad():
-            y = func(*args, **kwargs)
-        dims = tuple(range(-len(shape), 0))
-        centre = name == "layer_norm"
+        y, dims, centre = call.value(), tuple(range(-len(shape), 0)), call.name == "layer_norm"
         if rule == "constant":
             return formulas.layer_norm_constant(x, y, dims, weight, eps, centre=centre)
-        slot = self._new_slot(name)
+        slot = self._record(call.name, lambda other, out: (other.args[0],))
         return formulas.layer_norm_secant(x, y, dims, weight, eps, slot, centre=centre)
 
-    def _attention(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _attention(self, call: _Call) -> Any:
         """The fused kernel's value, with the coefficients of the same attention written out."""
-        slot = self._slot(name)
-        if self._in_reference:
-            if slot is None:
-                return func(*args, **kwargs)
-            slot.fill()
-        elif self.rules.softmax == self.rules.bilinear == "derivative":
-            self._count(name, "softmax", "derivative")
-            self._count(name, "bilinear", "derivative")
-            return func(*args, **kwargs)
-        else:
-            self._new_slot(name)
+        if self.rules.softmax == self.rules.bilinear == "derivative":
+            self._count(call.name, "softmax", "derivative")
+            self._count(call.name, "bilinear", "derivative")
+            return call.plainly()
+
+        def written_out(of: _Call) -> Tensor:
+            with self._mode:
+                return _written_out(*of.args, **of.kwargs)
+
+        def keep(other: _Call, out: Tensor) -> tuple[()]:
+            written_out(other)  # its operations fill their own slots
+            return ()
+
+        self._record(call.name, keep)
+        return formulas.graft(call.value(), written_out(call))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One torch operation as it was called, its first operand always by position."""
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        name = _name(func)
+        if "input" in kwargs and name in _HANDLERS:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"), *args)
+        if name == "einsum" and len(args) == 2 and isinstance(args[1], (list, tuple)):
+            args = (args[0], *args[1])
+        return cls(name, func, args, kwargs)
+
+    def carries(self) -> bool:
+        """True if relevance comes in."""
+        return _carries(self.args) or _carries(self.kwargs)
+
+    def plainly(self) -> Any:
+        """torch's own result with torch's own derivative."""
+        return self.func(*self.args, **self.kwargs)
+
+    def value(self) -> Tensor:
+        """torch's own result, without a graph."""
+        self.must_not_overwrite()
         with torch.no_grad():
-            value = func(*args, **kwargs)
-        with self._mode:
-            surrogate = _written_out(*args, **kwargs)
-        return value if self._in_reference else formulas.graft(value, surrogate)
+            out: Tensor = self.func(*self.args, **self.kwargs)
+        return out
+
+    def must_not_overwrite(self) -> None:
+        """A rule needs the operation's input afterwards, and gives back another tensor.
+
+        Raises:
+            UnknownOperationError: the call works in place.
+        """
+        spelled = getattr(self.func, "__name__", "")
+        in_place = (spelled.endswith("_") and not spelled.endswith("__")) or spelled[:3] == "__i"
+        if in_place or self.kwargs.get("inplace"):
+            raise UnknownOperationError(
+                f"a rule needs the operation's input after it; {self.name!r} overwrites it in "
+                "place; build the module with inplace=False, or write y = f(x)"
+            )
+
+    def operands(self) -> tuple[Any, Any]:
+        """The two operands of an elementwise call, numerator first."""
+        a, b = (*self.args, *(self.kwargs[k] for k in ("other",) if k in self.kwargs))[:2]
+        return (b, a) if self.name == "rdiv" else (a, b)
+
+    def norm_arguments(self) -> tuple[Any, ...]:
+        """Input, normalised shape, weight, bias and eps of a layer or RMS norm."""
+        names = ["input", "normalized_shape", "weight", "bias", "eps"]
+        if self.name == "rms_norm":
+            names.remove("bias")
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        x, shape, eps = given["input"], given["normalized_shape"], given.get("eps")
+        if eps is None:
+            eps = 1e-5 if self.name == "layer_norm" else torch.finfo(x.dtype).eps
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        return x, shape, given.get("weight"), given.get("bias"), eps
 
 
 class _Mode(TorchFunctionMode):
@@ -512,7 +535,7 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._owner._operation(func, args, kwargs or {})
+        return self._owner._operation(_Call.of(func, args, kwargs or {}))
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
@@ -639,36 +662,6 @@ def _carries(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_carries(v) for v in value.values())
     return False
-
-
-def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The two operands of an elementwise call, however they were passed."""
-    both = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
-    return both[0], both[1]
-
-
-def _norm_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    names = ["input", "normalized_shape", "weight", "bias", "eps"]
-    if name == "rms_norm":
-        names.remove("bias")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    x = given["input"]
-    eps = given.get("eps")
-    if eps is None:
-        eps = 1e-5 if name == "layer_norm" else torch.finfo(x.dtype).eps
-    shape = given["normalized_shape"]
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    return x, shape, given.get("weight"), given.get("bias"), eps
-
-
-def _refuse_in_place(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    spelled = getattr(func, "__name__", "")
-    in_place = (spelled.endswith("_") and not spelled.endswith("__")) or spelled.startswith("__i")
-    if in_place or kwargs.get("inplace"):
-        raise UnknownOperationError(
-            f"a rule needs the operation's input after it; {name!r} overwrites it in place; "
-            "build the module with inplace=False, or write y = f(x)"
-        )
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -16,64 +16,86 @@ from torch import Tensor
 
 __all__ = ["Reference"]
 
-PullBack = Callable[[Tensor], Sequence[Tensor | None]]
-"""From the coefficient at the output to those at the inputs."""
+PullBack = Callable[..., Sequence[Tensor | None]]
+"""From the coefficient at the output (and what was saved) to those at the inputs."""
+Keep = Callable[[Any, Any], Sequence[Tensor]]
 
 
 class _Attach(torch.autograd.Function):
-    """Returns `value` untouched; its backward is `pull_back`."""
+    """Returns `value` untouched; its backward is `pull_back` of what was saved."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, pull_back: PullBack, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, pull_back: PullBack, count: int, *tensors: Tensor
+    ) -> Tensor:
         ctx.pull_back = pull_back
-        ctx.like = [(x.shape, x.dtype) for x in inputs]
+        ctx.like = [(x.shape, x.dtype) for x in tensors[:count]]
+        # torch refuses to hand these out again if they were overwritten in place meanwhile
+        ctx.save_for_backward(*tensors[count:])
         return value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         # The formulas are plain arithmetic: no rule may be applied to them in turn.
         with torch._C.DisableTorchFunction():
-            grads = ctx.pull_back(g)
-            return (
-                None,
-                None,
-                *(
-                    # A factor that was broadcast gets the sum of what its copies get.
-                    None if grad is None else grad.sum_to_size(shape).to(dtype)
-                    for grad, (shape, dtype) in zip(grads, ctx.like, strict=True)
-                ),
-            )
+            saved = ctx.saved_tensors
+            grads = [
+                # A factor that was broadcast gets the sum of what its copies get.
+                None if grad is None else grad.sum_to_size(shape).to(dtype)
+                for grad, (shape, dtype) in zip(ctx.pull_back(g, *saved), ctx.like, strict=True)
+            ]
+        return (None, None, None, *grads, *[None] * len(saved))
 
 
-def attach(value: Tensor, pull_back: PullBack, *inputs: Tensor) -> Tensor:
-    """`value`, differentiable: `pull_back` gives one coefficient for each of `inputs`."""
-    return _Attach.apply(value.detach(), pull_back, *inputs)
+def attach(
+    value: Tensor, pull_back: PullBack, inputs: Sequence[Tensor], saved: Sequence[Tensor] = ()
+) -> Tensor:
+    """`value`, differentiable: `pull_back(g, *saved)` gives a coefficient for each of `inputs`."""
+    kept = [t.detach() for t in saved]
+    return _Attach.apply(value.detach(), pull_back, len(inputs), *inputs, *kept)
 
 
 def graft(value: Tensor, surrogate: Tensor) -> Tensor:
     """The value of one tensor with the coefficients of another (an equal one, decomposed)."""
-    return attach(value, lambda g: (g,), surrogate)
+    return attach(value, lambda g: (g,), (surrogate,))
 
 
 class Reference:
     """An operation's operands and result in the reference run; filled in before the backward."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, keep: Keep) -> None:
         self.name = name
+        self.keep = keep
+        """From the call in the reference run and its result to the tensors to fill in."""
         self._tensors: tuple[Tensor, ...] | None = None
-        self.positions: tuple[int, ...] = ()
+        self._versions: tuple[int, ...] = ()
+
+    @property
+    def filled(self) -> bool:
+        """True once the reference run has passed here."""
+        return self._tensors is not None
 
     def fill(self, *tensors: Tensor) -> None:
         """Keeps what the reference run had here."""
         self._tensors = tuple(t.detach() for t in tensors)
+        self._versions = tuple(t._version for t in tensors)
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """What the reference run had here."""
+        """What the reference run had here.
+
+        Raises:
+            RuntimeError: there was no reference run, or it overwrote its tensors afterwards.
+        """
         if self._tensors is None:
             raise RuntimeError(
                 f"rules that compare two runs need the reference run before the backward; "
                 f"operation {self.name!r} has seen one run only; run the other input inside "
                 "`with report.reference():`"
+            )
+        if self._versions != tuple(t._version for t in self._tensors):
+            raise RuntimeError(
+                f"a rule needs an operation's tensors unchanged after it; those of {self.name!r} "
+                "were overwritten in place; write the model's next step as y = f(x)"
             )
         return self._tensors
 
@@ -87,16 +109,14 @@ def identity(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tens
     f(0) is 0 for GELU, SiLU, ReLU and tanh; elsewhere (sigmoid) it acts as a bias, which carries
     no relevance. Source: Jafari et al. 2024, arXiv:2406.07592 (Identity-rule).
     """
-    saved, value = x.detach(), y.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
-        at_zero, slope = _at_zero(function, saved)
-        ratio = (value - at_zero) / saved
+    def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        at_zero, slope = _at_zero(function, x)
         # below this |x| the quotient of two rounded numbers says nothing; the limit does
-        tiny = torch.finfo(saved.dtype).tiny
-        return (g * torch.where(saved.abs() <= tiny, slope, ratio),)
+        tiny = torch.finfo(x.dtype).tiny
+        return (g * torch.where(x.abs() <= tiny, slope, (y - at_zero) / x),)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (x, y))
 
 
 def rescale(
@@ -106,13 +126,12 @@ def rescale(
 
     Source: DeepLIFT's Rescale rule, arXiv:1704.02685.
     """
-    saved, value = x.detach(), y.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
+    def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
         x_, y_ = reference()
-        return (g * _secant(saved, x_, value, y_, function),)
+        return (g * _secant(x, x_, y, y_, function),)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (x, y))
 
 
 def _secant(
@@ -155,43 +174,40 @@ def half(product: Tensor) -> Tensor:
 
     `product` is differentiable in both factors. Source: arXiv:2406.07592, arXiv:2402.05602.
     """
-    return attach(product, lambda g: (g / 2,), product)
+    return attach(product, lambda g: (g / 2,), (product,))
 
 
 def midpoint_gate(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
     """Each factor gets the mean of the other over the two runs: Δ(ab) = Δa·b̄ + ā·Δb exactly."""
-    a0, b0 = a.detach(), b.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a_, b_ = reference()
-        return g * ((b0 + b_) / 2), g * ((a0 + a_) / 2)
+        return g * ((b + b_) / 2), g * ((a + a_) / 2)
 
-    return attach(y, pull_back, a, b)
+    return attach(y, pull_back, (a, b), (a, b))
 
 
 def midpoint_bilinear(
     call: Callable[..., Tensor], factors: Sequence[Tensor], y: Tensor, reference: Reference
 ) -> Tensor:
     """`midpoint_gate` for any function that is linear in each of its two factors."""
-    own = [x.detach() for x in factors]
 
-    def pull_back(g: Tensor) -> tuple[Tensor, ...]:
+    def pull_back(g: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
         middle = [((x + x_) / 2).requires_grad_() for x, x_ in zip(own, reference(), strict=True)]
         with torch.enable_grad():
             return torch.autograd.grad(call(*middle), middle, g)
 
-    return attach(y, pull_back, *factors)
+    return attach(y, pull_back, factors, factors)
 
 
 def midpoint_matmul(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
     """`midpoint_bilinear` of `a @ b` for operands of two or more axes, without a second product."""
-    a0, b0 = a.detach(), b.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a_, b_ = reference()
-        return g @ ((b0 + b_) / 2).mT, ((a0 + a_) / 2).mT @ g
+        return g @ ((b + b_) / 2).mT, ((a + a_) / 2).mT @ g
 
-    return attach(y, pull_back, a, b)
+    return attach(y, pull_back, (a, b), (a, b))
 
 
 # -- softmax ---------------------------------------------------------------------------------------
@@ -202,13 +218,12 @@ def softmax_softer(x: Tensor, y: Tensor, dim: int) -> Tensor:
 
     Source: GIM, arXiv:2505.17630, as its authors' code has it (without the factor 1/2).
     """
-    saved = x.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
-        p = (saved / 2).softmax(dim)
+    def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
+        p = (x / 2).softmax(dim)
         return (p * (g - (g * p).sum(dim, keepdim=True)),)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (x,))
 
 
 def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
@@ -221,23 +236,22 @@ def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tens
     attention scores that differ by 20 between the runs, nothing is left of float32.)
     What is masked out in both runs gets 0.
     """
-    saved, value = x.detach(), y.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
+    def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
         x_, y_ = reference()
-        step = x_ - saved
-        shift = x_.logsumexp(dim, keepdim=True) - saved.logsumexp(dim, keepdim=True)
-        weighted = g * _logarithmic_mean(y_, value, step - shift)
+        step = x_ - x
+        shift = x_.logsumexp(dim, keepdim=True) - x.logsumexp(dim, keepdim=True)
+        weighted = g * _logarithmic_mean(y_, y, step - shift)
         # w with both sums divided by the larger one, so that nothing overflows
         size = shift.abs()
         less = (-size).exp()
         larger = torch.where(shift >= 0, y_, y_ * less)
-        smaller = torch.where(shift >= 0, value * less, value)
+        smaller = torch.where(shift >= 0, y * less, y)
         scale = torch.where(size == 0, 1.0, size / -torch.expm1(-size))
         share = scale * _logarithmic_mean(larger, smaller, step)
         return (weighted - share * weighted.sum(dim, keepdim=True),)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (x, y))
 
 
 def _logarithmic_mean(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
@@ -255,13 +269,12 @@ def layer_norm_constant(
     x: Tensor, y: Tensor, dims: tuple[int, ...], weight: Tensor | None, eps: float, *, centre: bool
 ) -> Tensor:
     """The statistic 1/σ is a constant, centring is linear (LN-rule, arXiv:2202.07304)."""
-    saved = x.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
-        h = _weighted(g, weight) * _inverse_scale(saved, dims, eps, centre)[1]
+    def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
+        h = _weighted(g, weight) * _inverse_scale(x, dims, eps, centre)[1]
         return (h - h.mean(dims, keepdim=True) if centre else h,)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (x,))
 
 
 def layer_norm_secant(
@@ -278,20 +291,19 @@ def layer_norm_secant(
 
     r' - r = -(v' - v)·(r r')² / (r + r') and v' - v = mean(2 c̄·Δc), all without a small divisor.
     """
-    saved = x.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
+    def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
         (x_,) = reference()
-        c, r = _inverse_scale(saved, dims, eps, centre)
+        c, r = _inverse_scale(x, dims, eps, centre)
         c_, r_ = _inverse_scale(x_, dims, eps, centre)
         h, middle = _weighted(g, weight), (c + c_) / 2
         slope = -((r * r_) ** 2) / (r + r_)
         h = h * ((r + r_) / 2) + 2 * middle * (h * middle).sum(dims, keepdim=True) * slope / (
-            _count(saved, dims)
+            _count(x, dims)
         )
         return (h - h.mean(dims, keepdim=True) if centre else h,)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (x,))
 
 
 def _weighted(g: Tensor, weight: Tensor | None) -> Tensor:
@@ -323,23 +335,19 @@ STATISTIC_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def statistic_secant(name: str, x: Tensor, y: Tensor, reference: Reference) -> Tensor:
     """The exact slope of rsqrt, sqrt or 1/x between two runs."""
-    value = y.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor]:
+    def pull_back(g: Tensor, y: Tensor) -> tuple[Tensor]:
         (y_,) = reference()
-        return (g * STATISTIC_SLOPES[name](value, y_),)
+        return (g * STATISTIC_SLOPES[name](y, y_),)
 
-    return attach(y, pull_back, x)
+    return attach(y, pull_back, (x,), (y,))
 
 
 def division_secant(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
     """a / b as the product a·(1/b): midpoints, and -1/(b b') for 1/b."""
-    a0, b0 = a.detach(), b.detach()
 
-    def pull_back(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a_, b_ = reference()
-        at_a = g * ((1 / b0 + 1 / b_) / 2) if a.requires_grad else None
-        at_b = g * ((a0 + a_) / 2) * (-1 / (b0 * b_)) if b.requires_grad else None
-        return at_a, at_b
+        return g * ((1 / b + 1 / b_) / 2), g * ((a + a_) / 2) * (-1 / (b * b_))
 
-    return attach(y, pull_back, a, b)
+    return attach(y, pull_back, (a, b), (a, b))

@@ -155,6 +155,52 @@ def test_in_place_rule_operations_are_refused(rules: Rules) -> None:
         F.relu(x * 2, inplace=True)
 
 
+@pytest.mark.parametrize("product", [Tensor.mul_, Tensor.div_], ids=["mul_", "div_"])
+def test_in_place_products_are_refused(product: Any) -> None:
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(UnknownOperationError, match="overwrites it in place"), propagate(RELP):
+        product(x * 2, x + 1)
+
+
+@pytest.mark.parametrize("run", ["own", "reference"])
+def test_tensors_overwritten_after_a_rule_are_an_error(run: str) -> None:
+    """torch guards what its own derivatives need; so must we."""
+
+    def model(t: Tensor, *, spoil: bool) -> Tensor:
+        hidden = t * 2
+        out = F.gelu(hidden)
+        if spoil:
+            hidden.add_(1)
+        return out
+
+    x = torch.ones(2, requires_grad=True)
+    with propagate(DEEPLIFT) as report:
+        y = model(x, spoil=run == "own")
+    with report.reference():
+        model(torch.zeros(2), spoil=run == "reference")
+    with pytest.raises(RuntimeError, match="modified by an inplace|were overwritten in place"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_operands_by_keyword_get_the_same_rule() -> None:
+    x = torch.tensor([[0.5, -1.0]], requires_grad=True)
+    pairs: list[tuple[Any, Any]] = [
+        (lambda t: F.gelu(input=t), F.gelu),
+        (lambda t: torch.softmax(input=t, dim=-1), lambda t: t.softmax(-1)),
+        (lambda t: torch.mul(input=t, other=t + 1), lambda t: t * (t + 1)),
+        (lambda t: torch.einsum("ij,ij->ij", [t, t]), lambda t: torch.einsum("ij,ij->ij", t, t)),
+    ]  # fmt: skip
+    for one, two in pairs:
+        for rules in (RELP, ATTN_LRP, GIM):
+            with propagate(rules):
+                a, b = one(x), two(x)
+            g = torch.tensor([[1.0, 3.0]])
+            assert torch.equal(torch.autograd.grad(a, x, g)[0], torch.autograd.grad(b, x, g)[0])
+    # where that cannot be told apart it is refused
+    with pytest.raises(UnknownOperationError, match="given by position"), propagate(ATTN_LRP):
+        F.linear(x, weight=x + 1)
+
+
 def test_rules_change_coefficients(tiny: Any) -> None:
     sites = Sites.of(tiny)
     task = random_task(tiny)
