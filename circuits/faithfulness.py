@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from circuits.graph import real_edges
 from relp.attribution import head_outputs
-from relp.capture import ROOT, observe
+from relp.capture import ROOT, answers_only, observe
 from relp.scores import Component, precedes
 from relp.sites import Block, Sites, bias, editing, weight
 
@@ -138,7 +138,7 @@ def _run(
             heard = einsum(keep, change[:known], "c t r w, w c p t d -> r c p t d")
         return (base[entry].float() + heard).to(root.dtype)
 
-    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    edits: dict[str, Callable[[Tensor], Tensor]] = answers_only(sites, task, count)
 
     def attention(block: Block) -> None:
         """Rebuilds q, k and v from each head's own input when the first of them is passed."""

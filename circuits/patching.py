@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from relp.attribution import OWN, node_sites, provenance
-from relp.capture import ROOT, observe
+from relp.capture import ROOT, answers_only, observe
 from relp.scores import Component, Effects
 from relp.sites import Block, Sites, editing
 
@@ -132,9 +132,7 @@ class _Runs:
         for site in dict.fromkeys(self._site(c) for c in cells):
             before = edits.get(site)
             edits[site] = self._writer(site, cells, before)
-        if self.task.metric.reads_answer_only:
-            end = self.task.spans["end"].to(self.sites.device).repeat(count)
-            edits["unembed"] = lambda x: x[torch.arange(len(x), device=x.device), end][:, None]
+        edits |= answers_only(self.sites, self.task, count)
         skipping = _skipping(self.sites, layer, self.outputs)
         with torch.no_grad(), skipping, editing(self.sites, edits):
             logits = self.sites.model(tokens)

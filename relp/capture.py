@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relp.propagation import Propagation, propagate
 from relp.rulebook import Rules
-from relp.sites import Sites, editing, reading
+from relp.sites import Edit, Sites, editing, reading
 
 __all__ = ["Capture", "capture", "observe"]
 
@@ -44,9 +44,21 @@ def observe(
 ) -> tuple[dict[str, Tensor], Float[Tensor, " pair"]]:
     """Activations at the named sites and the metric of one side (`clean`, `corrupt`), no grad."""
     tokens = getattr(task, side).to(sites.device)
-    with torch.no_grad(), reading(sites, names) as values:
+    edits = answers_only(sites, task)
+    with torch.no_grad(), editing(sites, edits), reading(sites, names) as values:
         metric = task.metric(sites.model(tokens))
     return values, metric
+
+
+def answers_only(sites: Sites, task: Any, copies: int = 1) -> dict[str, Edit]:
+    """The edit that hands the unembedding each row's answer position alone, `[row, 1, d_model]`.
+
+    Empty if the metric may read other positions. `copies`: how often the batch repeats the pairs.
+    """
+    if not task.metric.reads_answer_only:
+        return {}
+    end = task.spans["end"].to(sites.device).repeat(copies)
+    return {"unembed": lambda x: x[torch.arange(len(x), device=x.device), end][:, None]}
 
 
 def capture(
@@ -98,8 +110,14 @@ def _differentiable(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The run that will be differentiated, from block 0's input on."""
     tokens = getattr(task, side).to(sites.device)
+
+    def start(value: Tensor) -> Tensor:
+        """Makes block 0's input the leaf of the graph, with the value `root` if one is given."""
+        return (value if root is None else root).detach().requires_grad_()
+
     with torch.enable_grad():
-        with _leaf(sites, root), reading(sites, names) as values:
+        edits = {ROOT: start, **answers_only(sites, task)}
+        with editing(sites, edits), reading(sites, names) as values:
             logits = sites.model(tokens)
             # Rules that compare two runs must see the metric to be exact through it. For the
             # others it is a plain function: a constant softmax would cut a probability metric off.
@@ -108,17 +126,6 @@ def _differentiable(
             with report.paused():
                 metric = task.metric(logits)
     return values, metric
-
-
-@contextmanager
-def _leaf(sites: Sites, root: Tensor | None) -> Iterator[None]:
-    """Makes block 0's input the leaf of the graph, with the value `root` if one is given."""
-
-    def start(value: Tensor) -> Tensor:
-        return (value if root is None else root).detach().requires_grad_()
-
-    with editing(sites, {ROOT: start}):
-        yield
 
 
 def _coefficients(

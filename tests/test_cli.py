@@ -175,7 +175,7 @@ def test_an_unknown_model_is_an_error(command: str, tmp_path: Path) -> None:
 
 def test_unknown_rules_are_an_error() -> None:
     assert refused("discover", "--rules", "LRP-0") == (
-        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, DEEPLIFT; got 'LRP-0'; "
+        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT; got 'LRP-0'; "
         "build your own with Rules(...) or RELP.with_(...)"
     )
 
