@@ -147,6 +147,7 @@ def _run(
 
         def rebuild() -> None:
             names = block.readers[:-1]
+            assert block.norm is not None  # post-norm models were refused
             x = block.norm(inputs(names, block.name("resid"), known).flatten(1, 2))
             for site, projection, heads in block.attention_readers:
                 part, x = x[:heads], x[heads:]
@@ -180,6 +181,7 @@ def _run(
             entry = block.name("resid" if block.parallel else "mid")
             known = first if block.parallel else mlp
             x = inputs([f"{block.name('mlp')}.in"], entry, known)[0]
+            assert block.mlp_norm is not None
             return block.mlp_norm(x.flatten(0, 1))
 
         def mlp_out(value: Tensor) -> Tensor:

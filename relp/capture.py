@@ -125,6 +125,7 @@ def _differentiable(
         if metric is None:
             with report.paused():
                 metric = task.metric(logits)
+    report.must_have_seen(metric)
     return values, metric
 
 

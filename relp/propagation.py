@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -62,9 +63,16 @@ ACTIVATIONS = frozenset(
 EXPONENTS = frozenset(["exp", "exp2", "expm1", "softplus"])
 STATISTICS = frozenset(["rsqrt", "sqrt", "reciprocal"])
 PRODUCTS = frozenset(
-    "matmul bmm mm mv dot baddbmm addmm addbmm einsum linear bilinear conv1d conv2d conv3d "
-    "conv_transpose1d conv_transpose2d conv_transpose3d".split()
+    "matmul bmm mm mv dot grouped_mm baddbmm addmm addbmm einsum linear bilinear conv1d conv2d "
+    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
+_BY_POSITION = {
+    # operands that callers like to name, in their order
+    "baddbmm": ("batch1", "batch2"),
+    "addbmm": ("batch1", "batch2"),
+    "addmm": ("mat1", "mat2"),
+}
+SELECTIONS = frozenset(["max", "min", "amax", "amin", "topk", "sort"])
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _NOT_ELEMENTWISE = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
 
@@ -161,6 +169,32 @@ class Propagation:
             yield
         finally:
             self._inside -= 1
+
+    def must_have_seen(self, output: Tensor) -> None:
+        """Makes sure that no custom `autograd.Function` of the model went past the rules.
+
+        torch does not tell a mode about those; they show in the graph of `output`.
+
+        Raises:
+            UnknownOperationError: there is one, and the rules are not all derivatives.
+        """
+        if self.rules.only_derivatives or not self.strict:
+            return
+        seen: set[Any] = set()
+        queue = [output.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            name = type(node).__name__.removesuffix("Backward")
+            if isinstance(node, BackwardCFunction) and name != formulas.FUNCTION:
+                raise UnknownOperationError(
+                    "every operation that carries relevance must have a rule; the custom "
+                    f"autograd function {name!r} hides its operations; run the model's plain "
+                    "implementation, or make it a module named after its activation"
+                )
+            queue += [parent for parent, _ in node.next_functions]
 
     # -- the report ------------------------------------------------------------------------------
 
@@ -303,6 +337,23 @@ class Propagation:
         slot = self._record(call.name, lambda other, out: (other.args[0], out))
         return formulas.rescale(call.args[0], y, function, slot)
 
+    def _select(self, call: _Call) -> Any:
+        """Linear, as long as the same entries are chosen: in two runs that must be so."""
+        self._count(call.name, "selection", "derivative")
+        own = call.plainly()
+
+        def keep(other: _Call, out: Any) -> tuple[()]:
+            if not torch.equal(_chosen(call, own), _chosen(other, out)):
+                raise ValueError(
+                    f"rules that compare two runs need both to take the same branches; "
+                    f"{call.name!r} in {self._path[-1] if self._path else 'the code'!r} chooses "
+                    "differently in the two; use rules of one run, such as RELP"
+                )
+            return ()
+
+        self._record(call.name, keep)
+        return own
+
     def _statistic(self, call: _Call, formula: str = "") -> Any:
         rule = self.rules.norm
         self._count(call.name, "norm", rule)
@@ -351,9 +402,8 @@ class Propagation:
         self._count(call.name, "norm", rule)
         if rule == "derivative":
             return call.plainly()
-        call.must_not_overwrite()
-        if rule == "constant" and _carries(a):
-            return torch.div(a, b.detach())
+        if rule == "constant" and _carries(a):  # by the same function, which may work in place
+            return call.func(a, b.detach(), *call.args[2:])
         y = call.value()
         if rule == "constant":
             return y
@@ -476,6 +526,10 @@ class _Call:
         if "input" in kwargs and name in _HANDLERS:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"), *args)
+        for parameter in _BY_POSITION.get(name, ()):
+            if parameter in kwargs:
+                kwargs = dict(kwargs)
+                args = (*args, kwargs.pop(parameter))
         if name == "einsum" and len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])
         return cls(name, func, args, kwargs)
@@ -541,6 +595,7 @@ class _Mode(TorchFunctionMode):
 _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(ACTIVATIONS | EXPONENTS, Propagation._elementwise),
     **dict.fromkeys(STATISTICS, Propagation._statistic),
+    **dict.fromkeys(SELECTIONS, Propagation._select),
     **dict.fromkeys(["mul", "multiply"], Propagation._multiply),
     **dict.fromkeys(["div", "divide", "true_divide", "rdiv"], Propagation._divide),
     **dict.fromkeys(["pow", "square"], Propagation._power),
@@ -636,6 +691,7 @@ def coverage(
 # -- reading a call --------------------------------------------------------------------------------
 
 _NAMES: dict[Any, str] = {}
+_ACTIVATIONS_BY_CLASS: dict[type, bool] = {}
 
 
 def _name(func: Any) -> str:
@@ -664,10 +720,30 @@ def _carries(value: Any) -> bool:
     return False
 
 
+def _chosen(call: _Call, out: Any) -> Tensor:
+    """Which entries a selection took: its indices, or where its input attains its result."""
+    if isinstance(out, tuple):
+        return cast(Tensor, out[1])
+    x = call.args[0]
+    if out.dim() == x.dim() or out.dim() == 0:
+        return cast(Tensor, x == out)
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
+    return cast(Tensor, x == out.unsqueeze(dim))
+
+
 def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in _ACTIVATION_MODULES and not isinstance(
-        module, (*_NOT_ELEMENTWISE, nn.MultiheadAttention)
-    )
+    kind = type(module)
+    known = _ACTIVATIONS_BY_CLASS.get(kind)
+    if known is None:
+        # models that bring their own (`BloomGelu`) call it what it is and give it no weights
+        own = kind.__name__.lower().endswith(("gelu", "silu", "relu", "swish"))
+        known = (
+            (kind.__module__ in _ACTIVATION_MODULES or own)
+            and not issubclass(kind, (*_NOT_ELEMENTWISE, nn.MultiheadAttention))
+            and not (own and next(module.children(), None) is not None)
+        )
+        _ACTIVATIONS_BY_CLASS[kind] = known
+    return known
 
 
 def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ formulas of `relp.rules` for that kind. Linear operations always propagate their
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 __all__ = [
     "CP_LRP",
@@ -87,11 +87,14 @@ class Rules:
         return replace(self, name=name or f"{self.name}{changes}", **rules)
 
     @property
+    def only_derivatives(self) -> bool:
+        """True if nothing differs from plain gradients."""
+        return all(getattr(self, kind) == "derivative" for kind in KINDS)
+
+    @property
     def needs_reference(self) -> bool:
         """True if some coefficient depends on both runs (secants and midpoints)."""
-        return any(
-            getattr(self, f.name) in ("secant", "midpoint") for f in fields(self) if f.name in KINDS
-        )
+        return any(getattr(self, kind) in ("secant", "midpoint") for kind in KINDS)
 
 
 GRADIENT = Rules("GRADIENT")

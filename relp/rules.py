@@ -47,6 +47,9 @@ class _Attach(torch.autograd.Function):
         return (None, None, None, *grads, *[None] * len(saved))
 
 
+FUNCTION = _Attach.__name__
+
+
 def attach(
     value: Tensor, pull_back: PullBack, inputs: Sequence[Tensor], saved: Sequence[Tensor] = ()
 ) -> Tensor:

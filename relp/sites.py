@@ -30,9 +30,9 @@ class Block:
     layer: int
     heads: int
     kv_heads: int
-    norm: nn.Module
+    norm: nn.Module | None
     """What the attention's readers read through."""
-    mlp_norm: nn.Module
+    mlp_norm: nn.Module | None
     q: nn.Module
     k: nn.Module
     v: nn.Module
@@ -126,7 +126,7 @@ class Sites:
             q, k, v, o = parts
             heads = int(model.cfg.n_heads)
             parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
-            norm = block.ln1
+            norm = getattr(block, "ln1", None)  # OLMo-2 norms only what it adds
             blocks.append(
                 Block(
                     layer=layer,
@@ -199,6 +199,11 @@ def reading(sites: Sites, names: Iterator[str] | tuple[str, ...]) -> Iterator[di
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, value: Tensor) -> None:
+            if value.dim() != 3:
+                raise ValueError(
+                    f"a site must hold [pair, pos, d]; {name!r} holds {list(value.shape)}; this "
+                    "architecture merges pairs and positions: use relp.propagate on it"
+                )
             if name in seen:
                 raise RuntimeError(
                     f"site {name!r} must be passed once per run; it was passed again; "

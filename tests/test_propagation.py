@@ -155,7 +155,54 @@ def test_in_place_rule_operations_are_refused(rules: Rules) -> None:
         F.relu(x * 2, inplace=True)
 
 
-@pytest.mark.parametrize("product", [Tensor.mul_, Tensor.div_], ids=["mul_", "div_"])
+def test_custom_autograd_functions_are_not_overlooked(tiny: Any) -> None:
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.exp()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g
+
+    point = tiny.blocks[1].mlp.hook_out
+    handle = point.register_forward_hook(lambda _, __, value: Hidden.apply(value))
+    try:
+        sites = Sites.of(tiny)
+        capture(sites, random_task(tiny), GRADIENT, (), own="clean")
+        with pytest.raises(UnknownOperationError, match="'Hidden' hides its operations"):
+            capture(sites, random_task(tiny), RELP, (), own="clean")
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", ["topk", "max", "amax", "sort"])
+def test_selections_must_agree_between_two_runs(name: str) -> None:
+    def choose(t: Tensor) -> Tensor:
+        if name == "topk":
+            return t.topk(2).values
+        if name == "sort":
+            return t.sort().values
+        return t.max(-1).values if name == "max" else t.amax(-1)
+
+    x = torch.tensor([1.0, 3.0, 2.0], requires_grad=True)
+    for other, same in (
+        (torch.tensor([0.0, 9.0, 1.0]), True),
+        (torch.tensor([9.0, 0.0, 1.0]), False),
+    ):
+        with propagate(DEEPLIFT) as report:
+            y = choose(x).sum()
+        if same:
+            with report.reference():
+                after = choose(other).sum()
+            (c,) = torch.autograd.grad(y, x)
+            torch.testing.assert_close(((other - x) * c).sum(), after - y)
+        else:
+            with pytest.raises(ValueError, match="chooses differently"), report.reference():
+                choose(other)
+
+
+@pytest.mark.parametrize("product", [Tensor.mul_], ids=["mul_"])
 def test_in_place_products_are_refused(product: Any) -> None:
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(UnknownOperationError, match="overwrites it in place"), propagate(RELP):
