@@ -117,6 +117,9 @@ def _differentiable(
 
     with torch.enable_grad():
         edits = {ROOT: start, **answers_only(sites, task)}
+        # Where a parallel block's attention and MLP read one tensor, the MLP gets one of its own:
+        # the coefficient there must be that of this reader alone.
+        edits |= {n: _branch for n in names if n.endswith(".mlp_in")}
         with editing(sites, edits), reading(sites, names) as values:
             logits = sites.model(tokens)
             # Rules that compare two runs must see the metric to be exact through it. For the
@@ -127,6 +130,10 @@ def _differentiable(
                 metric = task.metric(logits)
     report.must_have_seen(metric)
     return values, metric
+
+
+def _branch(value: Tensor) -> Tensor:
+    return value.view_as(value)
 
 
 def _coefficients(

@@ -98,6 +98,8 @@ class Propagation:
         self._slots: dict[int, formulas.Reference] = {}
         self._calls = 0
         self._in_reference = False
+        # activation modules whose derivative is wanted and which bring their own
+        self._trusted: set[Any] = set()
         # > 0 inside an activation module, whose inner operations are not looked at
         self._inside = 0
         self._modules: list[tuple[Tensor | None, formulas.Reference | None]] = []
@@ -188,7 +190,8 @@ class Propagation:
                 continue
             seen.add(node)
             name = type(node).__name__.removesuffix("Backward")
-            if isinstance(node, BackwardCFunction) and name != formulas.FUNCTION:
+            known = name == formulas.FUNCTION or node in self._trusted
+            if isinstance(node, BackwardCFunction) and not known:
                 raise UnknownOperationError(
                     "every operation that carries relevance must have a rule; the custom "
                     f"autograd function {name!r} hides its operations; run the model's plain "
@@ -249,6 +252,7 @@ class Propagation:
                         "not; call it as module(x)"
                     )
                 self._count(name, "activation", "derivative")
+                self._trusted.add(output.grad_fn)
         self._path.pop()
         return replaced
 
