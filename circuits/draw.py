@@ -172,13 +172,13 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
 
 
 def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
-    """Tokens below the positions, where one row of tokens is right for every pair."""
+    """What stands at each position, where that is the same for every pair."""
     if len(scores.tokens) != width or len(set(scores.lengths.tolist())) != 1:
         return {"dtick": 1 if width <= 40 else None}
     shown = [token.replace("\n", "↵").replace("\t", "⇥") for token in scores.tokens]
     return {
         "tickvals": list(range(width)),
-        "ticktext": [f"{plain(token)} · {p}" for p, token in enumerate(shown)],
+        "ticktext": [f"{plain(token)} · {p}" if token else str(p) for p, token in enumerate(shown)],
         "tickangle": -60,
     }
 

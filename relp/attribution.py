@@ -330,12 +330,12 @@ def provenance(
 def token_labels(model: Any, task: Any) -> tuple[str, ...]:
     """What stands at each position of the clean prompts, if all have one length.
 
-    The token where all pairs have the same one, else the span that is there in all pairs, else `…`.
+    The token where all pairs have the same one, else the span that is there in all pairs, or "".
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or len(task.lengths.unique()) > 1:
         return ()
-    labels = ["…"] * task.clean.shape[1]
+    labels = [""] * task.clean.shape[1]
     for name, at in task.spans.items():
         if len(at.unique()) == 1:
             labels[int(at[0])] = name
