@@ -12,6 +12,8 @@ from relp.scores import Scores
 
 __all__ = ["agreement", "pearson_per_pair"]
 
+MINIMUM = 3
+
 
 def agreement(scores: Scores | Sequence[Scores], effect: Scores) -> pd.DataFrame:
     """Per-pair agreement of node scores with exact effects, one row per rules and kind.
@@ -20,7 +22,9 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores) -> pd.DataFrame
 
     Columns: `rules`, `kind`, `pearson` and `spearman` (correlation over a pair's components and
     positions, mean over pairs), `relative_error` (norm of the difference over the norm of the
-    effects, mean over pairs), `pairs` (those where all of it is defined: not all values equal).
+    effects, mean over pairs), `pairs` (how many the correlations are over). A pair with fewer than
+    three effects other than 0 has no correlation worth the name: if one token differs, the
+    embedding has a single effect, and any estimate of the right sign would get 1.
 
     Raises:
         ValueError: the two are not about the same components, pairs, task or direction.
@@ -33,15 +37,17 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores) -> pd.DataFrame
             names, measured = effect.of_kind(kind)
             assert s.nodes is not None
             estimated = s.nodes[:, [s.components.index(n) for n in names]]
-            table = []
+            table, errors = [], []
             for i, length in enumerate(effect.lengths.tolist()):
                 x = estimated[i, :, :length].flatten().double().numpy()
                 y = measured[i, :, :length].flatten().double().numpy()
-                if np.ptp(x) > 0 and np.ptp(y) > 0:
-                    error = np.linalg.norm(x - y) / np.linalg.norm(y)
-                    table.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0], error))
-            mean = np.mean(table, axis=0) if table else [np.nan] * 3
-            rows.append((s.rules, kind, *map(float, mean), len(table)))
+                size = np.linalg.norm(y)
+                errors += [np.linalg.norm(x - y) / size] if size > 0 else []
+                if np.ptp(x) > 0 and np.count_nonzero(y) >= MINIMUM:
+                    table.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]))
+            mean = np.mean(table, axis=0) if table else [np.nan] * 2
+            error = np.mean(errors) if errors else np.nan
+            rows.append((s.rules, kind, *map(float, mean), float(error), len(table)))
     columns = ["rules", "kind", "pearson", "spearman", "relative_error", "pairs"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -64,6 +70,13 @@ def _must_correspond(scores: Scores, effect: Scores) -> None:
             raise ValueError(
                 f"scores and effects must be of the same {what}; got {a!r} and {b!r}; "
                 "compute both with the same model, task and direction"
+            )
+    for what in ("lengths", "clean", "corrupt"):
+        a, b = getattr(scores, what), getattr(effect, what)
+        if a.shape != b.shape or not bool((a - b).abs().max() <= 1e-3 * (1 + b.abs().max())):
+            raise ValueError(
+                f"scores and effects must be of the same pairs; their {what!r} differ; compute "
+                "both with the same task object"
             )
     missing = set(effect.components) - set(scores.components)
     if missing or scores.nodes.shape[0] != effect.nodes.shape[0]:

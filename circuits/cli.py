@@ -72,12 +72,14 @@ def discover(
             f"{prompts.metric.name}: clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f}; "
             f"the answer is preferred in {(clean > 0).float().mean():.1%} of the clean prompts"
         )
-        effect = patch(bridge, prompts)
-        console.print(_agreement_table(scores, effect))
-
-        found = attribute(bridge, prompts, rules=chosen, level="edge")
-        graph = assemble(found)
+        graph = assemble(attribute(bridge, prompts, rules=chosen, level="edge"))
         circuit = top(graph, edges=edges)
+        if size(circuit) == 0:
+            raise ValueError(
+                f"`--edges` must be enough to connect the embedding to the logits; {edges} of the "
+                f"best edges by {chosen.name} do not; ask for more"
+            )
+        console.print(_agreement_table(scores, patch(bridge, prompts)))
         kept = faithfulness(bridge, prompts, circuit)
         share = size(circuit) / size(graph)
         summary = (
@@ -235,7 +237,9 @@ def _agreement_table(scores: Sequence[Any], effect: Any) -> Table:
     for kind in dict.fromkeys(frame["kind"]):
         rows = frame[frame["kind"] == kind].set_index("rules")
         cells = (
-            f"{rows.loc[r, 'pearson']:.3f} ({rows.loc[r, 'relative_error']:.2f})" for r in SHOWN
+            f"{'–' if rows.loc[r, 'pairs'] == 0 else format(rows.loc[r, 'pearson'], '.3f')} "
+            f"({rows.loc[r, 'relative_error']:.2f})"
+            for r in SHOWN
         )
         table.add_row(kind, *cells)
     return table

@@ -125,9 +125,10 @@ def _unit(scores: Scores) -> str:
 def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
-    names, nodes = scores.of_kind(kind)
+    names, _ = scores.of_kind(kind)
     parsed = [Component.parse(name) for name in names]
-    mean = nodes.detach().double().mean(0).cpu().numpy()  # [component, pos]
+    at = [scores.components.index(name) for name in names]
+    mean = scores.mean[at].double().numpy()  # [component, pos]
     if kind in ("head", "kv"):
         layers = sorted({c.layer for c in parsed})
         z = np.full((len(layers), max(c.head for c in parsed) + 1), np.nan)
@@ -154,7 +155,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
         )
     )
     figure.update_layout(
-        title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(nodes)} pairs"
+        title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(scores.clean)} pairs"
         f"{', summed over positions' if x_title != 'position' else ''}</sup>",
         template="plotly_white",
         height=max(340, 200 + 26 * len(rows)),
@@ -283,7 +284,10 @@ def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=[f"{name} · Pearson {r:.3f}" for name, (r, _, _) in panels.items()],
+        subplot_titles=[
+            f"{name} · Pearson {'undefined' if np.isnan(r) else format(r, '.3f')}"
+            for name, (r, _, _) in panels.items()
+        ],
         horizontal_spacing=0.08,
         vertical_spacing=0.3 / rows,
     )

@@ -107,6 +107,10 @@ def load(path: str | Path) -> nx.MultiDiGraph:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise _unknown(path, reading=True)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`path` must be a circuit's file; there is no file {str(path)!r}; check the name"
+        )
     try:
         return check_circuit(reader(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:

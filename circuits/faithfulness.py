@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.graph import real_edges
+from circuits.graph import check_circuit, real_edges
 from relp.attribution import head_outputs
 from relp.capture import ROOT, answers_only, observe
 from relp.scores import Component, precedes
@@ -55,7 +55,11 @@ def faithfulness(
             clean and corrupt prompts, or the model normalises what its blocks add (post-norm).
     """
     single = isinstance(circuit, nx.Graph)
-    circuits = [circuit] if single else list(circuit)
+    circuits: list[Any] = [circuit] if single else list(circuit)
+    if not circuits:
+        raise ValueError("`circuit` must be a graph or several; got none; pass at least one")
+    for graph in circuits:
+        check_circuit(graph)
     sites = Sites.of(model)
     if any(b.post_norm for b in sites.blocks):
         raise ValueError(
@@ -63,11 +67,19 @@ def faithfulness(
             f"{sites.model_name!r} normalises what they add (post-norm)"
         )
     length = int(task.lengths.max())
-    kept = torch.stack([_mask(sites, c, length) for c in circuits])
+    positional = any(c.graph.get("positions", False) for c in circuits)
+    if positional and len(task.lengths.unique()) > 1:
+        raise ValueError(
+            "a circuit by position needs prompts of one length; the task has lengths "
+            f"{sorted(set(task.lengths.tolist()))}; use a task of one length"
+        )
+    masks = [_mask(sites, c, length) for c in circuits]
+    # the whole model goes along, to prove that the rebuilt run is the model's own
+    kept = torch.stack([torch.ones_like(masks[0]), *masks])
     clean, corrupt = torch.zeros(len(task)), torch.zeros(len(task))
-    alone = torch.zeros(len(circuits), len(task))
+    alone = torch.zeros(len(kept), len(task))
     buckets = list(task.buckets())
-    with tqdm(total=len(circuits) * len(buckets), desc="faithfulness", unit="circuit",
+    with tqdm(total=len(kept) * len(buckets), desc="faithfulness", unit="circuit",
               disable=not progress or single, leave=False) as bar:  # fmt: skip
         for index, bucket in buckets:
             entries = [*(b.name(p) for b in sites.blocks for p in ("resid", "z", "mlp")), "final"]
@@ -77,11 +89,18 @@ def faithfulness(
             clean[index], corrupt[index] = clean_metric.float().cpu(), corrupt_metric.float().cpu()
             per_circuit = 4 * len(sites.writers) * base["final"].numel()
             size = max(1, BATCH_BYTES // per_circuit)
-            for at in range(0, len(circuits), size):
+            for at in range(0, len(kept), size):
                 part = kept[at : at + size, : int(bucket.lengths[0])]
                 metric = _run(sites, bucket, base, root[ROOT], part.to(base["final"].device))
                 alone[at : at + len(part), index] = metric.float().cpu()
                 bar.update(len(part))
+    whole, alone = alone[0], alone[1:]
+    error = float((whole - clean).abs().max())
+    if error > 1e-2 * max(1.0, float(clean.abs().max())):
+        raise RuntimeError(
+            "all edges together must give the clean run; the rebuilt run's metric misses it by "
+            f"{error:.2g}; remove hooks that change activations, or run the model in float32"
+        )
     gap = float(clean.mean() - corrupt.mean())
     if abs(gap) < 1e-6:
         raise ValueError(
@@ -102,7 +121,7 @@ def _mask(
     mask = torch.zeros(length, len(readers), len(writers), dtype=torch.bool)
     for u, _, _, data in real_edges(circuit):
         reader = data["reader"]
-        known = u in writers and reader in readers
+        known = u in writers and reader in readers and data["pos"] < length
         if not known or not precedes(Component.parse(u), Component.of_reader(reader)[0]):
             raise ValueError(
                 f"every edge of the circuit must be one of the model's; {u!r} -> {reader!r} is not "

@@ -35,7 +35,8 @@ def top(
 
     Args:
         edges: how many to keep; structural edges are not counted.
-        signed: rank by score instead of |score|, so that negative edges come last.
+        signed: rank by how much an edge helps the clean behaviour instead of |score|, so that
+            edges that work against it come last, in either direction.
         connected: keep only what lies on a path from `embed` to `logits`.
 
     Raises:
@@ -49,7 +50,9 @@ def top(
             f"`edges` must be 0 or more; got {edges}; the full graph has "
             f"{graph.graph['total_edges']}"
         )
-    worth = float if signed else abs
+    # in the noise direction an edge that helps the task has a negative score
+    sign = -1 if graph.graph.get("direction") == "noise" else 1
+    worth = (lambda score: sign * score) if signed else abs
     best_first = sorted((-worth(d["score"]), (u, v, key)) for u, v, key, d in real_edges(graph))
     rank = {edge: i for i, (_, edge) in enumerate(best_first, start=1)}
     if not connected:

@@ -8,7 +8,7 @@ is the corrupt run, and a positive score means that patching the clean value in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from relp.capture import ROOT, Capture, capture
+from relp.capture import ROOT, Capture, Linearised, capture
 from relp.propagation import propagate
 from relp.rulebook import RELP, Rules
 from relp.scores import Scores
@@ -86,8 +86,13 @@ def attribute(
         _refuse_post_norm(sites)
 
     batches = list(task.buckets(batch_size))
-    with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
-              disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
+    # the caller may be inside torch.no_grad() or torch.inference_mode()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
+             disable=not progress or len(batches) == 1, leave=False) as bar,
+    ):  # fmt: skip
         for index, batch in batches:
             seen = capture(sites, batch, rules, names, own=own, steps=steps)
             metrics[own][index] = seen.own_metric.float().cpu()
@@ -130,16 +135,15 @@ def node_scores(sites: Sites, seen: Capture) -> Float[Tensor, "pair component po
     Unit: that of the metric. Source: arXiv:2508.21258; with gradients, attribution patching.
     """
     columns: list[Tensor] = []
+    coefficients = seen.coefficients
 
     def dot(site: str) -> Tensor:
-        return einsum(
-            seen.delta(site).float(), seen.coefficients[site].float(), "p t d, p t d -> p t"
-        )
+        return einsum(seen.delta(site).float(), coefficients[site].float(), "p t d, p t d -> p t")
 
     columns.append(dot(ROOT))
     for b in sites.blocks:
         columns.append(dot(b.name("resid")))
-        z = seen.delta(b.name("z")).float() * seen.coefficients[b.name("z")].float()
+        z = seen.delta(b.name("z")).float() * coefficients[b.name("z")].float()
         columns += rearrange(z, "p t (h d) -> h p t d", h=b.heads).sum(-1).unbind()
         columns += [dot(b.name("attn")), dot(b.name("mlp"))]
     return torch.stack([c.cpu() for c in columns], 1)
@@ -188,40 +192,63 @@ def edge_scores(
         else:
             table[0, :rows, at] = deltas[:rows].flatten(1) @ coefficients.flatten(1).T
 
-    for b in sites.blocks:
-        _must_match(total, seen.delta(b.name("resid")), f"the input of block {b.layer}")
+    coefficients = seen.coefficients
+    after = [*(b.name("resid") for b in sites.blocks[1:]), "final"]
+    for b, following in zip(sites.blocks, after, strict=True):
+        _must_match(total, seen.delta(b.name("resid")), WRITERS, f"the input of block {b.layer}")
         before = row
-        fill(before, _attention_coefficients(b, seen, rules))
+        into_attention = _mean(_attention_coefficients(b, at, seen, rules) for at in seen.path)
+        fill(before, into_attention)
         deltas[row : row + b.heads] = head_outputs(b, seen.delta(b.name("z")))
         total += deltas[row : row + b.heads].sum(0)
         row += b.heads
-        into_mlp = seen.coefficients[b.name("mlp_in")].float()[None]
         entry = b.name("resid" if b.parallel else "mid")
         if not b.parallel:
-            _must_match(total, seen.delta(entry), f"the residual stream inside block {b.layer}")
-        fill(
-            before if b.parallel else row,
-            pull_back(b.mlp_norm, seen.own[entry], seen.other[entry], into_mlp, rules),
+            _must_match(total, seen.delta(entry), WRITERS, f"the middle of block {b.layer}")
+        into_mlp = _mean(
+            pull_back(
+                b.mlp_norm,
+                at.values[entry],
+                seen.other[entry],
+                at.coefficients[b.name("mlp_in")].float()[None],
+                rules,
+            )
+            for at in seen.path
         )
+        fill(before if b.parallel else row, into_mlp)
         deltas[row] = seen.delta(b.name("mlp"))
         total += deltas[row]
         row += 1
-    _must_match(total, seen.delta("final"), "the final residual stream")
-    fill(row, seen.coefficients["final"].float()[None])
+        readers = into_attention.sum(0) + into_mlp[0] + coefficients[following]
+        _must_match(readers, coefficients[b.name("resid")], READERS, f"block {b.layer}")
+    _must_match(total, seen.delta("final"), WRITERS, "the final residual stream")
+    fill(row, coefficients["final"].float()[None])
     return (table if positions else table[0]).cpu()
 
 
+WRITERS = "what embedding, heads and MLPs write must sum to the residual stream"
+READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
+
+
+def _mean(parts: Iterable[Tensor]) -> Tensor:
+    """Mean of tensors of one shape, one at a time."""
+    total, count = torch.zeros(()), 0
+    for part in parts:
+        total, count = (part if count == 0 else total + part), count + 1
+    return total / count
+
+
 def _attention_coefficients(
-    block: Block, seen: Capture, rules: Rules
+    block: Block, at: Linearised, seen: Capture, rules: Rules
 ) -> Float[Tensor, "reader pair pos d_model"]:
     """Coefficients at the residual stream for each head's q, k and v, in column order."""
     parts = []
     for site, projection, heads in block.attention_readers:
-        c = rearrange(seen.coefficients[site].float(), "p t (h d) -> h p t d", h=heads)
+        c = rearrange(at.coefficients[site].float(), "p t (h d) -> h p t d", h=heads)
         w = rearrange(weight(projection).float(), "(h d) m -> h d m", h=heads)
         parts.append(torch.einsum("hptd,hdm->hptm", c, w))
     resid = block.name("resid")
-    return pull_back(block.norm, seen.own[resid], seen.other[resid], torch.cat(parts), rules)
+    return pull_back(block.norm, at.values[resid], seen.other[resid], torch.cat(parts), rules)
 
 
 def head_outputs(
@@ -252,15 +279,15 @@ def pull_back(
     return grads.float()
 
 
-def _must_match(total: Tensor, delta: Tensor, where: str) -> None:
-    """Writers that do not sum to the residual stream would make every edge score wrong."""
-    error = float((total - delta).abs().max())
-    scale = float(delta.abs().max())
-    if error > 1e-3 * max(scale, 1e-3):
+def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
+    """A part of the model that was overlooked would make edge scores wrong without a sign."""
+    error = float((found - expected).abs().max())
+    scale = float(expected.abs().max())
+    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)  # half precision rounds each sum
+    if error > tolerance * max(scale, 1e-6):
         raise RuntimeError(
-            f"embedding, heads and MLPs must sum to the residual stream; at {where} they miss it "
-            f"by {error:.2g} of {scale:.2g}; edges need a model whose blocks add their outputs "
-            "unchanged: use level='node' for this one"
+            f"{what}; at {where} it misses by {error:.2g} of {scale:.2g}; remove hooks that change "
+            "activations, or use level='node' for this model"
         )
 
 
@@ -288,10 +315,14 @@ def _check(rules: Rules, level: str, direction: str, steps: int, positions: bool
             f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
             "values into the corrupt run"
         )
-    if steps < 1 or (steps > 1 and rules.needs_reference):
+    if not isinstance(steps, int) or steps < 1:
         raise ValueError(
-            f"`steps` must be at least 1, and 1 for rules that compare two runs; got {steps} with "
-            f"{rules.name}; those rules are exact between the runs already"
+            f"`steps` must be a whole number of at least 1; got {steps!r}; leave it out"
+        )
+    if steps > 1 and rules.needs_reference:
+        raise ValueError(
+            f"`steps` must be 1 for rules that compare two runs; got {steps} with {rules.name}; "
+            "those rules are exact between the runs already"
         )
     if positions and level == "node":
         raise ValueError(

@@ -22,6 +22,14 @@ ROOT = "L0.resid"
 
 
 @dataclass(frozen=True, eq=False)
+class Linearised:
+    """One run that was differentiated: activations, and the coefficients there."""
+
+    values: Mapping[str, Tensor]
+    coefficients: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Capture:
     """One batch of pairs: what both runs did, and the coefficients of one of them."""
 
@@ -29,10 +37,19 @@ class Capture:
     """Activations of the run that was differentiated."""
     other: Mapping[str, Tensor]
     """Activations of the other run."""
-    coefficients: Mapping[str, Tensor]
-    """d metric / d activation under the rules, at the sites of the own run."""
+    path: tuple[Linearised, ...]
+    """Where the metric was linearised: the own run, or `steps` runs between the two."""
     own_metric: Float[Tensor, " pair"]
     other_metric: Float[Tensor, " pair"]
+
+    @property
+    def coefficients(self) -> dict[str, Tensor]:
+        """d metric / d activation under the rules at each site, mean over the path."""
+        count = len(self.path)
+        names = self.path[0].coefficients
+        if count == 1:
+            return dict(names)
+        return {n: torch.stack([p.coefficients[n] for p in self.path]).mean(0) for n in names}
 
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""
@@ -82,21 +99,19 @@ def capture(
             if rules.needs_reference:
                 stack.enter_context(report.reference())
             others, other_metric = observe(sites, task, names, side=other)
-        coefficients = _coefficients(metric, values, names, rules)
+        path = [_linearised(metric, values, names, rules)]
     else:
         others, other_metric = observe(sites, task, names, side=other)
         values, metric = observe(sites, task, names, side=own)
-        coefficients = {}
+        path = []
         for step in range(steps):
             at = (step + 0.5) / steps
             root = torch.lerp(values[ROOT], others[ROOT], at)
             with propagate(rules, root=sites.model) as report:
                 between, middle = _differentiable(sites, task, names, own, rules, report, root)
-            part = _coefficients(middle, between, names, rules)
-            for name, c in part.items():
-                coefficients[name] = coefficients.get(name, 0) + c / steps
+            path.append(_linearised(middle, between, names, rules))
     own_values = {n: v.detach() for n, v in values.items()}
-    return Capture(own_values, others, coefficients, metric.detach(), other_metric.detach())
+    return Capture(own_values, others, tuple(path), metric.detach(), other_metric.detach())
 
 
 def _differentiable(
@@ -136,9 +151,14 @@ def _branch(value: Tensor) -> Tensor:
     return value.view_as(value)
 
 
-def _coefficients(
+def _linearised(
     metric: Tensor, values: Mapping[str, Tensor], names: tuple[str, ...], rules: Rules
-) -> dict[str, Tensor]:
+) -> Linearised:
+    if not metric.requires_grad:
+        raise ValueError(
+            "the metric must be differentiable in the logits; it does not depend on them, or not "
+            "differentiably (argmax, detach); check the metric, and hooks that detach activations"
+        )
     # pairs do not meet in the model: the gradient of the sum holds each pair's own gradient
     grads = torch.autograd.grad(metric.sum(), [values[n] for n in names], allow_unused=True)
     found = {}
@@ -153,4 +173,4 @@ def _coefficients(
                     "not; check that no hook detaches activations and that the metric uses logits"
                 )
         found[name] = grad
-    return found
+    return Linearised({n: values[n].detach() for n in names}, found)

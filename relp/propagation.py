@@ -53,6 +53,11 @@ LINEAR = frozenset(
 )
 """Linear in everything that may carry relevance: the derivative is the 0-rule."""
 
+SOURCES = frozenset(
+    ["embedding", "tensor", "requires_grad", "zeros", "ones", "rand", "randn", "full"]
+)
+"""Where relevance may begin: what gives a tensor that requires grad out of none that carries."""
+
 ACTIVATIONS = frozenset(
     """
     gelu silu relu relu6 leaky_relu elu selu celu tanh sigmoid logsigmoid hardswish hardsigmoid
@@ -74,7 +79,8 @@ _BY_POSITION = {
 }
 SELECTIONS = frozenset(["max", "min", "amax", "amin", "topk", "sort"])
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
-_NOT_ELEMENTWISE = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+# (Softplus is elementwise, but its rule is that of an exponent, as for the function)
+_NOT_ELEMENTWISE = (nn.Softplus, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
 
 
 class UnknownOperationError(ValueError):
@@ -97,6 +103,7 @@ class Propagation:
         self._counts: Counter[tuple[str, str, str, str]] = Counter()
         self._slots: dict[int, formulas.Reference] = {}
         self._calls = 0
+        self._first_calls = 0
         self._in_reference = False
         # activation modules whose derivative is wanted and which bring their own
         self._trusted: set[Any] = set()
@@ -125,6 +132,7 @@ class Propagation:
     ) -> None:
         assert self._stack is not None
         self._stack.close()
+        self._first_calls = self._calls
         self._path.clear()
         self._modules.clear()
         self._inside = 0
@@ -150,6 +158,12 @@ class Propagation:
             with ExitStack() as stack, torch.no_grad():
                 self._start(stack)
                 yield
+            if self._slots and self._calls > self._first_calls:
+                raise ValueError(
+                    "the reference run must perform the operations of the first run; it did "
+                    f"{self._calls - self._first_calls} more; compare runs that take the same "
+                    "branches"
+                )
             unseen = [s for s in self._slots.values() if not s.filled]
             if unseen:
                 raise ValueError(
@@ -262,8 +276,10 @@ class Propagation:
         handler = _HANDLERS.get(call.name)
         if handler is None or self._inside:
             out = call.plainly()
-            if self._inside or self._in_reference or not (_carries(out) and call.carries()):
+            if self._inside or self._in_reference or not _carries(out):
                 return out
+            if not call.carries():
+                return out if call.name in SOURCES else self._weights_only(call, out)
             if call.name in LINEAR:
                 self._count(call.name, "linear", "derivative")
             else:
@@ -276,9 +292,21 @@ class Propagation:
             if slot is not None:
                 slot.fill(*slot.keep(call, out))
             return out
-        if not (torch.is_grad_enabled() and call.carries()):
+        if not torch.is_grad_enabled():
             return call.plainly()
+        if not call.carries():
+            return self._weights_only(call, call.plainly())
         return handler(self, call)
+
+    def _weights_only(self, call: _Call, out: Any) -> Any:
+        """A weight computed from parameters would look like an activation from here on."""
+        if _carries(out):
+            raise ValueError(
+                f"weights must not require grad under rules; {call.name!r} computes one from "
+                "parameters that do; give the module as propagate(rules, root=module), which "
+                "freezes them meanwhile"
+            )
+        return out
 
     def _unknown(self, name: str) -> None:
         where = self._path[-1] if self._path else "the code under propagate"
@@ -328,6 +356,11 @@ class Propagation:
         self._count(call.name, kind, rule)
         if rule == "derivative":
             return call.plainly()
+        if _carries(call.args[1:]) or _carries(call.kwargs):
+            raise UnknownOperationError(
+                f"an elementwise operation must depend on the input by one operand; {call.name!r} "
+                "does by several; write it as products and differences"
+            )
         y = call.value()
         if rule == "constant":
             return y
@@ -372,7 +405,7 @@ class Propagation:
     def _power(self, call: _Call) -> Any:
         given = (*call.args[1:], call.kwargs.get("exponent"))
         exponent: Any = 2 if call.name == "square" else given[0]
-        if exponent == 2:
+        if not isinstance(exponent, Tensor) and exponent == 2:
             return self._product(call, lambda c: (c.args[0], c.args[0]))
         statistic = {-0.5: "rsqrt", 0.5: "sqrt", -1: "reciprocal"}
         if not isinstance(exponent, Tensor) and exponent in statistic:
@@ -399,6 +432,9 @@ class Propagation:
 
     def _divide(self, call: _Call) -> Any:
         a, b = call.operands()
+        if call.kwargs.get("rounding_mode") is not None:
+            self._unknown(f"{call.name} with rounding")
+            return call.plainly()
         if not _carries(b):
             self._count(call.name, "linear", "derivative")
             return call.plainly()
@@ -478,6 +514,25 @@ class Propagation:
             return formulas.softmax_softer(scores(call), y, dim)
         slot = self._record(call.name, lambda other, out: (scores(other), out))
         return formulas.softmax_secant(scores(call), y, dim, slot)
+
+    def _log_softmax(self, call: _Call) -> Any:
+        """x - lse(x): the log of the sum is the only part that is not linear."""
+        rule = self.rules.softmax
+        self._count(call.name, "softmax", rule)
+        if rule in ("derivative", "softer"):
+            return call.plainly()
+
+        def scores(of: _Call) -> Tensor:
+            x: Tensor = of.args[0]
+            dtype = of.kwargs.get("dtype")
+            return x if dtype is None else x.to(dtype)
+
+        dim = call.kwargs["dim"] if "dim" in call.kwargs else call.args[1]
+        x, y = scores(call), call.value()
+        if rule == "constant":
+            return formulas.attach(y, lambda g: (g,), (x,))
+        slot = self._record(call.name, lambda other, out: (scores(other), out))
+        return formulas.log_softmax_secant(x, y, dim, slot)
 
     def _layer_norm(self, call: _Call) -> Any:
         x, shape, weight, bias, eps = call.norm_arguments()
@@ -605,6 +660,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(["pow", "square"], Propagation._power),
     **dict.fromkeys(PRODUCTS, Propagation._bilinear),
     "softmax": Propagation._softmax,
+    "log_softmax": Propagation._log_softmax,
     **dict.fromkeys(["layer_norm", "rms_norm"], Propagation._layer_norm),
     "scaled_dot_product_attention": Propagation._attention,
 }
@@ -623,7 +679,7 @@ def propagate(
 
     Values are torch's own. For rules that compare two runs (DEEPLIFT) run the other input inside
     `with report.reference():` before the backward. Relevance flows to activations and inputs;
-    gradients of parameters mean nothing here.
+    gradients of parameters mean nothing here, so give the module as `root`.
 
     Args:
         rules: which rule each kind of operation gets.

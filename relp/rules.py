@@ -245,16 +245,35 @@ def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tens
         step = x_ - x
         shift = x_.logsumexp(dim, keepdim=True) - x.logsumexp(dim, keepdim=True)
         weighted = g * _logarithmic_mean(y_, y, step - shift)
-        # w with both sums divided by the larger one, so that nothing overflows
-        size = shift.abs()
-        less = (-size).exp()
-        larger = torch.where(shift >= 0, y_, y_ * less)
-        smaller = torch.where(shift >= 0, y * less, y)
-        scale = torch.where(size == 0, 1.0, size / -torch.expm1(-size))
-        share = scale * _logarithmic_mean(larger, smaller, step)
+        share = _shares(y, y_, step, shift)
         return (weighted - share * weighted.sum(dim, keepdim=True),)
 
     return attach(y, pull_back, (x,), (x, y))
+
+
+def log_softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
+    """Δy_i = Δx_i - Δlse with Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
+
+    def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        x_, y_ = reference()
+        shift = x_.logsumexp(dim, keepdim=True) - x.logsumexp(dim, keepdim=True)
+        share = _shares(y.exp(), y_.exp(), x_ - x, shift)
+        return (g - share * g.sum(dim, keepdim=True),)
+
+    return attach(y, pull_back, (x,), (x, y))
+
+
+def _shares(y: Tensor, y_: Tensor, step: Tensor, shift: Tensor) -> Tensor:
+    """w_j = M(e_j, e'_j) / M(S, S'), from y = e/S, with `shift` = log(S'/S).
+
+    Both sums are divided by the larger one, so that nothing overflows.
+    """
+    size = shift.abs()
+    less = (-size).exp()
+    larger = torch.where(shift >= 0, y_, y_ * less)
+    smaller = torch.where(shift >= 0, y * less, y)
+    scale = torch.where(size == 0, 1.0, size / -torch.expm1(-size))
+    return scale * _logarithmic_mean(larger, smaller, step)
 
 
 def _logarithmic_mean(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -147,6 +148,15 @@ class Scores:
         """One line that says where the numbers come from."""
         return f"{self.rules} · {self.model} · {self.task} · {self.direction}"
 
+    @property
+    def mean(self) -> Float[Tensor, "component pos"]:
+        """Node scores, at each position averaged over the pairs that are long enough for it."""
+        if self.nodes is None:
+            raise ValueError("mean is of node scores; these are edge scores, averaged already")
+        positions = torch.arange(self.nodes.shape[-1])
+        pairs = (positions < self.lengths[:, None]).sum(0).clamp(min=1)
+        return self.nodes.sum(0) / pairs
+
     def kinds(self) -> tuple[str, ...]:
         """The kinds of component present, in order of appearance."""
         return tuple(dict.fromkeys(Component.parse(c).kind for c in self.components))
@@ -191,7 +201,7 @@ class Scores:
             )
             if len(self.tokens) == width and len(self.lengths.unique()) == 1:
                 frame["token"] = [self.tokens[p] for p in frame["pos"]]
-            frame[self.noun] = self.nodes.mean(0).flatten().tolist()
+            frame[self.noun] = self.mean.flatten().tolist()
             return frame
         assert self.edges is not None
         table = self.edges if self.edges.dim() == 3 else self.edges[None]

@@ -65,6 +65,12 @@ class KLDivergence:
 
     def __call__(self, logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
         """Minus the divergence of each pair's run from its clean run."""
+        if len(self.reference) != len(task):
+            raise ValueError(
+                f"KLDivergence must be made of the task it is used on; it holds "
+                f"{len(self.reference)} pairs and the task {len(task)}; use "
+                "task.with_metric(KLDivergence.of(model, task))"
+            )
         last = task.answer_logits(logits).float().log_softmax(-1)
         reference = self.reference.to(last.device)
         return -(reference.exp() * (reference - last)).sum(-1)
@@ -105,12 +111,21 @@ class Metric:
             TypeError: the function returned something other than a floating-point tensor.
             ValueError: it returned the wrong shape, NaN or infinity.
         """
-        if not takes_task(self.function):
-            values = self.function(logits)
-        elif _keyword_only(self.function):
-            values = self.function(logits, task=self.task)
-        else:
-            values = self.function(logits, self.task)
+        try:
+            if not takes_task(self.function):
+                values = self.function(logits)
+            elif _keyword_only(self.function):
+                values = self.function(logits, task=self.task)
+            else:
+                values = self.function(logits, self.task)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"metric {self.name!r} must work on any of the task's pairs; on {len(self.task)} "
+                f"rows of logits it failed ({error}); take (logits, task) if it needs each pair's "
+                "answers, and read them from that task"
+            ) from error
         if not isinstance(values, Tensor) or not values.is_floating_point():
             got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
             raise TypeError(

@@ -193,6 +193,65 @@ def test_steps_approach_the_path_integral(tiny: Any) -> None:
     assert scores.rules == "GRADIENT (40 steps)"
 
 
+@pytest.mark.parametrize("rules", [GRADIENT, RELP], ids=["GRADIENT", "RELP"])
+def test_steps_hold_for_edges_as_for_nodes(tiny: Any, rules: Rules) -> None:
+    task = random_task(tiny)
+    nodes = attribute(tiny, task, rules=rules, steps=3)
+    edges = attribute(tiny, task, rules=rules, steps=3, level="edge")
+    assert edges.edges is not None
+    torch.testing.assert_close(
+        edges.edges.sum(1), node_totals(nodes, edges.writers), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_callers_grad_mode_changes_nothing(tiny: Any) -> None:
+    task = random_task(tiny)
+    for level in ("node", "edge"):
+        plain = attribute(tiny, task, level=level)
+        with torch.no_grad():
+            other = attribute(tiny, task, level=level)
+        one, two = (s.nodes if level == "node" else s.edges for s in (plain, other))
+        assert one is not None and two is not None
+        assert torch.equal(one, two)
+
+
+def test_hooks_that_change_what_readers_get_are_noticed(tiny: Any) -> None:
+    task = random_task(tiny)
+    point = tiny.blocks[1].mlp.hook_in
+    handle = point.register_forward_hook(lambda _, __, value: value * 0.5)
+    try:
+        with pytest.raises(RuntimeError, match="must sum to the stream's own coefficient"):
+            attribute(tiny, task, level="edge")
+    finally:
+        handle.remove()
+
+
+def test_metrics_that_cannot_be_differentiated_are_refused(tiny: Any) -> None:
+    task = random_task(tiny).with_metric(lambda logits: logits[:, -1].argmax(-1).float())
+    with pytest.raises(ValueError, match="must be differentiable in the logits"):
+        attribute(tiny, task)
+
+
+def test_deeplift_is_complete_for_divergences(tiny: Any) -> None:
+    task = random_task(tiny)
+    task = task.with_metric(KLDivergence.of(tiny, task))
+    scores = attribute(tiny, task, rules=DEEPLIFT)
+    _, residual = scores.of_kind("resid")
+    for layer in range(residual.shape[1]):
+        torch.testing.assert_close(residual[:, layer].sum(-1), scores.gap, rtol=1e-3, atol=1e-5)
+
+
+def test_means_count_only_pairs_that_have_the_position(tiny: Any) -> None:
+    one, two = random_task(tiny, pairs=2, length=5), random_task(tiny, pairs=3, length=8, seed=1)
+    mixed = Task.from_tokens(
+        [*one.clean, *two.clean], [*one.corrupt, *two.corrupt],
+        torch.cat([one.answers, two.answers]), torch.cat([one.foils, two.foils]),
+    )  # fmt: skip
+    long = attribute(tiny, two)
+    assert long.nodes is not None
+    torch.testing.assert_close(attribute(tiny, mixed).mean[:, 7], long.nodes.mean(0)[:, 7])
+
+
 def test_a_users_own_metric_works(tiny: Any) -> None:
     task = random_task(tiny)
     plain = attribute(tiny, task, rules=RELP)
@@ -214,8 +273,11 @@ def test_a_users_own_metric_works(tiny: Any) -> None:
     [
         ({"level": "head"}, "`level` must be 'node' or 'edge'; got 'head'"),
         ({"direction": "forward"}, "`direction` must be 'denoise' or 'noise'; got 'forward'"),
-        ({"steps": 0}, "`steps` must be at least 1"),
-        ({"steps": 3, "rules": DEEPLIFT}, "and 1 for rules that compare two runs; got 3 with"),
+        ({"steps": 0}, "`steps` must be a whole number of at least 1; got 0"),
+        (
+            {"steps": 3, "rules": DEEPLIFT},
+            "`steps` must be 1 for rules that compare two runs; got 3 with",
+        ),
         ({"positions": True}, "`positions` is for edge scores; got level='node'"),
         ({"batch_size": -1}, "`batch_size` must be at least 1; got -1"),
     ],

@@ -213,7 +213,7 @@ def test_exports_that_cannot_be_made_are_errors() -> None:
         "`path` must lie in an existing folder; 'none' is none; create it first"
     )
     assert refused("export", "none.json", "b.svg") == (
-        "[Errno 2] No such file or directory: 'none.json'"
+        "`path` must be a circuit's file; there is no file 'none.json'; check the name"
     )
     Path("scores.json").write_text('{"nodes": []}')
     message = refused("export", "scores.json", "b.svg")

@@ -111,10 +111,10 @@ def test_hooks_still_fire_after_patching_also_after_an_error(tiny: Any) -> None:
     def fragile(logits: Tensor) -> Tensor:
         calls.append(1)
         if len(calls) > 3:
-            raise RuntimeError("no more")
+            raise KeyError("no more")
         return logits[:, -1, 0]
 
-    with pytest.raises(RuntimeError, match="no more"):
+    with pytest.raises(KeyError, match="no more"):
         patch(tiny, task.with_metric(fragile), components=["L2.mlp"], progress=False)
     fired = []
     names = [f"blocks.{i}.attn.hook_z" for i in range(len(tiny.blocks))]
@@ -144,6 +144,9 @@ def test_agreement_is_numpys_and_perfect_with_itself(tiny: Any) -> None:
     noise = patch(tiny, task, components=["mlp"], direction="noise", progress=False)
     with pytest.raises(ValueError, match="must be of the same direction; got 'denoise' and"):
         agreement(scores, noise)
+    others = attribute(tiny, random_task(tiny, seed=9))
+    with pytest.raises(ValueError, match="must be of the same pairs; their 'clean' differ"):
+        agreement(others, effects)
     edges = attribute(tiny, task, level="edge")
     with pytest.raises(ValueError, match="one of the two holds edges"):
         agreement(edges, effects)
@@ -203,6 +206,32 @@ def alone(replica: Replica, task: Task, circuit: Any) -> Tensor:
         return x
 
     return task.metric(replica.run(task.clean, read=read, writers=now).logits).mean()
+
+
+def test_hooks_that_faithfulness_would_overwrite_are_noticed(tiny: Any) -> None:
+    task = random_task(tiny)
+    graph = assemble(attribute(tiny, task, level="edge"))
+    point = tiny.blocks[1].attn.v.hook_out
+    handle = point.register_forward_hook(lambda _, __, value: value * 3)
+    try:
+        with pytest.raises(RuntimeError, match="all edges together must give the clean run"):
+            faithfulness(tiny, task, graph)
+    finally:
+        handle.remove()
+
+
+def test_circuits_by_position_need_prompts_of_their_length(tiny: Any) -> None:
+    graph = assemble(attribute(tiny, random_task(tiny, length=6), level="edge", positions=True))
+    with pytest.raises(ValueError, match="is not one of"):
+        faithfulness(tiny, random_task(tiny, length=5), graph)
+
+
+def test_signed_circuits_help_in_either_direction(shipped: Any) -> None:
+    task = ioi(shipped.tokenizer, pairs=4, seed=0)
+    for direction in ("denoise", "noise"):
+        graph = assemble(attribute(shipped, task, level="edge", direction=direction))
+        circuit = top(graph, edges=size(graph) // 5, signed=True)
+        assert faithfulness(shipped, task, circuit) > 0.8
 
 
 def test_wrong_circuits_are_refused(tiny: Any) -> None:

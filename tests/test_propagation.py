@@ -248,6 +248,37 @@ def test_operands_by_keyword_get_the_same_rule() -> None:
         F.linear(x, weight=x + 1)
 
 
+def test_weights_computed_from_parameters_need_a_root() -> None:
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + self.weight)
+
+    model, x = Offset(), torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="give the module as propagate"), propagate(RELP):
+        model(x)
+    with propagate(RELP, root=model):
+        y = model(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([2.0, 3.0]))
+    assert model.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda t: torch.clamp(t, min=2 * t), lambda t: t**t, lambda t: torch.pow(2.0, t)],
+    ids=["clamp", "power", "exponential"],
+)
+def test_functions_of_several_dependent_operands_are_refused(function: Any) -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with propagate(GRADIENT):
+        function(x)
+    with pytest.raises(UnknownOperationError, match="does by several"), propagate(RELP):
+        function(x)
+
+
 def test_rules_change_coefficients(tiny: Any) -> None:
     sites = Sites.of(tiny)
     task = random_task(tiny)

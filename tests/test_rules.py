@@ -254,6 +254,20 @@ def test_softer_softmax_is_the_derivative_at_temperature_two() -> None:
     torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], expected)
 
 
+def test_log_softmax_secant_explains_the_difference() -> None:
+    x = torch.tensor([[0.0, 1.0, -2.0], [60.0, 0.0, 1.0]])
+    other = torch.tensor([[3.0, 1.5, 0.0], [-60.0, 2.0, 0.0]])
+    g = torch.tensor([[1.0, -2.0, 0.5]] * 2)
+    leaf = x.clone().requires_grad_()
+    with propagate(DEEPLIFT) as report:
+        y = leaf.log_softmax(-1)
+    with report.reference():
+        after = other.log_softmax(-1)
+    c = torch.autograd.grad(y, leaf, g)[0]
+    explained = ((other - x) * c).sum(-1)
+    torch.testing.assert_close(explained, (g * (after - y.detach())).sum(-1), rtol=1e-5, atol=1e-4)
+
+
 def test_constant_softmax_lets_nothing_through() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     with propagate(CP_LRP):
