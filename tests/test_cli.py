@@ -88,7 +88,7 @@ def test_discover_says_what_it_found(discovered: tuple[Result, Path]) -> None:
     assert re.search(rf"^logit_difference: clean {NUMBER}, corrupt {NUMBER}; ", said, re.M)
     for kind in ("embed", "resid", "head", "attn", "mlp"):
         (row,) = [line for line in said.splitlines() if re.search(rf"^\W*{kind}\b", line)]
-        assert len(re.findall(rf"{NUMBER} \(\d+\.\d\d\)", row)) == len(SHOWN) == 4
+        assert len(re.findall(rf"(?:–|{NUMBER}) \(\d+\.\d\d\)", row)) == len(SHOWN) == 4
     assert re.search(r"\W+".join(("component", "GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")), said)
     circuit = load(out / "ioi.json")
     # 2 layers, 2 heads: q k v of 4 heads read 1 and 4 writers, the MLPs 3 and 6, logits 7
