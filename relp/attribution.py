@@ -31,6 +31,9 @@ EDGE_BYTES = 256 << 20
 NODE_BYTES = 512 << 20
 
 
+# the caller may be inside torch.no_grad() or torch.inference_mode()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attribute(
     model: Any,
     task: Any,
@@ -86,13 +89,8 @@ def attribute(
         _refuse_post_norm(sites)
 
     batches = list(task.buckets(batch_size))
-    # the caller may be inside torch.no_grad() or torch.inference_mode()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
-             disable=not progress or len(batches) == 1, leave=False) as bar,
-    ):  # fmt: skip
+    with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
+              disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
         for index, batch in batches:
             seen = capture(sites, batch, rules, names, own=own, steps=steps)
             metrics[own][index] = seen.own_metric.float().cpu()

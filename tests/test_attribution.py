@@ -208,11 +208,12 @@ def test_a_callers_grad_mode_changes_nothing(tiny: Any) -> None:
     task = random_task(tiny)
     for level in ("node", "edge"):
         plain = attribute(tiny, task, level=level)
-        with torch.no_grad():
-            other = attribute(tiny, task, level=level)
-        one, two = (s.nodes if level == "node" else s.edges for s in (plain, other))
-        assert one is not None and two is not None
-        assert torch.equal(one, two)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                other = attribute(tiny, task, level=level)
+            one, two = (s.nodes if level == "node" else s.edges for s in (plain, other))
+            assert one is not None and two is not None
+            assert torch.equal(one, two)
 
 
 def test_hooks_that_change_what_readers_get_are_noticed(tiny: Any) -> None:
