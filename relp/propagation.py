@@ -504,16 +504,11 @@ class Propagation:
         if rule == "constant":
             return y
 
-        def scores(of: _Call) -> Tensor:
-            x: Tensor = of.args[0]
-            dtype = of.kwargs.get("dtype")
-            return x if dtype is None else x.to(dtype)
-
-        dim = call.kwargs["dim"] if "dim" in call.kwargs else call.args[1]
+        x, dim = call.softmax_arguments()
         if rule == "softer":
-            return formulas.softmax_softer(scores(call), y, dim)
-        slot = self._record(call.name, lambda other, out: (scores(other), out))
-        return formulas.softmax_secant(scores(call), y, dim, slot)
+            return formulas.softmax_softer(x, y, dim)
+        slot = self._record(call.name, lambda other, out: (other.softmax_arguments()[0], out))
+        return formulas.softmax_secant(x, y, dim, slot)
 
     def _log_softmax(self, call: _Call) -> Any:
         """x - lse(x): the log of the sum is the only part that is not linear."""
@@ -522,16 +517,11 @@ class Propagation:
         if rule in ("derivative", "softer"):
             return call.plainly()
 
-        def scores(of: _Call) -> Tensor:
-            x: Tensor = of.args[0]
-            dtype = of.kwargs.get("dtype")
-            return x if dtype is None else x.to(dtype)
-
-        dim = call.kwargs["dim"] if "dim" in call.kwargs else call.args[1]
-        x, y = scores(call), call.value()
+        x, dim = call.softmax_arguments()
+        y = call.value()
         if rule == "constant":
             return formulas.attach(y, lambda g: (g,), (x,))
-        slot = self._record(call.name, lambda other, out: (scores(other), out))
+        slot = self._record(call.name, lambda other, out: (other.softmax_arguments()[0], out))
         return formulas.log_softmax_secant(x, y, dim, slot)
 
     def _layer_norm(self, call: _Call) -> Any:
@@ -626,6 +616,13 @@ class _Call:
         """The two operands of an elementwise call, numerator first."""
         a, b = (*self.args, *(self.kwargs[k] for k in ("other",) if k in self.kwargs))[:2]
         return (b, a) if self.name == "rdiv" else (a, b)
+
+    def softmax_arguments(self) -> tuple[Tensor, int]:
+        """The scores, in the type that they are summed in, and the axis."""
+        x: Tensor = self.args[0]
+        dtype = self.kwargs.get("dtype")
+        dim = self.kwargs["dim"] if "dim" in self.kwargs else self.args[1]
+        return x if dtype is None else x.to(dtype), dim
 
     def norm_arguments(self) -> tuple[Any, ...]:
         """Input, normalised shape, weight, bias and eps of a layer or RMS norm."""
