@@ -10,7 +10,7 @@ from scipy import stats
 
 from relp.scores import Scores
 
-__all__ = ["agreement", "pearson_per_pair"]
+__all__ = ["agreement"]
 
 MINIMUM = 3
 
@@ -50,12 +50,6 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores) -> pd.DataFrame
             rows.append((s.rules, kind, *map(float, mean), float(error), len(table)))
     columns = ["rules", "kind", "pearson", "spearman", "relative_error", "pairs"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def pearson_per_pair(scores: Scores, effect: Scores, kind: str) -> float:
-    """Mean over pairs of the Pearson correlation within each pair, for one kind of component."""
-    table = agreement(scores, effect).set_index("kind")
-    return float(table.loc[kind, "pearson"])
 
 
 def _must_correspond(scores: Scores, effect: Scores) -> None:
