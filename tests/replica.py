@@ -258,3 +258,52 @@ class Replica:
         with torch.no_grad():
             root = self.run(tokens).writers["embed"]
         return self.run(tokens, root.requires_grad_())
+
+
+# -- rules of linear layers, one entry at a time ---------------------------------------------------
+
+
+def epsilon_rule(x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor, *, epsilon: float) -> Tensor:
+    """Coefficients at `x` `[in]` of z = x w + b under LRP-ε, from `g` at z; `w` is `[in, out]`.
+
+    R_i = Σ_j x_i w_ij R_j / (z_j + ε sgn z_j) with sgn 0 = 1 (Bach et al. 2015; zennit's
+    `Epsilon`), so that with R = z·g at the output, c_i = Σ_j w_ij g_j z_j / (z_j + ε sgn z_j).
+    """
+    c = torch.zeros_like(x)
+    for j in range(w.shape[1]):
+        z = sum(float(x[i] * w[i, j]) for i in range(len(x))) + _entry(bias, j)
+        for i in range(len(x)):
+            c[i] += float(w[i, j]) * float(g[j]) * z / _stabilised(z, epsilon)
+    return c
+
+
+def gamma_rule(
+    x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor, *, gamma: float, epsilon: float
+) -> Tensor:
+    """Coefficients at `x` under the generalised LRP-γ, from `g` at z = x w + b.
+
+    R_i = Σ_j (x_i w_ij + γ (x_i w_ij)⁺) R_j / D_j with D_j = z_j + γ (Σ_i (x_i w_ij)⁺ + b_j⁺) where
+    z_j > 0, negative parts where z_j < 0, nothing where z_j = 0; D is stabilised as in
+    `epsilon_rule` (Montavon et al. 2019; Andéol et al. 2021, arXiv:2106.04923; zennit's `Gamma`).
+    Divided by x_i; an entry x_i = 0 has no contribution whose sign could count.
+    """
+    c = torch.zeros_like(x)
+    for j in range(w.shape[1]):
+        parts = [float(x[i] * w[i, j]) for i in range(len(x))]
+        z = sum(parts) + _entry(bias, j)
+        if z == 0:
+            continue
+        sign = 1 if z > 0 else -1
+        favoured = [p for p in [*parts, _entry(bias, j)] if sign * p > 0]
+        share = float(g[j]) * z / _stabilised(z + gamma * sum(favoured), epsilon)
+        for i, part in enumerate(parts):
+            c[i] += share * float(w[i, j]) * (1 + gamma if sign * part > 0 else 1)
+    return c
+
+
+def _entry(bias: Tensor | None, j: int) -> float:
+    return 0.0 if bias is None else float(bias[j])
+
+
+def _stabilised(z: float, epsilon: float) -> float:
+    return z + epsilon if z >= 0 else z - epsilon
