@@ -134,7 +134,7 @@ class Replica:
         return a * b
 
     def bilinear(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.rules.bilinear == "half" and a.requires_grad:  # a constant pattern: one factor
+        if self.rules.bilinear == "half" and a.requires_grad:  # (a constant pattern is a weight)
             return (a @ b.detach() + a.detach() @ b) / 2
         return a @ b
 
@@ -278,14 +278,22 @@ def epsilon_rule(x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor, *, epsilo
 
 
 def gamma_rule(
-    x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor, *, gamma: float, epsilon: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    g: Tensor,
+    *,
+    gamma: float,
+    epsilon: float,
+    raise_bias: bool,
 ) -> Tensor:
     """Coefficients at `x` under the generalised LRP-γ, from `g` at z = x w + b.
 
     R_i = Σ_j (x_i w_ij + γ (x_i w_ij)⁺) R_j / D_j with D_j = z_j + γ (Σ_i (x_i w_ij)⁺ + b_j⁺) where
     z_j > 0, negative parts where z_j < 0, nothing where z_j = 0; D is stabilised as in
     `epsilon_rule` (Montavon et al. 2019; Andéol et al. 2021, arXiv:2106.04923; zennit's `Gamma`).
-    Divided by x_i; an entry x_i = 0 has no contribution whose sign could count.
+    Divided by x_i; an entry x_i = 0 has no contribution whose sign could count. Without
+    `raise_bias` the term b_j⁺ is left out.
     """
     c = torch.zeros_like(x)
     for j in range(w.shape[1]):
@@ -294,7 +302,8 @@ def gamma_rule(
         if z == 0:
             continue
         sign = 1 if z > 0 else -1
-        favoured = [p for p in [*parts, _entry(bias, j)] if sign * p > 0]
+        raised = [*parts, _entry(bias, j)] if raise_bias else parts
+        favoured = [p for p in raised if sign * p > 0]
         share = float(g[j]) * z / _stabilised(z + gamma * sum(favoured), epsilon)
         for i, part in enumerate(parts):
             c[i] += share * float(w[i, j]) * (1 + gamma if sign * part > 0 else 1)
