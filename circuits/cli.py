@@ -1,4 +1,4 @@
-"""The `relp` command: discover a circuit, compare rules, list tasks, convert files."""
+"""The `relp` command: discover a circuit, compare rules, list operations, convert files."""
 
 from __future__ import annotations
 
@@ -123,6 +123,36 @@ def compare(
             circuits = [top(graph, edges=round(s * size(graph))) for s in shares]
             table.add_row(r, *(f"{f:.3f}" for f in faithfulness(bridge, prompts, circuits)))
         console.print(table)
+
+
+@app.command()
+def coverage(
+    model: Annotated[str, typer.Argument(help="A shipped model, or a name or folder.")] = (
+        "ioi-gpt2"
+    ),
+    rules: Annotated[str, typer.Option(help="Rules to look at.")] = "RELP",
+) -> None:
+    """List the operations of a model that carry relevance, and the rule that each gets."""
+    import torch
+
+    from relp import coverage, preset
+
+    with _one_line_errors():
+        chosen = preset(rules)
+        bridge, name = _boot(model)
+        tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
+        frame = coverage(bridge, tokens, rules=chosen)
+    table = Table("operation", "kind", "rule", "modules", "times", title=f"{name} · {chosen.name}")
+    for (operation, kind, rule), rows in frame.groupby(["operation", "kind", "rule"], sort=False):
+        table.add_row(
+            operation, kind, rule, str(rows["module"].nunique()), str(rows["count"].sum())
+        )
+    console.print(table)
+    total = frame["count"].sum()
+    covered = total - frame.query("kind in ('unknown', 'opaque')")["count"].sum()
+    _say(
+        f"{covered} of {total} operations that carry relevance have a rule ({covered / total:.1%})"
+    )
 
 
 @app.command(name="tasks")

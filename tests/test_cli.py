@@ -114,6 +114,17 @@ def test_compare_gives_both_tables(model: Path) -> None:
     assert files(Path.cwd()) == []
 
 
+def test_coverage_lists_operations_and_adds_up(model: Path) -> None:
+    result = relp("coverage", model, "--rules", "CP_LRP")
+    assert result.exit_code == 0, result.output
+    (row,) = [line for line in result.stdout.splitlines() if re.search(r"^\W*softmax\b", line)]
+    assert re.findall(r"\w+", row)[:3] == ["softmax", "softmax", "constant"]
+    rows = re.findall(r"(\d+) +│\s*$", result.stdout, re.M)
+    total = sum(map(int, rows))
+    last = f"{total} of {total} operations that carry relevance have a rule (100.0%)"
+    assert result.stdout.splitlines()[-1] == last
+
+
 def test_tasks_lists_tasks_and_models() -> None:
     result = relp("tasks")
     assert result.exit_code == 0
