@@ -108,7 +108,7 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
     total = 0
     for (target, slot), reader, column in zip(readers, scores.readers, columns, strict=True):
         for writer, values in zip(writers, column, strict=True):
-            if not precedes(writer, target):
+            if not precedes(writer, target, parallel=scores.parallel):
                 continue
             for p, score in enumerate(values):
                 pos = p if positions else -1

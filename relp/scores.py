@@ -99,6 +99,8 @@ class Scores:
     """The metric on the corrupt prompts."""
     lengths: Int[Tensor, " pair"]
     """Tokens of each pair; entries of `nodes` from there on are 0."""
+    parallel: bool = False
+    """MLPs do not read what their own block's heads write (GPT-J, GPT-NeoX, Falcon, Phi)."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     """What stands at each position (see `relp.attribution.token_labels`), or empty."""
@@ -209,7 +211,7 @@ class Scores:
         for r, reader in enumerate(self.readers):
             target, slot = Component.of_reader(reader)
             for w, writer in enumerate(self.writers):
-                if precedes(Component.parse(writer), target):
+                if precedes(Component.parse(writer), target, parallel=self.parallel):
                     for p in range(len(table)):
                         rows.append((writer, reader, slot, p, float(table[p, w, r])))
         frame = pd.DataFrame(rows, columns=["writer", "reader", "slot", "pos", self.noun])
@@ -326,11 +328,10 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def precedes(writer: Component, reader: Component) -> bool:
+def precedes(writer: Component, reader: Component, *, parallel: bool = False) -> bool:
     """True if what `writer` adds to the residual stream is there when `reader` reads it.
 
-    Blocks are taken as sequential; a parallel block's scores hold a 0 where its MLP would read
-    its own heads.
+    `parallel`: an MLP reads the input of its block, without what the block's own heads add.
     """
     if writer.kind == "logits" or reader.kind == "embed":
         return False
@@ -338,4 +339,4 @@ def precedes(writer: Component, reader: Component) -> bool:
         return True
     if writer.layer != reader.layer:
         return writer.layer < reader.layer
-    return writer.kind in ("head", "attn", "mixer") and reader.kind == "mlp"
+    return not parallel and writer.kind in ("head", "attn", "mixer") and reader.kind == "mlp"
