@@ -8,7 +8,7 @@ is the corrupt run, and a positive score means that patching the clean value in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from relp.capture import ROOT, Capture, captures
-from relp.propagation import propagate
+from relp.norms import NormMap
 from relp.rulebook import RELP, Rules
 from relp.scores import Scores
 from relp.sites import Block, Sites, weight
@@ -188,6 +188,7 @@ def edge_scores(
     device = seen.own[ROOT].device
     # one row per writer, so that a layer's product needs no copy
     deltas = torch.empty(count, pairs, length, d_model, device=device)
+    into = torch.empty(max(len(b.readers) for b in sites.blocks), *deltas.shape[1:], device=device)
     table = torch.zeros(length if positions else 1, count, len(sites.readers), device=device)
     deltas[0] = seen.delta(ROOT)
     stream = deltas[0].clone()  # what all writers so far have added
@@ -206,7 +207,8 @@ def edge_scores(
     for b, following in zip(sites.blocks, after, strict=True):
         resid, heard = b.name("resid"), row
         _must_match(stream, seen.delta(resid), WRITERS, f"the input of block {b.layer}")
-        into_mixer = _mixer_coefficients(b, seen, rules)
+        into_mixer = into[: len(b.readers) - b.mlp]
+        _mixer_coefficients(b, seen, rules, into_mixer)
         fill(heard, into_mixer)
         readers = into_mixer.sum(0) + seen.coefficients[following].float()
         mixing = slice(row, row := row + max(b.heads, 1))
@@ -216,9 +218,11 @@ def edge_scores(
                 middle, heard = b.name("mid"), row
                 _must_match(stream, seen.delta(middle), WRITERS, f"the middle of block {b.layer}")
             entry = resid if b.parallel else middle
-            into_mlp = [seen.coefficients[b.name("mlp_in")]]
-            fill(heard, pulled := pull_back(b.mlp_norm, seen, entry, into_mlp, rules))
-            readers += pulled[0]
+            into_mlp = _norm_map(b.mlp_norm, seen, entry, rules).pull(
+                seen.coefficients[b.name("mlp_in")].float()
+            )
+            fill(heard, into_mlp[None])
+            readers += into_mlp
             deltas[row] = seen.delta(b.name("mlp"))
             stream += deltas[row]
             row += 1
@@ -233,20 +237,20 @@ HEADS = "what the heads write must sum to the input of the norm behind them"
 READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
 
 
+def _norm_map(norm: nn.Module | None, seen: Capture, site: str, rules: Rules) -> NormMap:
+    return NormMap.of(norm, seen.values[site], seen.other[site], rules)
+
+
 def _mixer_coefficients(
-    block: Block, seen: Capture, rules: Rules
-) -> Float[Tensor, "reader pair pos d_model"]:
-    """Coefficients at the residual stream for each head's q, k and v, in column order."""
-
-    def read() -> Iterator[Tensor]:
-        for site, projection, heads in block.attention_readers:
-            c = seen.coefficients[site].float().chunk(heads, -1)
-            w = weight(projection).float().chunk(heads)
-            yield from (c_head @ w_head for c_head, w_head in zip(c, w, strict=True))
-        if not block.heads:
-            yield seen.coefficients[block.name("mixer_in")]
-
-    return pull_back(block.norm, seen, block.name("resid"), read(), rules)
+    block: Block, seen: Capture, rules: Rules, out: Float[Tensor, "reader pair pos d_model"]
+) -> None:
+    """Fills `out` with the coefficients at the stream for each head's q, k, v, or the mixer."""
+    norm = _norm_map(block.norm, seen, block.name("resid"), rules)
+    if not block.heads:
+        out[0] = norm.pull(seen.coefficients[block.name("mixer_in")].float())
+    for site, projection, heads in block.attention_readers:
+        part, out = out[:heads], out[heads:]
+        norm.pull_through(weight(projection).float(), seen.coefficients[site].float(), part)
 
 
 def _mixer_outputs(
@@ -256,12 +260,12 @@ def _mixer_outputs(
     if not block.heads:
         out[0] = seen.delta(block.name("mixer"))
         return out[0]
-    torch.stack([*head_outputs(block, seen.delta(block.name("z")))], out=out)
+    out.copy_(head_outputs(block, seen.delta(block.name("z"))))
     whole = out.sum(0)
     if block.attn_post is None:
         return whole
     _must_match(whole, seen.delta(block.name("heads")), HEADS, f"block {block.layer}")
-    out.copy_(push(block.attn_post, seen, block.name("heads"), out, rules))
+    out.copy_(_norm_map(block.attn_post, seen, block.name("heads"), rules).push(out))
     return seen.delta(block.name("attn")).float()
 
 
@@ -272,51 +276,6 @@ def head_outputs(
     w = rearrange(weight(block.o).float(), "m (h d) -> h d m", h=block.heads)
     z = rearrange(z.float(), "p t (h d) -> h p t d", h=block.heads)
     return torch.einsum("hptd,hdm->hptm", z, w)
-
-
-def pull_back(
-    norm: nn.Module | None,
-    seen: Capture,
-    site: str,
-    coefficients: Iterable[Float[Tensor, "pair pos d_model"]],
-    rules: Rules,
-) -> Float[Tensor, "reader pair pos d_model"]:
-    """Coefficients at a norm's input from each reader's at its output (no norm: the same)."""
-    if norm is None:
-        return torch.stack([c.float() for c in coefficients])
-    x, y = _linearised(norm, seen, site, rules)
-    # reader by reader: what one backward touches stays in the cache, and batching costs more
-    pulled = (torch.autograd.grad(y, x, c.to(y.dtype), retain_graph=True)[0] for c in coefficients)
-    return torch.stack([c.float() for c in pulled])
-
-
-def push(
-    norm: nn.Module,
-    seen: Capture,
-    site: str,
-    deltas: Float[Tensor, "writer pair pos d_model"],
-    rules: Rules,
-) -> Float[Tensor, "writer pair pos d_model"]:
-    """Changes at a norm's output from changes at its input, by the same linear map as `pull_back`.
-
-    That map is Jᵀ; it is linear in the coefficients, so its own derivative by them gives J.
-    """
-    x, y = _linearised(norm, seen, site, rules)
-    c = torch.zeros_like(y, requires_grad=True)
-    (pulled,) = torch.autograd.grad(y, x, c, create_graph=True)
-    pushed = (torch.autograd.grad(pulled, c, d.to(c.dtype), retain_graph=True)[0] for d in deltas)
-    return torch.stack([d.float() for d in pushed])
-
-
-def _linearised(norm: nn.Module, seen: Capture, site: str, rules: Rules) -> tuple[Tensor, Tensor]:
-    """A norm's input and output at a site, joined by the coefficients of the rules."""
-    x = seen.values[site].detach().requires_grad_()
-    with propagate(rules, root=norm) as report:
-        y = norm(x)
-    if rules.needs_reference:
-        with report.reference():
-            norm(seen.other[site])
-    return x, y
 
 
 def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:

@@ -338,3 +338,30 @@ def bias(projection: nn.Module) -> Float[Tensor, " d_out"] | None:
     """The bias of a linear module, if it has one."""
     inner: Any = getattr(projection, "original_component", None) or projection
     return None if inner.bias is None else inner.bias.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """What a layer or RMS norm computes with."""
+
+    weight: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+    eps: float
+    centres: bool
+    """True for a layer norm: the mean is taken off first."""
+
+
+def norm_parameters(norm: Any) -> Norm:
+    """The parameters of a block's norm, whatever its class calls them."""
+    inner = getattr(norm, "original_component", None) or norm
+    scale, offset = getattr(inner, "weight", None), getattr(inner, "bias", None)
+    centres = not norm.uses_rms_norm
+    if scale is not None:  # Gemma keeps the weight's distance from 1
+        scale = scale.detach().float() + (1.0 if norm.uses_weight_offset else 0.0)
+    eps = getattr(inner, "eps", getattr(inner, "variance_epsilon", None))
+    return Norm(
+        weight=scale,
+        bias=offset.detach().float() if centres and offset is not None else None,
+        eps=float(norm.config.eps if eps is None else eps),
+        centres=centres,
+    )

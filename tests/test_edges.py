@@ -1,4 +1,4 @@
-"""Edge scores against TransformerLens and against one edge moved at a time, on every kind of block."""
+"""Edge scores against TransformerLens, and one edge moved at a time, on every kind of block."""
 
 from __future__ import annotations
 
