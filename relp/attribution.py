@@ -8,7 +8,7 @@ is the corrupt run, and a positive score means that patching the clean value in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from relp.capture import ROOT, Capture, captures
 from relp.norms import NormMap
 from relp.rulebook import RELP, Rules
-from relp.scores import Scores
+from relp.scores import Scores, span_index
 from relp.sites import Block, Sites, weight
 
 __all__ = ["attribute"]
@@ -43,7 +43,7 @@ def attribute(
     direction: str = "denoise",
     steps: int = 1,
     path: str = "inputs",
-    positions: bool = False,
+    positions: bool | str = False,
     batch_size: int | None = None,
     strict: bool = True,
     progress: bool = True,
@@ -66,7 +66,8 @@ def attribute(
         steps: more than 1 averages coefficients along a path between the runs (EAP-IG).
         path: what moves along it: `"inputs"`, the embeddings (`steps` runs), or `"activations"`,
             each writing site in turn (`steps` runs for each of 1 + 2·layers sites).
-        positions: keep the position axis of edge scores.
+        positions: keep the position axis of edge scores; `"spans"`: sum them over each named span
+            of the task and over the rest, pair by pair (node scores have `Scores.by_span`).
         batch_size: pairs per pass; by default as many as fit a fixed amount of memory.
         strict: an operation that no rule knows is an error; else its derivative is used.
         progress: show a bar if there are several batches.
@@ -87,7 +88,9 @@ def attribute(
     metrics = {own: torch.zeros(len(task)), other: torch.zeros(len(task))}
     width = int(task.lengths.max())
     nodes = torch.zeros(len(task), len(sites.components), width)
-    edges = torch.zeros(width if positions else 1, len(sites.writers), len(sites.readers))
+    places = (*task.spans, "other") if positions == "spans" else ()
+    groups = len(places) or (width if positions else 1)
+    edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
     names = node_sites(sites) if level == "node" else edge_sites(sites)
 
     batches = list(task.buckets(batch_size))
@@ -101,7 +104,7 @@ def attribute(
                 if level == "node":
                     nodes[index, :, :length] += seen.share * node_scores(sites, seen)
                 else:
-                    scores = edge_scores(sites, seen, rules, positions=positions)
+                    scores = edge_scores(sites, seen, rules, _groups(batch, positions))
                     edges[: len(scores)] += seen.share * scores / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
             metrics[other][index] = seen.other_metric.float().cpu()
@@ -117,6 +120,8 @@ def attribute(
     labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
     if level == "node":
         return Scores(components=sites.components, nodes=result, **labels)
+    if places:
+        labels |= {"places": places, "tokens": places}
     return Scores(writers=sites.writers, readers=sites.readers, edges=result, **labels)
 
 
@@ -167,10 +172,21 @@ def edge_sites(sites: Sites) -> tuple[str, ...]:
     return (*own, "final")
 
 
+def _groups(task: Any, positions: bool | str) -> list[Any]:
+    """What is summed over: indices into the flattened pairs and positions of one length."""
+    pairs, length = task.clean.shape
+    if not positions:
+        return [slice(None)]
+    if positions != "spans":
+        return [slice(t, None, length) for t in range(length)]
+    index = span_index(task.spans, pairs, length).flatten()
+    return [(index == s).nonzero().flatten() for s in range(len(task.spans) + 1)]
+
+
 def edge_scores(
-    sites: Sites, seen: Capture, rules: Rules, *, positions: bool
-) -> Float[Tensor, "pos writer reader"]:
-    """Sum over pairs (without `positions` over those too: length 1) of Δ_writer · c_reader.
+    sites: Sites, seen: Capture, rules: Rules, groups: Sequence[Any]
+) -> Float[Tensor, "group writer reader"]:
+    """Sum over each group of pairs and positions of Δ_writer · c_reader.
 
     c_reader is the coefficient at that reader's own input in the residual stream: the coefficient
     at its projection's output times the projection, pulled back through the block's norm under the
@@ -189,7 +205,7 @@ def edge_scores(
     # one row per writer, so that a layer's product needs no copy
     deltas = torch.empty(count, pairs, length, d_model, device=device)
     into = torch.empty(max(len(b.readers) for b in sites.blocks), *deltas.shape[1:], device=device)
-    table = torch.zeros(length if positions else 1, count, len(sites.readers), device=device)
+    table = torch.zeros(len(groups), count, len(sites.readers), device=device)
     deltas[0] = seen.delta(ROOT)
     stream = deltas[0].clone()  # what all writers so far have added
     row, column = 1, 0
@@ -198,10 +214,9 @@ def edge_scores(
         """Scores of the first `rows` writers for the next readers."""
         nonlocal column
         at = slice(column, column := column + len(coefficients))
-        if positions:
-            table[:, :rows, at] = einsum(deltas[:rows], coefficients, "w p t d, r p t d -> t w r")
-        else:
-            table[0, :rows, at] = deltas[:rows].flatten(1) @ coefficients.flatten(1).T
+        ours, theirs = deltas[:rows].flatten(1, 2), coefficients.flatten(1, 2)
+        for scores, group in zip(table, groups, strict=True):
+            scores[:rows, at] = ours[:, group].flatten(1) @ theirs[:, group].flatten(1).T
 
     after = [*(b.name("resid") for b in sites.blocks[1:]), "final"]
     for b, following in zip(sites.blocks, after, strict=True):
@@ -295,7 +310,7 @@ def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
 
 
 def _check(
-    rules: Rules, level: str, direction: str, steps: int, path: str, positions: bool
+    rules: Rules, level: str, direction: str, steps: int, path: str, positions: bool | str
 ) -> None:
     if not isinstance(rules, Rules):
         raise TypeError(
@@ -325,6 +340,11 @@ def _check(
         raise ValueError(
             f"`steps` must be 1 for rules that compare two runs; got {steps} with {rules.name}; "
             "those rules are exact between the runs already"
+        )
+    if positions not in (False, True, "spans"):
+        raise ValueError(
+            f"`positions` must be True, False or 'spans'; got {positions!r}; 'spans' sums over "
+            "each of the task's named spans"
         )
     if positions and level == "node":
         raise ValueError(

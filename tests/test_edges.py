@@ -13,14 +13,18 @@ import torch
 import transformers
 from conftest import boot, random_task, save_tokenizer, warm
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import (
     EdgeAttributionConfig,
     attribution_patch,
 )
 
 from circuits import assemble
-from relp import DEEPLIFT, GRADIENT, RELP, Scores, attribute
+from relp import DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute, propagate
+from relp.norms import NormMap
+from relp.rulebook import PRESETS
 from relp.scores import Component, precedes
+from tasks import Task
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**WIDE, "intermediate_size": 48}
@@ -264,3 +268,74 @@ def test_published_edge_counts(name: str, edges: int, tmp_path: Path) -> None:
     assert graph.has_edge("L3H2", "L3.mlp") == (name == "GPT2")
     path = scores.save(tmp_path / "scores.safetensors")
     assert Scores.load(path).parallel == (name == "GPTNeoX")
+
+
+@pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_the_linear_map_of_a_norm_is_that_of_the_rules(kind: Any, rules: Rules) -> None:
+    """`propagate` gives the map one coefficient at a time; a push is its adjoint."""
+    torch.manual_seed(0)
+    norm = kind(16, eps=1e-5)
+    norm.weight.data += torch.randn(16)
+    norm.uses_rms_norm, norm.uses_weight_offset = kind is nn.RMSNorm, False
+    own, other, c, change = torch.randn(4, 2, 3, 16)
+    x = own.clone().requires_grad_()
+    with propagate(rules, root=norm) as report:
+        y = norm(x)
+    if rules.needs_reference:
+        with report.reference():
+            norm(other)
+    (expected,) = torch.autograd.grad(y, x, c)
+    found = NormMap.of(norm, own, other, rules)
+    torch.testing.assert_close(found.pull(c), expected, rtol=1e-4, atol=1e-5)
+    one, two = (found.push(change) * c).sum(), (change * expected).sum()
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    if rules.norm == "secant":
+        torch.testing.assert_close(
+            found.push(other - own), norm(other) - norm(own), atol=1e-5, rtol=1e-4
+        )
+    w, z = torch.randn(8, 16), torch.randn(2, 3, 8)
+    heads = torch.empty(2, 2, 3, 16)
+    found.pull_through(w, z, heads)
+    for h, part in enumerate((slice(0, 4), slice(4, 8))):
+        torch.testing.assert_close(
+            heads[h], found.pull(z[..., part] @ w[part]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_another_norm_is_refused() -> None:
+    class Odd(nn.LayerNorm):
+        uses_rms_norm, uses_weight_offset = False, False
+
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(RuntimeError, match="norms that are layer or RMS norms; a Odd differs"):
+        NormMap.of(Odd(8), x, x, RELP)
+
+
+def test_norms_of_the_stream_itself_are_refused(tmp_path: Path) -> None:
+    size = save_tokenizer(tmp_path)
+    config = transformers.BertConfig(vocab_size=size, pad_token_id=0, **GATED)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    model = warm(boot(tmp_path))
+    task = random_task(model, pairs=2)
+    assert attribute(model, task).nodes is not None
+    with pytest.raises(RuntimeError, match=r"normalises the stream itself \(BERT, .*level='node'"):
+        attribute(model, task, level="edge")
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    size = save_tokenizer(tmp_path)
+    config = transformers.T5Config(
+        vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = TransformerBridge.boot_transformers(str(tmp_path), device="cpu").eval()
+    task = Task.from_tokens([[1]], [[2]], [0], [1])
+    with pytest.raises(
+        TypeError, match=r"without blocks, ln_final .*relp\.propagate and relp\.cov"
+    ):
+        attribute(model, task)
