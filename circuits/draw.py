@@ -268,7 +268,7 @@ def _exists(scores: Scores) -> np.ndarray:
     """`[writer, reader]`: True where the writer comes before the reader."""
     writers = [Component.parse(writer) for writer in scores.writers]
     readers = [Component.of_reader(reader)[0] for reader in scores.readers]
-    return np.array([[precedes(w, r) for r in readers] for w in writers])
+    return np.array([[precedes(w, r, parallel=scores.parallel) for r in readers] for w in writers])
 
 
 def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:

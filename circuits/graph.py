@@ -86,6 +86,11 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
             "assemble needs edge scores; these are node scores; call "
             "attribute(model, task, level='edge')"
         )
+    if scores.places:
+        raise ValueError(
+            f"assemble needs edges by token or summed over all; these are by span {scores.places}; "
+            "call attribute(level='edge') with positions=True or without"
+        )
     if not bool(scores.edges.isfinite().all()):
         bad = int((~scores.edges.isfinite()).sum())
         raise ValueError(
@@ -108,7 +113,7 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
     total = 0
     for (target, slot), reader, column in zip(readers, scores.readers, columns, strict=True):
         for writer, values in zip(writers, column, strict=True):
-            if not precedes(writer, target):
+            if not precedes(writer, target, parallel=scores.parallel):
                 continue
             for p, score in enumerate(values):
                 pos = p if positions else -1

@@ -8,19 +8,19 @@ is the corrupt run, and a positive score means that patching the clean value in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from relp.capture import ROOT, Capture, Linearised, capture
-from relp.propagation import propagate
+from relp.capture import ROOT, Capture, captures
+from relp.norms import NormMap
 from relp.rulebook import RELP, Rules
-from relp.scores import Scores
+from relp.scores import Scores, span_index
 from relp.sites import Block, Sites, weight
 
 __all__ = ["attribute"]
@@ -42,8 +42,10 @@ def attribute(
     level: str = "node",
     direction: str = "denoise",
     steps: int = 1,
-    positions: bool = False,
+    path: str = "inputs",
+    positions: bool | str = False,
     batch_size: int | None = None,
+    strict: bool = True,
     progress: bool = True,
 ) -> Scores:
     """Estimates what patching every component or edge would do to the task's metric.
@@ -61,9 +63,13 @@ def attribute(
         rules: the coefficients to use.
         level: `"node"` or `"edge"`.
         direction: `"denoise"` (coefficients on the corrupt run) or `"noise"` (on the clean run).
-        steps: more than 1 averages coefficients along the path between the runs (EAP-IG).
-        positions: keep the position axis of edge scores.
+        steps: more than 1 averages coefficients along a path between the runs (EAP-IG).
+        path: what moves along it: `"inputs"`, the embeddings (`steps` runs), or `"activations"`,
+            each writing site in turn (`steps` runs for each of 1 + 2·layers sites).
+        positions: keep the position axis of edge scores; `"spans"`: sum them over each named span
+            of the task and over the rest, pair by pair (node scores have `Scores.by_span`).
         batch_size: pairs per pass; by default as many as fit a fixed amount of memory.
+        strict: an operation that no rule knows is an error; else its derivative is used.
         progress: show a bar if there are several batches.
 
     Returns:
@@ -74,49 +80,49 @@ def attribute(
         UnknownOperationError: the model has an operation that no rule knows.
         RuntimeError: a hook did not fire, or a score is not finite.
     """
-    _check(rules, level, direction, steps, positions)
+    _check(rules, level, direction, steps, path, positions)
     sites = Sites.of(model)
+    _must_fit(sites, task)
     batch_size = _fitting(sites, task, level) if batch_size is None else batch_size
-    own = OWN[direction]
-    metrics = {s: torch.zeros(len(task)) for s in ("clean", "corrupt")}
+    own, other = OWN[direction], "clean" if OWN[direction] == "corrupt" else "corrupt"
+    metrics = {own: torch.zeros(len(task)), other: torch.zeros(len(task))}
     width = int(task.lengths.max())
-    shape = (len(task), len(sites.components), width)
-    nodes = torch.zeros(shape) if level == "node" else None
-    table = (width, len(sites.writers), len(sites.readers))
-    edges = torch.zeros(table if positions else table[1:]) if level == "edge" else None
+    nodes = torch.zeros(len(task), len(sites.components), width)
+    places = (*task.spans, "other") if positions == "spans" else ()
+    groups = len(places) or (width if positions else 1)
+    edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
     names = node_sites(sites) if level == "node" else edge_sites(sites)
-    if level == "edge":
-        _refuse_post_norm(sites)
 
     batches = list(task.buckets(batch_size))
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
               disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
         for index, batch in batches:
-            seen = capture(sites, batch, rules, names, own=own, steps=steps)
+            length = int(batch.lengths[0])
+            for seen in captures(
+                sites, batch, rules, names, own=own, steps=steps, path=path, strict=strict
+            ):
+                if level == "node":
+                    nodes[index, :, :length] += seen.share * node_scores(sites, seen)
+                else:
+                    scores = edge_scores(sites, seen, rules, _groups(batch, positions))
+                    edges[: len(scores)] += seen.share * scores / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
-            metrics["clean" if own == "corrupt" else "corrupt"][index] = (
-                seen.other_metric.float().cpu()
-            )
-            if nodes is not None:
-                scores = node_scores(sites, seen)
-                nodes[index, :, : scores.shape[-1]] = scores
-            else:
-                assert edges is not None
-                scores = edge_scores(sites, seen, rules, positions=positions)
-                edges[: len(scores)] += scores / len(task)
+            metrics[other][index] = seen.other_metric.float().cpu()
             bar.update(len(index))
-    result = nodes if nodes is not None else edges
-    assert result is not None
+    result = nodes if level == "node" else edges if positions else edges[0]
     if not bool(torch.isfinite(result).all()):
         raise RuntimeError(
             f"every score must be finite; {int((~torch.isfinite(result)).sum())} are not under "
             f"{rules.name}; run the model in float32, or look for overflow in its activations"
         )
     labels = provenance(sites, task, direction, metrics)
-    labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps)"
-    if nodes is not None:
-        return Scores(components=sites.components, nodes=nodes, **labels)
-    return Scores(writers=sites.writers, readers=sites.readers, edges=edges, **labels)
+    along = "" if path == "inputs" else f" of {path}"
+    labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
+    if level == "node":
+        return Scores(components=sites.components, nodes=result, **labels)
+    if places:
+        labels |= {"places": places, "tokens": places}
+    return Scores(writers=sites.writers, readers=sites.readers, edges=result, **labels)
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -124,7 +130,8 @@ def attribute(
 
 def node_sites(sites: Sites) -> tuple[str, ...]:
     """The sites that node scores need."""
-    return tuple(b.name(p) for b in sites.blocks for p in ("resid", "z", "attn", "mlp"))
+    heads = [b.name("z") for b in sites.blocks if b.heads]
+    return (*(c for b in sites.blocks for c in b.components if c not in b.head_names), *heads)
 
 
 def node_scores(sites: Sites, seen: Capture) -> Float[Tensor, "pair component pos"]:
@@ -132,19 +139,21 @@ def node_scores(sites: Sites, seen: Capture) -> Float[Tensor, "pair component po
 
     Unit: that of the metric. Source: arXiv:2508.21258; with gradients, attribution patching.
     """
-    columns: list[Tensor] = []
-    coefficients = seen.coefficients
+    columns: dict[str, Tensor] = {}
 
-    def dot(site: str) -> Tensor:
-        return einsum(seen.delta(site).float(), coefficients[site].float(), "p t d, p t d -> p t")
+    def score(component: str, site: str, entries: slice = slice(None)) -> None:
+        delta, coefficient = seen.delta(site)[..., entries], seen.coefficients[site][..., entries]
+        columns[component] = einsum(delta.float(), coefficient.float(), "p t d, p t d -> p t")
 
-    columns.append(dot(ROOT))
+    score("embed", ROOT)
     for b in sites.blocks:
-        columns.append(dot(b.name("resid")))
-        z = seen.delta(b.name("z")).float() * coefficients[b.name("z")].float()
-        columns += rearrange(z, "p t (h d) -> h p t d", h=b.heads).sum(-1).unbind()
-        columns += [dot(b.name("attn")), dot(b.name("mlp"))]
-    return torch.stack([c.cpu() for c in columns], 1)
+        for component in b.components:
+            if component not in b.head_names:
+                score(component, component)
+        for h, head in enumerate(b.head_names):
+            size = seen.own[b.name("z")].shape[-1] // b.heads
+            score(head, b.name("z"), slice(h * size, (h + 1) * size))
+    return torch.stack([columns[c].cpu() for c in sites.components], 1)
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -152,101 +161,127 @@ def node_scores(sites: Sites, seen: Capture) -> Float[Tensor, "pair component po
 
 def edge_sites(sites: Sites) -> tuple[str, ...]:
     """The sites that edge scores need."""
-    parts = ("resid", "q", "k", "v", "z", "mlp_in", "mlp")
-    own = [b.name(p) for b in sites.blocks for p in parts]
-    return (*own, *(b.name("mid") for b in sites.blocks if not b.parallel), "final")
+    own = []
+    for b in sites.blocks:
+        parts = ["resid"]
+        parts += ["q", "k", "v", "z"] if b.heads else ["mixer_in", "mixer"]
+        parts += ["heads", "attn"] if b.attn_post is not None else []
+        parts += ["mlp_in", "mlp"] if b.mlp else []
+        parts += ["mid"] if b.mlp and not b.parallel else []
+        own += [b.name(p) for p in parts]
+    return (*own, "final")
+
+
+def _groups(task: Any, positions: bool | str) -> list[Any]:
+    """What is summed over: indices into the flattened pairs and positions of one length."""
+    pairs, length = task.clean.shape
+    if not positions:
+        return [slice(None)]
+    if positions != "spans":
+        return [slice(t, None, length) for t in range(length)]
+    index = span_index(task.spans, pairs, length).flatten()
+    return [(index == s).nonzero().flatten() for s in range(len(task.spans) + 1)]
 
 
 def edge_scores(
-    sites: Sites, seen: Capture, rules: Rules, *, positions: bool
-) -> Float[Tensor, "*pos writer reader"]:
-    """Sum over pairs of Δ_writer · c_reader, one matrix product per layer.
+    sites: Sites, seen: Capture, rules: Rules, groups: Sequence[Any]
+) -> Float[Tensor, "group writer reader"]:
+    """Sum over each group of pairs and positions of Δ_writer · c_reader.
 
     c_reader is the coefficient at that reader's own input in the residual stream: the coefficient
     at its projection's output times the projection, pulled back through the block's norm under the
-    same rules. Nothing is copied per reader in the model, so grouped-query attention and any norm
-    work as they are. Source: EAP, arXiv:2310.10348, with the coefficients of arXiv:2508.21258.
+    same rules. Δ_writer is what the writer adds to the stream; heads behind a post-norm are pushed
+    through it under the same rules. Nothing is copied per reader in the model, so grouped-query
+    attention and any norm work as they are.
+    Source: EAP, arXiv:2310.10348, with the coefficients of arXiv:2508.21258.
 
     Raises:
-        RuntimeError: what the writers add does not sum to the residual stream.
+        RuntimeError: what the writers add does not sum to the residual stream, or what the readers
+            get not to its coefficient.
     """
     pairs, length, d_model = seen.own[ROOT].shape
     count = len(sites.writers)
     device = seen.own[ROOT].device
     # one row per writer, so that a layer's product needs no copy
     deltas = torch.empty(count, pairs, length, d_model, device=device)
-    table = torch.zeros(length if positions else 1, count, len(sites.readers), device=device)
-
+    into = torch.empty(max(len(b.readers) for b in sites.blocks), *deltas.shape[1:], device=device)
+    table = torch.zeros(len(groups), count, len(sites.readers), device=device)
     deltas[0] = seen.delta(ROOT)
-    total = deltas[0].clone()
+    stream = deltas[0].clone()  # what all writers so far have added
     row, column = 1, 0
 
     def fill(rows: int, coefficients: Float[Tensor, "reader pair pos d_model"]) -> None:
         """Scores of the first `rows` writers for the next readers."""
         nonlocal column
         at = slice(column, column := column + len(coefficients))
-        if positions:
-            table[:, :rows, at] = einsum(deltas[:rows], coefficients, "w p t d, r p t d -> t w r")
-        else:
-            table[0, :rows, at] = deltas[:rows].flatten(1) @ coefficients.flatten(1).T
+        ours, theirs = deltas[:rows].flatten(1, 2), coefficients.flatten(1, 2)
+        for scores, group in zip(table, groups, strict=True):
+            scores[:rows, at] = ours[:, group].flatten(1) @ theirs[:, group].flatten(1).T
 
-    coefficients = seen.coefficients
     after = [*(b.name("resid") for b in sites.blocks[1:]), "final"]
     for b, following in zip(sites.blocks, after, strict=True):
-        _must_match(total, seen.delta(b.name("resid")), WRITERS, f"the input of block {b.layer}")
-        before = row
-        into_attention = _mean(_attention_coefficients(b, at, seen, rules) for at in seen.path)
-        fill(before, into_attention)
-        deltas[row : row + b.heads] = head_outputs(b, seen.delta(b.name("z")))
-        total += deltas[row : row + b.heads].sum(0)
-        row += b.heads
-        entry = b.name("resid" if b.parallel else "mid")
-        if not b.parallel:
-            _must_match(total, seen.delta(entry), WRITERS, f"the middle of block {b.layer}")
-        into_mlp = _mean(
-            pull_back(
-                b.mlp_norm,
-                at.values[entry],
-                seen.other[entry],
-                at.coefficients[b.name("mlp_in")].float()[None],
-                rules,
+        resid, heard = b.name("resid"), row
+        _must_match(stream, seen.delta(resid), WRITERS, f"the input of block {b.layer}")
+        into_mixer = into[: len(b.readers) - b.mlp]
+        _mixer_coefficients(b, seen, rules, into_mixer)
+        fill(heard, into_mixer)
+        readers = into_mixer.sum(0) + seen.coefficients[following].float()
+        mixing = slice(row, row := row + max(b.heads, 1))
+        stream += _mixer_outputs(b, seen, rules, deltas[mixing])
+        if b.mlp:
+            if not b.parallel:
+                middle, heard = b.name("mid"), row
+                _must_match(stream, seen.delta(middle), WRITERS, f"the middle of block {b.layer}")
+            entry = resid if b.parallel else middle
+            into_mlp = _norm_map(b.mlp_norm, seen, entry, rules).pull(
+                seen.coefficients[b.name("mlp_in")].float()
             )
-            for at in seen.path
-        )
-        fill(before if b.parallel else row, into_mlp)
-        deltas[row] = seen.delta(b.name("mlp"))
-        total += deltas[row]
-        row += 1
-        readers = into_attention.sum(0) + into_mlp[0] + coefficients[following]
-        _must_match(readers, coefficients[b.name("resid")], READERS, f"block {b.layer}")
-    _must_match(total, seen.delta("final"), WRITERS, "the final residual stream")
-    fill(row, coefficients["final"].float()[None])
-    return (table if positions else table[0]).cpu()
+            fill(heard, into_mlp[None])
+            readers += into_mlp
+            deltas[row] = seen.delta(b.name("mlp"))
+            stream += deltas[row]
+            row += 1
+        _must_match(readers, seen.coefficients[resid], READERS, f"block {b.layer}")
+    _must_match(stream, seen.delta("final"), WRITERS, "the final residual stream")
+    fill(row, seen.coefficients["final"].float()[None])
+    return table.cpu()
 
 
 WRITERS = "what embedding, heads and MLPs write must sum to the residual stream"
+HEADS = "what the heads write must sum to the input of the norm behind them"
 READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
 
 
-def _mean(parts: Iterable[Tensor]) -> Tensor:
-    """Mean of tensors of one shape, one at a time."""
-    total, count = torch.zeros(()), 0
-    for part in parts:
-        total, count = (part if count == 0 else total + part), count + 1
-    return total / count
+def _norm_map(norm: nn.Module | None, seen: Capture, site: str, rules: Rules) -> NormMap:
+    return NormMap.of(norm, seen.values[site], seen.other[site], rules)
 
 
-def _attention_coefficients(
-    block: Block, at: Linearised, seen: Capture, rules: Rules
-) -> Float[Tensor, "reader pair pos d_model"]:
-    """Coefficients at the residual stream for each head's q, k and v, in column order."""
-    parts = []
+def _mixer_coefficients(
+    block: Block, seen: Capture, rules: Rules, out: Float[Tensor, "reader pair pos d_model"]
+) -> None:
+    """Fills `out` with the coefficients at the stream for each head's q, k, v, or the mixer."""
+    norm = _norm_map(block.norm, seen, block.name("resid"), rules)
+    if not block.heads:
+        out[0] = norm.pull(seen.coefficients[block.name("mixer_in")].float())
     for site, projection, heads in block.attention_readers:
-        c = rearrange(at.coefficients[site].float(), "p t (h d) -> h p t d", h=heads)
-        w = rearrange(weight(projection).float(), "(h d) m -> h d m", h=heads)
-        parts.append(torch.einsum("hptd,hdm->hptm", c, w))
-    resid = block.name("resid")
-    return pull_back(block.norm, at.values[resid], seen.other[resid], torch.cat(parts), rules)
+        part, out = out[:heads], out[heads:]
+        norm.pull_through(weight(projection).float(), seen.coefficients[site].float(), part)
+
+
+def _mixer_outputs(
+    block: Block, seen: Capture, rules: Rules, out: Float[Tensor, "writer pair pos d_model"]
+) -> Float[Tensor, "pair pos d_model"]:
+    """Fills `out` with what each head (or the mixer) adds to the stream; gives the whole."""
+    if not block.heads:
+        out[0] = seen.delta(block.name("mixer"))
+        return out[0]
+    out.copy_(head_outputs(block, seen.delta(block.name("z"))))
+    whole = out.sum(0)
+    if block.attn_post is None:
+        return whole
+    _must_match(whole, seen.delta(block.name("heads")), HEADS, f"block {block.layer}")
+    out.copy_(_norm_map(block.attn_post, seen, block.name("heads"), rules).push(out))
+    return seen.delta(block.name("attn")).float()
 
 
 def head_outputs(
@@ -258,25 +293,6 @@ def head_outputs(
     return torch.einsum("hptd,hdm->hptm", z, w)
 
 
-def pull_back(
-    norm: Any,
-    own: Float[Tensor, "pair pos d_model"],
-    other: Float[Tensor, "pair pos d_model"],
-    coefficients: Float[Tensor, "reader pair pos d_model"],
-    rules: Rules,
-) -> Float[Tensor, "reader pair pos d_model"]:
-    """Coefficients at a norm's input from those at its output, for many readers at once."""
-    with torch.enable_grad():
-        x = own.detach().requires_grad_()
-        with propagate(rules, root=norm) as report:
-            y = norm(x)
-        if rules.needs_reference:
-            with report.reference():
-                norm(other)
-        (grads,) = torch.autograd.grad(y, x, coefficients.to(y.dtype), is_grads_batched=True)
-    return grads.float()
-
-
 def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
     """A part of the model that was overlooked would make edge scores wrong without a sign."""
     error = float((found - expected).abs().max())
@@ -285,22 +301,17 @@ def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
     if error > tolerance * max(scale, 1e-6):
         raise RuntimeError(
             f"{what}; at {where} it misses by {error:.2g} of {scale:.2g}; remove hooks that change "
-            "activations, or use level='node' for this model"
-        )
-
-
-def _refuse_post_norm(sites: Sites) -> None:
-    if any(b.post_norm for b in sites.blocks):
-        raise ValueError(
-            "edge scores need heads and MLPs that add to the residual stream directly; "
-            f"{sites.model_name!r} normalises what they add (post-norm); use level='node'"
+            "activations; if the model normalises the stream itself (BERT, OPT-350m) it has no "
+            "edges in this sense: use level='node'"
         )
 
 
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _check(rules: Rules, level: str, direction: str, steps: int, positions: bool) -> None:
+def _check(
+    rules: Rules, level: str, direction: str, steps: int, path: str, positions: bool | str
+) -> None:
     if not isinstance(rules, Rules):
         raise TypeError(
             f"`rules` must be a Rules value such as relp.RELP; got {type(rules).__name__}; "
@@ -317,15 +328,45 @@ def _check(rules: Rules, level: str, direction: str, steps: int, positions: bool
         raise ValueError(
             f"`steps` must be a whole number of at least 1; got {steps!r}; leave it out"
         )
+    if path not in ("inputs", "activations"):
+        raise ValueError(
+            f"`path` must be 'inputs' or 'activations'; got {path!r}; 'inputs' moves the embeddings"
+        )
+    if path == "activations" and steps == 1:
+        raise ValueError(
+            "`path='activations'` needs `steps` above 1; got 1, which has no path; give steps=5"
+        )
     if steps > 1 and rules.needs_reference:
         raise ValueError(
             f"`steps` must be 1 for rules that compare two runs; got {steps} with {rules.name}; "
             "those rules are exact between the runs already"
         )
+    if positions not in (False, True, "spans"):
+        raise ValueError(
+            f"`positions` must be True, False or 'spans'; got {positions!r}; 'spans' sums over "
+            "each of the task's named spans"
+        )
     if positions and level == "node":
         raise ValueError(
             "`positions` is for edge scores; got level='node', whose scores keep the position axis "
             "anyway; leave it out"
+        )
+
+
+def _must_fit(sites: Sites, task: Any) -> None:
+    """A token that the model does not have would be an index error from deep inside it."""
+    cfg = sites.model.cfg
+    for label in ("clean", "corrupt", "answers", "foils"):
+        ids = getattr(task, label, None)
+        if ids is not None and int(ids.max()) >= int(cfg.d_vocab):
+            raise ValueError(
+                f"`{label}` must hold token ids below the model's d_vocab {cfg.d_vocab}; got "
+                f"{int(ids.max())}; build the task with the tokenizer of {sites.model_name!r}"
+            )
+    if int(task.lengths.max()) > int(cfg.n_ctx):
+        raise ValueError(
+            f"prompts must have no more tokens than the model's n_ctx {cfg.n_ctx}; the longest has "
+            f"{int(task.lengths.max())}; drop the longer pairs with task.select"
         )
 
 
@@ -351,6 +392,7 @@ def provenance(
         "clean": metrics["clean"],
         "corrupt": metrics["corrupt"],
         "lengths": task.lengths,
+        "parallel": sites.parallel,
         "spans": task.spans,
         "tokens": token_labels(sites.model, task),
     }

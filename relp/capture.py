@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,41 +16,29 @@ from relp.propagation import Propagation, propagate
 from relp.rulebook import Rules
 from relp.sites import Edit, Sites, editing, reading
 
-__all__ = ["Capture", "capture", "observe"]
+__all__ = ["Capture", "capture", "captures", "observe"]
 
 ROOT = "L0.resid"
 """Where relevance ends: token plus position embedding, as block 0 gets it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Linearised:
-    """One run that was differentiated: activations, and the coefficients there."""
-
-    values: Mapping[str, Tensor]
-    coefficients: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
 class Capture:
-    """One batch of pairs: what both runs did, and the coefficients of one of them."""
+    """One batch of pairs: what both runs did, and the coefficients of a run between the two."""
 
     own: Mapping[str, Tensor]
-    """Activations of the run that was differentiated."""
+    """Activations of the run that patching would change."""
     other: Mapping[str, Tensor]
     """Activations of the other run."""
-    path: tuple[Linearised, ...]
-    """Where the metric was linearised: the own run, or `steps` runs between the two."""
+    values: Mapping[str, Tensor]
+    """Activations of the run that was differentiated: the own run, or one on the way to the
+    other."""
+    coefficients: Mapping[str, Tensor]
+    """d metric / d activation under the rules at each site, where the values are."""
     own_metric: Float[Tensor, " pair"]
     other_metric: Float[Tensor, " pair"]
-
-    @property
-    def coefficients(self) -> dict[str, Tensor]:
-        """d metric / d activation under the rules at each site, mean over the path."""
-        count = len(self.path)
-        names = self.path[0].coefficients
-        if count == 1:
-            return dict(names)
-        return {n: torch.stack([p.coefficients[n] for p in self.path]).mean(0) for n in names}
+    share: float = 1.0
+    """Its part of a mean along a path."""
 
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""
@@ -79,39 +68,67 @@ def answers_only(sites: Sites, task: Any, copies: int = 1) -> dict[str, Edit]:
 
 
 def capture(
-    sites: Sites, task: Any, rules: Rules, names: tuple[str, ...], *, own: str, steps: int = 1
+    sites: Sites, task: Any, rules: Rules, names: tuple[str, ...], *, own: str, strict: bool = True
 ) -> Capture:
-    """Two forward passes and one backward (with `steps` > 1: `steps` passes along the path).
-
-    With `steps=1` the coefficients are those of the `own` side (`clean` or `corrupt`). With more,
-    they are averaged over runs whose input embeddings lie midway in each of `steps` equal parts
-    of the line between the two runs (integrated gradients; EAP-IG, arXiv:2403.17806).
+    """Two forward passes and one backward: the coefficients of the `own` side.
 
     Raises:
         RuntimeError: a site was not passed, or no relevance reaches one that must get some.
     """
     other = "corrupt" if own == "clean" else "clean"
     names = tuple(dict.fromkeys([ROOT, *names]))
-    if steps == 1:
-        with propagate(rules, root=sites.model) as report:
-            values, metric = _differentiable(sites, task, names, own, rules, report)
-        with ExitStack() as stack:
-            if rules.needs_reference:
-                stack.enter_context(report.reference())
-            others, other_metric = observe(sites, task, names, side=other)
-        path = [_linearised(metric, values, names, rules)]
-    else:
+    with propagate(rules, root=sites.model, strict=strict) as report:
+        values, metric = _differentiable(sites, task, names, own, rules, report, {})
+    with ExitStack() as stack:
+        if rules.needs_reference:
+            stack.enter_context(report.reference())
         others, other_metric = observe(sites, task, names, side=other)
-        values, metric = observe(sites, task, names, side=own)
-        path = []
+    coefficients = _coefficients(metric, values, rules)
+    values = {n: v.detach() for n, v in values.items()}
+    return Capture(values, others, values, coefficients, metric.detach(), other_metric)
+
+
+def captures(
+    sites: Sites,
+    task: Any,
+    rules: Rules,
+    names: tuple[str, ...],
+    *,
+    own: str,
+    steps: int,
+    path: str = "inputs",
+    strict: bool = True,
+) -> Iterator[Capture]:
+    """Captures whose scores are to be averaged: one on the own side, or along a path.
+
+    With `steps` > 1 the runs lie midway in each of `steps` equal parts of the line between own
+    and other run (integrated gradients). `path="inputs"`: of the input embeddings (EAP-IG inputs,
+    arXiv:2403.17806). `path="activations"`: of one writing site at a time, what comes before it
+    being the own run's (EAP-IG activations, ibid.; a layer's heads move together).
+
+    Raises:
+        RuntimeError: as `capture`.
+    """
+    if steps == 1:
+        yield capture(sites, task, rules, names, own=own, strict=strict)
+        return
+    moved = (ROOT,) if path == "inputs" else (ROOT, *sites.written)
+    names = tuple(dict.fromkeys([ROOT, *names, *moved]))
+    values, metric = observe(sites, task, names, side=own)
+    others, other_metric = observe(
+        sites, task, names, side="corrupt" if own == "clean" else "clean"
+    )
+    share = 1 / (steps * len(moved))
+    for site in moved:
         for step in range(steps):
-            at = (step + 0.5) / steps
-            root = torch.lerp(values[ROOT], others[ROOT], at)
-            with propagate(rules, root=sites.model) as report:
-                between, middle = _differentiable(sites, task, names, own, rules, report, root)
-            path.append(_linearised(middle, between, names, rules))
-    own_values = {n: v.detach() for n, v in values.items()}
-    return Capture(own_values, others, tuple(path), metric.detach(), other_metric.detach())
+            between = torch.lerp(values[site], others[site], (step + 0.5) / steps)
+            with propagate(rules, root=sites.model, strict=strict) as report:
+                at, middle = _differentiable(
+                    sites, task, names, own, rules, report, {site: between}
+                )
+            coefficients = _coefficients(middle, at, rules, cut=path == "activations")
+            at = {n: v.detach() for n, v in at.items()}
+            yield Capture(values, others, at, coefficients, metric, other_metric, share)
 
 
 def _differentiable(
@@ -121,20 +138,20 @@ def _differentiable(
     side: str,
     rules: Rules,
     report: Propagation,
-    root: Tensor | None = None,
+    moved: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The run that will be differentiated, from block 0's input on."""
+    """The run that will be differentiated, from block 0's input on, with some values moved."""
     tokens = getattr(task, side).to(sites.device)
 
-    def start(value: Tensor) -> Tensor:
-        """Makes block 0's input the leaf of the graph, with the value `root` if one is given."""
-        return (value if root is None else root).detach().requires_grad_()
+    def leaf(name: str, value: Tensor) -> Tensor:
+        return moved.get(name, value).detach().requires_grad_()
 
     with torch.enable_grad():
-        edits = {ROOT: start, **answers_only(sites, task)}
-        # Where a parallel block's attention and MLP read one tensor, the MLP gets one of its own:
+        edits: dict[str, Edit] = {n: partial(leaf, n) for n in (ROOT, *moved)}
+        edits |= answers_only(sites, task)
+        # Where a parallel block's attention and MLP read one tensor, each gets one of its own:
         # the coefficient there must be that of this reader alone.
-        edits |= {n: _branch for n in names if n.endswith(".mlp_in")}
+        edits |= {n: _branch for n in names if n.endswith((".mlp_in", ".mixer_in"))}
         with editing(sites, edits), reading(sites, names) as values:
             logits = sites.model(tokens)
             # Rules that compare two runs must see the metric to be exact through it. For the
@@ -151,26 +168,26 @@ def _branch(value: Tensor) -> Tensor:
     return value.view_as(value)
 
 
-def _linearised(
-    metric: Tensor, values: Mapping[str, Tensor], names: tuple[str, ...], rules: Rules
-) -> Linearised:
+def _coefficients(
+    metric: Tensor, values: Mapping[str, Tensor], rules: Rules, *, cut: bool = False
+) -> dict[str, Tensor]:
+    """d metric / d value at each site; `cut`: some lie before a value that was put in."""
     if not metric.requires_grad:
         raise ValueError(
             "the metric must be differentiable in the logits; it does not depend on them, or not "
             "differentiably (argmax, detach); check the metric, and hooks that detach activations"
         )
     # pairs do not meet in the model: the gradient of the sum holds each pair's own gradient
-    grads = torch.autograd.grad(metric.sum(), [values[n] for n in names], allow_unused=True)
+    grads = torch.autograd.grad(metric.sum(), list(values.values()), allow_unused=True)
     found = {}
-    for name, grad in zip(names, grads, strict=True):
+    for (name, value), grad in zip(values.items(), grads, strict=True):
         if grad is None:
             # with constant attention patterns nothing reaches queries and keys: a true zero
-            if rules.softmax == "constant" and name.endswith((".q", ".k")):
-                grad = torch.zeros_like(values[name])
-            else:
+            if not (cut or (rules.softmax == "constant" and name.endswith((".q", ".k")))):
                 raise RuntimeError(
                     f"every site must lie on the path from the input to the metric; {name!r} does "
                     "not; check that no hook detaches activations and that the metric uses logits"
                 )
+            grad = torch.zeros_like(value)
         found[name] = grad
-    return Linearised({n: values[n].detach() for n in names}, found)
+    return found

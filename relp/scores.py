@@ -14,7 +14,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -99,9 +99,13 @@ class Scores:
     """The metric on the corrupt prompts."""
     lengths: Int[Tensor, " pair"]
     """Tokens of each pair; entries of `nodes` from there on are 0."""
+    parallel: bool = False
+    """MLPs do not read what their own block's heads write (GPT-J, GPT-NeoX, Falcon, Phi)."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     """What stands at each position (see `relp.attribution.token_labels`), or empty."""
+    places: tuple[str, ...] = ()
+    """What the position axis holds instead of tokens: the named spans, and `other` for the rest."""
     components: tuple[str, ...] = ()
     nodes: Float[Tensor, "pair component pos"] | None = None
     writers: tuple[str, ...] = ()
@@ -178,10 +182,34 @@ class Scores:
             )
         return tuple(self.components[i] for i in at), self.nodes[:, at]
 
+    def by_span(self) -> Scores:
+        """Node scores summed over the positions of each of the task's spans, and over the others.
+
+        Each pair has its spans where its own prompt has them, so that templates of different
+        lengths line up. A position that several spans name goes to the first of them.
+
+        Raises:
+            ValueError: the scores are of edges, which are averages over pairs already.
+        """
+        if self.nodes is None:
+            raise ValueError(
+                "by_span sums node scores; these are edge scores, averaged over pairs; call "
+                "attribute(level='edge', positions='spans')"
+            )
+        if self.places:
+            return self
+        places = (*self.spans, "other")
+        index = span_index(self.spans, len(self.nodes), self.nodes.shape[-1])
+        summed = self.nodes.new_zeros(*self.nodes.shape[:2], len(places))
+        summed.scatter_add_(2, index[:, None].expand_as(self.nodes), self.nodes)
+        lengths = torch.full_like(self.lengths, len(places))
+        return replace(self, nodes=summed, lengths=lengths, places=places, tokens=places)
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per component and position, or per edge; the mean over pairs.
 
-        Edge rows are those that exist (the writer comes before the reader).
+        Edge rows are those that exist (the writer comes before the reader). A column `span` takes
+        the place of `pos` where scores are by span.
         """
         if self.nodes is not None:
             pairs, _, width = self.nodes.shape
@@ -202,18 +230,24 @@ class Scores:
             if len(self.tokens) == width and len(self.lengths.unique()) == 1:
                 frame["token"] = [self.tokens[p] for p in frame["pos"]]
             frame[self.noun] = self.mean.flatten().tolist()
-            return frame
+            return self._with_places(frame)
         assert self.edges is not None
         table = self.edges if self.edges.dim() == 3 else self.edges[None]
         rows = []
         for r, reader in enumerate(self.readers):
             target, slot = Component.of_reader(reader)
             for w, writer in enumerate(self.writers):
-                if precedes(Component.parse(writer), target):
+                if precedes(Component.parse(writer), target, parallel=self.parallel):
                     for p in range(len(table)):
                         rows.append((writer, reader, slot, p, float(table[p, w, r])))
         frame = pd.DataFrame(rows, columns=["writer", "reader", "slot", "pos", self.noun])
-        return frame if self.edges.dim() == 3 else frame.drop(columns="pos")
+        return self._with_places(frame) if self.edges.dim() == 3 else frame.drop(columns="pos")
+
+    def _with_places(self, frame: pd.DataFrame) -> pd.DataFrame:
+        if not self.places:
+            return frame
+        frame["pos"] = [self.places[p] for p in frame["pos"]]
+        return frame.drop(columns="token", errors="ignore").rename(columns={"pos": "span"})
 
     def top(self, k: int) -> pd.DataFrame:
         """The `k` rows of `to_dataframe` with the largest absolute value, largest first."""
@@ -305,6 +339,16 @@ class Effects(Scores):
     noun = "effect"
 
 
+def span_index(
+    spans: Mapping[str, Int[Tensor, " pair"]], pairs: int, width: int
+) -> Int[Tensor, "pair pos"]:
+    """The number of the span at each position, the number of spans where there is none."""
+    index = torch.full((pairs, width), len(spans))
+    for number, at in reversed(list(enumerate(spans.values()))):  # the first name stays
+        index[torch.arange(pairs), at.cpu()] = number
+    return index
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to it at the end: nobody ever sees half a file.
@@ -326,11 +370,10 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def precedes(writer: Component, reader: Component) -> bool:
+def precedes(writer: Component, reader: Component, *, parallel: bool = False) -> bool:
     """True if what `writer` adds to the residual stream is there when `reader` reads it.
 
-    Blocks are taken as sequential; a parallel block's scores hold a 0 where its MLP would read
-    its own heads.
+    `parallel`: an MLP reads the input of its block, without what the block's own heads add.
     """
     if writer.kind == "logits" or reader.kind == "embed":
         return False
@@ -338,4 +381,4 @@ def precedes(writer: Component, reader: Component) -> bool:
         return True
     if writer.layer != reader.layer:
         return writer.layer < reader.layer
-    return writer.kind in ("head", "attn", "mixer") and reader.kind == "mlp"
+    return not parallel and writer.kind in ("head", "attn", "mixer") and reader.kind == "mlp"

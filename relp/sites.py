@@ -3,16 +3,21 @@
 A site is a hook point of the bridge, used through plain torch hooks, so that the tensors seen are
 the ones on the path (`HookPoint.add_hook` converts shapes, and gradients of converted copies are
 zero). Names of sites: `L3.resid` (entering block 3), `L3.q` `L3.k` `L3.v` (before rotary and
-QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.attn` and `L3.mlp` (what is added to the
-residual stream), `final` (the residual stream that the final norm reads), `unembed` (what the
-unembedding reads; here positions may be left out, before it some models restore the shape).
+QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.heads` (their sum, where a post-norm
+reads it), `L3.attn` and `L3.mlp` (what is added to the residual stream), `L3.mid` (the stream
+between the two), `L3.mlp_in`, `final` (the residual stream that the final norm reads), `unembed`
+(what the unembedding reads; here positions may be left out, before it some models restore the
+shape). Where heads cannot be told apart (multi-head latent attention, state-space models) a block
+has a mixer: `L3.mixer_in` and `L3.mixer` take the places of q, k, v and z, attn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -23,24 +28,34 @@ from torch import Tensor, nn
 __all__ = ["Block", "Sites", "editing", "reading"]
 
 
+MIXERS = ("attn", "linear_attn", "mamba", "mixer", "ssm")
+"""What the bridge calls the part of a block that moves information between positions."""
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """One transformer block: its parts, and how its heads are counted."""
 
     layer: int
     heads: int
+    """0 where heads cannot be told apart: then the mixer is one writer and one reader."""
     kv_heads: int
     norm: nn.Module | None
     """What the attention's readers read through."""
     mlp_norm: nn.Module | None
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
-    o: nn.Module
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    """Projections; None in a mixer."""
+    mlp: bool
+    """False where the mixer is all there is (Mamba)."""
     parallel: bool
     """The MLP reads the block's input, not what the block's heads wrote."""
+    attn_post: nn.Module | None
+    """The norm through which the heads' sum is added to the stream (Gemma-2, OLMo-2)."""
     post_norm: bool
-    """What attention and MLP add passes through a norm first (Gemma-2, OLMo-2)."""
+    """What attention or MLP add passes through a norm first."""
 
     def name(self, part: str) -> str:
         """`L3.mlp` for part `mlp`."""
@@ -48,7 +63,7 @@ class Block:
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """`L3H0`, `L3H1`, …"""
+        """`L3H0`, `L3H1`, …; empty for a mixer."""
         return tuple(f"L{self.layer}H{h}" for h in range(self.heads))
 
     @property
@@ -60,7 +75,9 @@ class Block:
 
     @property
     def attention_readers(self) -> tuple[tuple[str, nn.Module, int], ...]:
-        """`(site, projection, number of heads)` for q, k and v."""
+        """`(site, projection, number of heads)` for q, k and v; empty for a mixer."""
+        if not self.heads:
+            return ()
         return (
             (self.name("q"), self.q, self.heads),
             (self.name("k"), self.k, self.kv_heads),
@@ -68,16 +85,26 @@ class Block:
         )
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """All node-level components of the block."""
+        whole = "attn" if self.heads else "mixer"
+        mlp = (self.name("mlp"),) if self.mlp else ()
+        return (self.name("resid"), *self.head_names, self.name(whole), *mlp)
+
+    @property
     def readers(self) -> tuple[str, ...]:
         """All readers of the block, in the order of their columns."""
         q = tuple(f"{h}.q" for h in self.head_names)
         kv = tuple(f"{h}.{slot}" for slot in "kv" for h in self.kv_names)
-        return (*q, *kv, f"{self.name('mlp')}.in")
+        mixer = () if self.heads else (f"{self.name('mixer')}.in",)
+        mlp = (f"{self.name('mlp')}.in",) if self.mlp else ()
+        return (*q, *kv, *mixer, *mlp)
 
     @property
     def writers(self) -> tuple[str, ...]:
         """All writers of the block, in the order of their rows."""
-        return (*self.head_names, self.name("mlp"))
+        mlp = (self.name("mlp"),) if self.mlp else ()
+        return (*(self.head_names or (self.name("mixer"),)), *mlp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +121,17 @@ class Sites:
         """Finds the sites of a `TransformerBridge`.
 
         Raises:
-            TypeError: `model` is not a TransformerBridge.
-            ValueError: the model is in train mode, or a block has no heads that can be told apart.
+            TypeError: `model` is not a TransformerBridge with one stack of blocks.
+            ValueError: the model is in train mode, or a block has no part that it knows.
         """
-        if not all(hasattr(model, part) for part in ("blocks", "cfg", "ln_final", "unembed")):
+        missing = [p for p in ("blocks", "cfg", "ln_final", "unembed") if not hasattr(model, p)]
+        if missing:
             raise TypeError(
-                "`model` must be a TransformerBridge with blocks, ln_final and unembed; got "
-                f"{type(model).__name__}; load it with TransformerBridge.boot_transformers(name), "
-                "or use relp.propagate on a plain module"
+                "`model` must be a TransformerBridge with one stack of blocks, a final norm and an "
+                f"unembedding; got a {type(model).__name__} without {', '.join(missing)} (as "
+                "encoder-decoders and plain modules); load a decoder with "
+                "TransformerBridge.boot_transformers(name), or use relp.propagate and "
+                "relp.coverage, which work on any module"
             )
         training = [n or "the model" for n, m in model.named_modules() if m.training]
         if training:
@@ -114,47 +144,10 @@ class Sites:
             "unembed": model.unembed.hook_in,
         }
         blocks = []
-        for layer, block in enumerate(model.blocks):
-            attn = getattr(block, "attn", None)
-            parts: list[Any] = [getattr(attn, p, None) for p in "qkvo"]
-            if any(p is None for p in parts) or not hasattr(block, "mlp"):
-                raise ValueError(
-                    "a block must have an attention with q, k, v and o and an MLP; block "
-                    f"{layer} is a {type(block).__name__} with "
-                    f"{[n for n, _ in block.named_children()]}; use relp.propagate for this model"
-                )
-            q, k, v, o = parts
-            heads = int(model.cfg.n_heads)
-            parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
-            norm = getattr(block, "ln1", None)  # OLMo-2 norms only what it adds
-            blocks.append(
-                Block(
-                    layer=layer,
-                    heads=heads,
-                    kv_heads=int(getattr(model.cfg, "n_key_value_heads", None) or heads),
-                    norm=norm,
-                    mlp_norm=getattr(block, "ln2", norm),
-                    q=q,
-                    k=k,
-                    v=v,
-                    o=o,
-                    parallel=parallel,
-                    post_norm=hasattr(block, "ln1_post") or hasattr(block, "ln2_post"),
-                )
-            )
-            points |= {
-                f"L{layer}.resid": block.hook_in,
-                f"L{layer}.q": q.hook_out,
-                f"L{layer}.k": k.hook_out,
-                f"L{layer}.v": v.hook_out,
-                f"L{layer}.z": o.hook_in,
-                f"L{layer}.attn": block.hook_attn_out,
-                f"L{layer}.mlp_in": block.mlp.hook_in,
-                f"L{layer}.mlp": block.hook_mlp_out,
-            }
-            if not parallel:
-                # without a norm before it (OLMo-2) the MLP reads the stream itself
-                points[f"L{layer}.mid"] = getattr(block, "ln2", block.mlp).hook_in
+        for layer, module in enumerate(model.blocks):
+            block, found = _block(model.cfg, layer, module)
+            blocks.append(block)
+            points |= {block.name(part): point for part, point in found.items()}
         name = str(getattr(model.cfg, "model_name", type(model).__name__))
         # a folder's path says where a user keeps files, not which model it is
         name = PurePath(name).name if PurePath(name).is_absolute() else name
@@ -163,10 +156,7 @@ class Sites:
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the node-level components, in the order of `Scores.nodes`."""
-        names = ["embed"]
-        for b in self.blocks:
-            names += [b.name("resid"), *b.head_names, b.name("attn"), b.name("mlp")]
-        return tuple(names)
+        return ("embed", *(c for b in self.blocks for c in b.components))
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -179,12 +169,108 @@ class Sites:
         return (*(r for b in self.blocks for r in b.readers), "logits.in")
 
     @property
+    def written(self) -> tuple[str, ...]:
+        """The sites where blocks write, in the order of a run."""
+        parts = (
+            (b, ("z" if b.heads else "mixer", *(["mlp"] if b.mlp else []))) for b in self.blocks
+        )
+        return tuple(b.name(p) for b, names in parts for p in names)
+
+    @property
+    def parallel(self) -> bool:
+        """True if MLPs do not read what their own block's heads write."""
+        return any(b.parallel for b in self.blocks)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go in."""
         return next(self.model.parameters()).device
 
 
+def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Module]]:
+    """The parts of one block, and its sites by part."""
+    # not getattr: a bridge looks for what it lacks in the module that it wraps
+    parts: dict[str, Any] = dict(module.named_children())
+    mixer = next((parts[n] for n in MIXERS if n in parts), None)
+    if mixer is None:
+        raise ValueError(
+            f"a block must have one of {', '.join(MIXERS)}; block {layer} is a "
+            f"{type(module).__name__} with {[n for n in parts if 'hook' not in n]}; use "
+            "relp.propagate and relp.coverage, which work on any module"
+        )
+    inside = dict(mixer.named_children())
+    projections: list[Any] = [inside.get(p) for p in "qkvo"]
+    q, k, v, o = projections
+    heads = 0 if None in projections else int(cfg.n_heads)
+    parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+    norm = parts.get("ln1", parts.get("norm"))  # OLMo-2 norms only what it adds
+    mlp = parts.get("mlp")
+    block = Block(
+        layer=layer,
+        heads=heads,
+        kv_heads=heads and int(getattr(cfg, "n_key_value_heads", None) or heads),
+        norm=norm,
+        mlp_norm=parts.get("ln2", norm if parallel else None),
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        mlp=mlp is not None,
+        parallel=parallel,
+        attn_post=parts.get("ln1_post") if heads else None,
+        post_norm="ln1_post" in parts or "ln2_post" in parts,
+    )
+    points: dict[str, Any] = {"resid": module.hook_in}
+    added = module.hook_attn_out if "attn" in parts else mixer.hook_out
+    if heads:
+        points |= {"q": q.hook_out, "k": k.hook_out, "v": v.hook_out, "z": o.hook_in, "attn": added}
+        if block.attn_post is not None:
+            points["heads"] = block.attn_post.hook_in
+    else:
+        points |= {"mixer_in": mixer.hook_in, "mixer": added}
+    if mlp is not None:
+        # an MLP without a module of its own (OPT) begins where its first layer does
+        entry = mlp if mlp.name is not None else getattr(mlp, "in")
+        points |= {"mlp_in": entry.hook_in, "mlp": module.hook_mlp_out}
+        if not parallel:
+            # without a norm before it (OLMo-2) the MLP reads the stream itself
+            points["mid"] = parts.get("ln2", entry).hook_in
+    return block, points
+
+
 Edit = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def _visiting(sites: Sites, visits: Mapping[str, Edit]) -> Iterator[None]:
+    """Shows each function its site's tensor as `[pair, pos, d]`; its result takes that place."""
+    shape: list[int] = []
+
+    def begin(_: nn.Module, __: Any, value: Tensor) -> None:
+        shape[:] = value.shape[:2]
+
+    def visit(name: str, function: Edit) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, __: Any, value: Tensor) -> Tensor:
+            if value.dim() == 2 and len(value) == math.prod(shape):
+                # OPT's MLP works on merged pairs and positions
+                return function(value.unflatten(0, shape)).flatten(0, 1)
+            if value.dim() != 3:
+                raise ValueError(
+                    f"a site must hold [pair, pos, d]; {name!r} holds {list(value.shape)}; "
+                    "use relp.propagate on this architecture"
+                )
+            return function(value)
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in sites.blocks:  # any may be the first that runs
+            entry = sites.points[block.name("resid")]
+            stack.callback(entry.register_forward_hook(begin).remove)
+        for name, function in visits.items():
+            hook = visit(name, function)
+            stack.callback(sites.points[name].register_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
@@ -197,25 +283,16 @@ def reading(sites: Sites, names: Iterator[str] | tuple[str, ...]) -> Iterator[di
     names = tuple(names)
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, value: Tensor) -> None:
-            if value.dim() != 3:
-                raise ValueError(
-                    f"a site must hold [pair, pos, d]; {name!r} holds {list(value.shape)}; this "
-                    "architecture merges pairs and positions: use relp.propagate on it"
-                )
-            if name in seen:
-                raise RuntimeError(
-                    f"site {name!r} must be passed once per run; it was passed again; "
-                    "run the model once, on one batch"
-                )
-            seen[name] = value
+    def keep(name: str, value: Tensor) -> Tensor:
+        if name in seen:
+            raise RuntimeError(
+                f"site {name!r} must be passed once per run; it was passed again; "
+                "run the model once, on one batch"
+            )
+        seen[name] = value
+        return value
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(sites.points[name].register_forward_hook(keep(name)).remove)
+    with _visiting(sites, {n: partial(keep, n) for n in names}):
         yield seen
     missing = [n for n in names if n not in seen]
     if missing:
@@ -235,16 +312,11 @@ def editing(sites: Sites, edits: Mapping[str, Edit]) -> Iterator[None]:
     """
     done: set[str] = set()
 
-    def change(name: str, edit: Edit) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, __: Any, value: Tensor) -> Tensor:
-            done.add(name)
-            return edit(value)
+    def change(name: str, value: Tensor) -> Tensor:
+        done.add(name)
+        return edits[name](value)
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, edit in edits.items():
-            stack.callback(sites.points[name].register_forward_hook(change(name, edit)).remove)
+    with _visiting(sites, {n: partial(change, n) for n in edits}):
         yield
     missing = [n for n in edits if n not in done]
     if missing:
@@ -266,3 +338,30 @@ def bias(projection: nn.Module) -> Float[Tensor, " d_out"] | None:
     """The bias of a linear module, if it has one."""
     inner: Any = getattr(projection, "original_component", None) or projection
     return None if inner.bias is None else inner.bias.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """What a layer or RMS norm computes with."""
+
+    weight: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+    eps: float
+    centres: bool
+    """True for a layer norm: the mean is taken off first."""
+
+
+def norm_parameters(norm: Any) -> Norm:
+    """The parameters of a block's norm, whatever its class calls them."""
+    inner = getattr(norm, "original_component", None) or norm
+    scale, offset = getattr(inner, "weight", None), getattr(inner, "bias", None)
+    centres = not norm.uses_rms_norm
+    if scale is not None:  # Gemma keeps the weight's distance from 1
+        scale = scale.detach().float() + (1.0 if norm.uses_weight_offset else 0.0)
+    eps = getattr(inner, "eps", getattr(inner, "variance_epsilon", None))
+    return Norm(
+        weight=scale,
+        bias=offset.detach().float() if centres and offset is not None else None,
+        eps=float(norm.config.eps if eps is None else eps),
+        centres=centres,
+    )

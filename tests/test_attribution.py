@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import random_task
 from replica import Replica
 from torch import Tensor
 
+from circuits import assemble
 from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute
+from relp.propagation import UnknownOperationError
 from relp.scores import Component, precedes
 from tasks import KLDivergence, Task, ioi
 
@@ -193,15 +196,103 @@ def test_steps_approach_the_path_integral(tiny: Any) -> None:
     assert scores.rules == "GRADIENT (40 steps)"
 
 
+@pytest.mark.parametrize("path", ["inputs", "activations"])
 @pytest.mark.parametrize("rules", [GRADIENT, RELP], ids=["GRADIENT", "RELP"])
-def test_steps_hold_for_edges_as_for_nodes(tiny: Any, rules: Rules) -> None:
+def test_steps_hold_for_edges_as_for_nodes(tiny: Any, rules: Rules, path: str) -> None:
     task = random_task(tiny)
-    nodes = attribute(tiny, task, rules=rules, steps=3)
-    edges = attribute(tiny, task, rules=rules, steps=3, level="edge")
+    nodes = attribute(tiny, task, rules=rules, steps=3, path=path)
+    edges = attribute(tiny, task, rules=rules, steps=3, path=path, level="edge")
     assert edges.edges is not None
     torch.testing.assert_close(
         edges.edges.sum(1), node_totals(nodes, edges.writers), rtol=1e-4, atol=1e-6
     )
+
+
+def test_activations_move_one_site_at_a_time(tiny: Any) -> None:
+    """EAP-IG on activations as its definition reads: hooks, autograd, a mean over all runs."""
+    task = random_task(tiny, pairs=2, length=5)
+    sites = [tiny.blocks[0].hook_in]
+    for block in tiny.blocks:
+        sites += [block.attn.o.hook_in, block.mlp.hook_out]
+
+    def run(tokens: Tensor, moved: Any = None, value: Any = None) -> tuple[Tensor, list[Tensor]]:
+        kept: list[Tensor] = []
+
+        def visit(point: Any, _: Any, output: Tensor) -> Tensor:
+            output = value.detach().requires_grad_() if point is moved else output
+            kept.append(output)
+            return output
+
+        handles = [p.register_forward_hook(visit) for p in sites]
+        metric = task.metric(tiny(tokens)).sum()
+        for h in handles:
+            h.remove()
+        return metric, kept
+
+    clean, corrupt = run(task.clean)[1], run(task.corrupt)[1]
+    mlp = len(sites) - 1  # the last: what it writes is read by the final norm alone
+    total = torch.zeros_like(clean[mlp])
+    for i, site in enumerate(sites):
+        for alpha in (0.25, 0.75):
+            value = (1 - alpha) * corrupt[i] + alpha * clean[i]
+            metric, kept = run(task.corrupt, site, value)
+            total += torch.autograd.grad(metric, kept[mlp])[0] / (2 * len(sites))
+    expected = ((clean[mlp] - corrupt[mlp]) * total).sum(-1).detach()
+    scores = attribute(tiny, task, rules=GRADIENT, steps=2, path="activations")
+    assert scores.nodes is not None
+    torch.testing.assert_close(scores.nodes[:, -1], expected, rtol=1e-4, atol=1e-6)
+    assert scores.rules == "GRADIENT (2 steps of activations)"
+
+
+def test_spans_gather_positions_of_every_pair(shipped: Any) -> None:
+    """Prompts of several templates and lengths, pair by pair against the whole."""
+    task = ioi(shipped.tokenizer, pairs=6, seed=3)
+    assert len({tuple(int(v[i]) for v in task.spans.values()) for i in range(6)}) > 1
+    nodes = attribute(shipped, task)
+    spans = nodes.by_span()
+    assert nodes.nodes is not None and spans.nodes is not None
+    assert spans.places == (*task.spans, "other") == spans.tokens
+    torch.testing.assert_close(spans.nodes.sum(-1), nodes.nodes.sum(-1), rtol=1e-4, atol=1e-5)
+    for name, at in task.spans.items():
+        expected = torch.stack([nodes.nodes[i, :, int(p)] for i, p in enumerate(at)])
+        torch.testing.assert_close(spans.nodes[..., spans.places.index(name)], expected)
+    edges = attribute(shipped, task, level="edge", positions="spans")
+    flat = attribute(shipped, task, level="edge")
+    assert edges.edges is not None and flat.edges is not None
+    torch.testing.assert_close(edges.edges.sum(0), flat.edges, rtol=1e-4, atol=1e-5)
+    by_writer = torch.stack(
+        [spans.nodes.mean(0)[spans.components.index(w)] for w in edges.writers], 1
+    )
+    torch.testing.assert_close(edges.edges.sum(2), by_writer, rtol=1e-3, atol=1e-5)
+    assert set(edges.to_dataframe()["span"]) == set(spans.to_dataframe()["span"])
+    with pytest.raises(ValueError, match=r"these are by span \('"):
+        assemble(edges)
+    with pytest.raises(ValueError, match="positions='spans'"):
+        flat.by_span()
+
+
+def test_operations_without_a_rule_are_the_callers_choice(tiny: Any) -> None:
+    handle = tiny.blocks[1].mlp.hook_out.register_forward_hook(lambda _, __, v: torch.arctan(v))
+    try:
+        with pytest.raises(UnknownOperationError, match="'arctan'"):
+            attribute(tiny, random_task(tiny))
+        assert attribute(tiny, random_task(tiny), strict=False).nodes is not None
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("field", ["clean", "answers"])
+def test_tokens_that_the_model_has_not_are_refused(tiny: Any, field: str) -> None:
+    task = random_task(tiny)
+    ids = getattr(task, field).clone()
+    ids[-1] = tiny.cfg.d_vocab
+    with pytest.raises(ValueError, match=f"`{field}` must hold token ids below the model's d_voc"):
+        attribute(tiny, replace(task, **{field: ids}))
+
+
+def test_prompts_longer_than_the_model_reads_are_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="no more tokens than the model's n_ctx 64; the longest"):
+        attribute(tiny, random_task(tiny, length=tiny.cfg.n_ctx + 1))
 
 
 def test_a_callers_grad_mode_changes_nothing(tiny: Any) -> None:
@@ -279,6 +370,9 @@ def test_a_users_own_metric_works(tiny: Any) -> None:
             {"steps": 3, "rules": DEEPLIFT},
             "`steps` must be 1 for rules that compare two runs; got 3 with",
         ),
+        ({"steps": 2, "path": "line"}, "`path` must be 'inputs' or 'activations'; got 'line'"),
+        ({"path": "activations"}, "`path='activations'` needs `steps` above 1; got 1"),
+        ({"positions": "all", "level": "edge"}, "`positions` must be True, False or 'spans'; got"),
         ({"positions": True}, "`positions` is for edge scores; got level='node'"),
         ({"batch_size": -1}, "`batch_size` must be at least 1; got -1"),
     ],

@@ -1,0 +1,108 @@
+"""A norm under a rule is a linear map at each position: for coefficients, and for changes.
+
+y = w·c·r + b with c the (centred) input and r one over its root mean square. Every rule of
+`relp.rulebook` makes of it Δy = w·(r̄·Δc + c̄·Δr), with Δr linear in Δx, so that many readers and
+writers can share what does not depend on them. The same numbers follow from `propagate` around
+the norm, one backward for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from relp.rulebook import Rules
+from relp.rules import STATISTIC_SLOPES
+from relp.sites import norm_parameters
+
+__all__ = ["NormMap"]
+
+
+@dataclass(frozen=True, eq=False)
+class NormMap:
+    """What a norm does to changes of its input, and to coefficients of its output."""
+
+    weight: Float[Tensor, " d_model"]
+    centres: bool
+    scale: Float[Tensor, "*pair_pos 1"]
+    """r̄: mean of r over the two runs, or that of the own run."""
+    middle: Float[Tensor, "*pair_pos d_model"]
+    """w·c̄."""
+    slope: Float[Tensor, "*pair_pos d_model"] | None
+    """Δr = ⟨slope, Δx⟩; None where r is a constant."""
+
+    @classmethod
+    def of(cls, norm: nn.Module | None, own: Tensor, other: Tensor, rules: Rules) -> NormMap:
+        """The map at the values `own`, or between those and `other` if the rules ask for it.
+
+        Raises:
+            RuntimeError: `norm` is neither a layer norm nor an RMS norm.
+        """
+        x = own.float()
+        if norm is None:
+            ones = torch.ones_like(x)
+            return cls(ones[0, 0], False, ones[..., :1], ones, None)
+        parameters = norm_parameters(norm)
+        weight = torch.ones_like(x[0, 0]) if parameters.weight is None else parameters.weight
+        c, r = _centred(x, parameters.eps, parameters.centres)
+        with torch.no_grad():
+            y = norm(own).float()
+        expected = c * r * weight + (0 if parameters.bias is None else parameters.bias)
+        error, size = float((y - expected).abs().max()), float(y.abs().max())
+        if error > max(1e-4, 4 * torch.finfo(own.dtype).eps) * max(size, 1e-6):
+            raise RuntimeError(
+                "edge scores need norms that are layer or RMS norms; a "
+                f"{type(norm).__name__} differs from that by {error:.2g} of {size:.2g}; remove "
+                "hooks that change it, or use level='node' for this model"
+            )
+        c_, r_ = c, r
+        if rules.norm == "secant":
+            c_, r_ = _centred(other.float(), parameters.eps, parameters.centres)
+        middle, slope = (c + c_) / 2, None
+        if rules.norm != "constant":
+            slope = STATISTIC_SLOPES["rsqrt"](r, r_) * 2 / x.shape[-1] * middle
+        return cls(weight, parameters.centres, (r + r_) / 2, weight * middle, slope)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """Without the mean, if the norm takes it off."""
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+    def pull(
+        self, coefficients: Float[Tensor, "*pair_pos d_model"]
+    ) -> Float[Tensor, "*pair_pos d_model"]:
+        """Coefficients at the input from those at the output."""
+        pulled = self.centred(self.weight * coefficients) * self.scale
+        if self.slope is None:
+            return pulled
+        return pulled + self.slope * (self.middle * coefficients).sum(-1, keepdim=True)
+
+    def push(self, changes: Float[Tensor, "*pair_pos d_model"]) -> Tensor:
+        """Changes at the output from those at the input: the transposed map."""
+        pushed = self.weight * self.centred(changes) * self.scale
+        if self.slope is None:
+            return pushed
+        return pushed + self.middle * (self.slope * changes).sum(-1, keepdim=True)
+
+    def pull_through(
+        self, projection: Float[Tensor, "d_out d_model"], coefficients: Tensor, out: Tensor
+    ) -> None:
+        """Fills `out` `[head, pair, pos, d_model]` from coefficients `[pair, pos, d_out]` behind
+        a projection of that many heads: the norm is folded into the projection."""
+        heads = len(out)
+        folded = self.centred(self.weight * projection).chunk(heads)
+        scaled = (coefficients * self.scale).chunk(heads, -1)
+        for into, c, w in zip(out, scaled, folded, strict=True):
+            torch.matmul(c, w, out=into)
+        if self.slope is not None:
+            along = coefficients * (self.middle @ projection.T)
+            for into, part in zip(out, along.chunk(heads, -1), strict=True):
+                into.addcmul_(self.slope, part.sum(-1, keepdim=True))
+
+
+def _centred(x: Tensor, eps: float, centres: bool) -> tuple[Tensor, Tensor]:
+    """The (centred) input and one over its root mean square."""
+    c = x - x.mean(-1, keepdim=True) if centres else x
+    return c, torch.rsqrt(c.square().mean(-1, keepdim=True) + eps)
