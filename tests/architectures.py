@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from relp import CP_LRP, DEEPLIFT, RELP, Rules, propagate
+from relp import CP_LRP, DEEPLIFT, RELP, Rules, UnknownOperationError, propagate
 
 VOCABULARY, TOKENS = 100, 6
 
@@ -36,8 +34,8 @@ class Architecture:
     build: Callable[[Path], nn.Module]
     """The folder is for those that come through the hub's layout."""
     inputs: Callable[[torch.Generator], dict[str, Any]]
-    decoder_only: bool = False
-    """Language models, booted as a `TransformerBridge`."""
+    bridge: bool = False
+    """A `TransformerBridge`, else a plain module."""
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -118,7 +116,9 @@ def randomise(model: Any) -> Any:
     """Weights of a size at which nothing is close to linear, biases and norms included."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
+            if p.dim() < 2 and name.endswith("weight"):
+                p.fill_(1)  # some start at zero
             size = 0.1 if p.dim() < 2 else max(p.shape[1:]) ** -0.5
             p.add_(size * torch.randn(p.shape, generator=generator))
     return model
@@ -176,16 +176,18 @@ ARCHITECTURES: dict[str, Architecture] = {
                 name,
                 hub(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", **config),
                 lambda g: {"input": tokens(g)},
-                decoder_only=True,
+                bridge=True,
             )
             for name, config in DECODERS.items()
         ),
         Architecture(
-            "BERT", hub("Bert", "ForMaskedLM", **GATED), lambda g: {"input": tokens(g)}
+            "BERT", hub("Bert", "ForMaskedLM", **GATED), lambda g: {"input": tokens(g)},
+            bridge=True,
         ),
         Architecture(
             "T5", hub("T5", "ForConditionalGeneration", **T5, decoder_start_token_id=0),
             lambda g: {"input": tokens(g), "decoder_input": tokens(g, 4)},
+            bridge=True,
         ),
         Architecture(
             "RoBERTa", plain("RobertaForMaskedLM", transformers.RobertaConfig(**GATED, **TEXT)),
@@ -196,7 +198,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Mamba (transformers)",
             plain("MambaForCausalLM", transformers.MambaConfig(**TEXT, **DECODERS["Mamba"])),
             lambda g: {"input_ids": tokens(g)},
-            decoder_only=True,
         ),
         Architecture("VGG16", vgg16, flat(1, 3, 32, 32)),
         Architecture(
@@ -215,8 +216,9 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "EfficientNetForImageClassification",
                 transformers.EfficientNetConfig(
                     image_size=32, width_coefficient=0.25, depth_coefficient=1.0,
-                    kernel_sizes=[3, 5], in_channels=[32, 32], out_channels=[32, 64], strides=[1, 2],
-                    num_block_repeats=[1, 2], expand_ratios=[1, 4], hidden_dim=320, num_labels=5,
+                    kernel_sizes=[3, 5], in_channels=[32, 32], out_channels=[32, 64],
+                    strides=[1, 2], num_block_repeats=[1, 2], expand_ratios=[1, 4],
+                    hidden_dim=320, num_labels=5,
                 ),
             ),
             image(3, 32, 32),
@@ -316,8 +318,10 @@ def embedded(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     """A model's first output, and the leaves that it came from: float inputs and embeddings."""
+    dtype = next(model.parameters()).dtype
     given = {
-        k: v.detach().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()
+        k: v.to(dtype, copy=True).requires_grad_() if v.is_floating_point() else v
+        for k, v in inputs.items()
     }
     with embedded(model) as found:
         out = model(**given)
@@ -333,7 +337,8 @@ class Offsets(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[Tensor, Tensor]] = []
+        self.leaves: list[Tensor] = []
+        self.values: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -344,11 +349,19 @@ class Offsets(TorchFunctionMode):
         with torch.no_grad(), torch._C.DisableTorchFunction():
             offset = func(*tree_map(_zero, factors), *others, **tree_map(_zero, kwargs))
         out = func(*args, **kwargs)
-        if _carries(out) and bool((offset != 0).any()):
-            leaf = torch.zeros_like(offset).requires_grad_()
-            self.found.append((leaf, offset))
-            out = out.add_(leaf) if out is args[0] else out + leaf
-        return out
+        return tree_map(lambda o, b: self._probed(o, b, o is args[0]), out, offset)
+
+    def sigmoid(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        """The same for a module, which is one operation for the rules."""
+        return self._probed(output, torch.full_like(output.detach(), 0.5), in_place=False)
+
+    def _probed(self, out: Any, offset: Any, in_place: bool) -> Any:
+        if not _carries(out) or not bool((offset != 0).any()):
+            return out
+        leaf = torch.zeros_like(offset).requires_grad_()
+        self.leaves.append(leaf)
+        self.values.append(offset)
+        return out.add_(leaf) if in_place else out + leaf
 
 
 def _carries(value: Any) -> bool:
@@ -359,59 +372,134 @@ def _zero(value: Any) -> Any:
     return torch.zeros_like(value) if _carries(value) else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """What one model did under some rules."""
 
     same: bool
     """The forward pass gave what the model gives without rules, bit for bit."""
     operations: int
+    """Calls of torch that carried relevance."""
     covered: int
-    conservation: float | None
-    """|Σ x·c - (output - what biases keep)| / |output|, at the leaves."""
+    """Those that met a rule that knows them."""
+    coefficients: Tensor
+    """At all leaves, one after the other."""
     completeness: float | None
-    """|Σ Δx·c - Δoutput| / |Δoutput| between two inputs, for rules that compare them."""
+    """|Σ Δx·c + remainder - Δoutput| / |Δoutput| between two inputs, for rules that compare them;
+    the remainder is reported with it: branches that one input alone takes."""
 
 
 def measure(model: nn.Module, architecture: Architecture, rules: Rules) -> Measured:
-    """Runs the rules from a scalar, the difference of two outputs, to the leaves."""
-    own, other = (
-        architecture.inputs(torch.Generator().manual_seed(seed)) for seed in (0, 1)
-    )
-    plain = run(model, own)[0].detach()
-    high, low = plain.argmax(), plain.argmin()
-
-    def scalar(out: Tensor) -> Tensor:
-        return out.flatten()[high] - out.flatten()[low]
-
+    """Propagates the difference of two outputs back to the leaves."""
+    own, other = (architecture.inputs(torch.Generator().manual_seed(seed)) for seed in (0, 1))
     with propagate(rules, root=model) as report:
         out, leaves = run(model, own)
-    report.must_have_seen(out)
-    completeness, conservation = None, None
+        report.must_have_seen(out)
     if rules.needs_reference:
         with report.reference():
             out_, leaves_ = run(model, other)
-        grads = torch.autograd.grad(scalar(out), leaves, allow_unused=True)
-        parts = zip(leaves, leaves_, grads, strict=True)
-        total = sum(float(((b - a) * g).double().sum()) for a, b, g in parts if g is not None)
-        gap = float(scalar(out_) - scalar(out))
-        completeness = abs(total - gap) / abs(gap)
-    else:
-        offsets = Offsets()
-        with propagate(rules, root=model), offsets:
-            probed, leaves = run(model, own)
-        roots = [*zip(leaves, leaves, strict=True), *offsets.found]
-        grads = torch.autograd.grad(scalar(probed), [r for r, _ in roots], allow_unused=True)
-        total = sum(
-            float((x * g).double().sum())
-            for (_, x), g in zip(roots, grads, strict=True)
-            if g is not None
-        )
-        value = float(scalar(probed))
-        conservation = abs(total - value) / abs(value)
+    coefficients = differentiate(out, leaves)
+    completeness = None
+    if rules.needs_reference:
+        steps = [b.detach() - a.detach() for a, b in zip(leaves, leaves_, strict=True)]
+        gap = float(scalar(out_) - scalar(out.detach()))
+        found = contributions(steps, coefficients) + float(report.remainder().remainder.sum())
+        completeness = abs(found - gap) / abs(gap)
     frame = report.to_dataframe()
-    known = frame[frame.kind != "unknown"]
     return Measured(
-        torch.equal(out, plain), int(frame["count"].sum()), int(known["count"].sum()),
-        conservation, completeness,
-    )  # fmt: skip
+        torch.equal(out, run(model, own)[0]),
+        int(frame["count"].sum()),
+        int(frame[frame.kind != "unknown"]["count"].sum()),
+        torch.cat([c.flatten().float() for c in coefficients]),
+        completeness,
+    )
+
+
+def conservation(model: nn.Module, architecture: Architecture, rules: Rules) -> float:
+    """|Σ x·c + Σ offset·c - output| / |output|: how much relevance is lost, biases aside."""
+    own = architecture.inputs(torch.Generator().manual_seed(0))
+    offsets = Offsets()
+    with ExitStack() as stack:
+        for part in model.modules():
+            if isinstance(part, nn.Sigmoid):
+                stack.callback(part.register_forward_hook(offsets.sigmoid).remove)
+        stack.enter_context(propagate(rules, root=model))
+        stack.enter_context(offsets)
+        out, leaves = run(model, own)
+    coefficients = differentiate(out, [*leaves, *offsets.leaves])
+    value = float(scalar(out.detach()))
+    return abs(contributions([*leaves, *offsets.values], coefficients) - value) / abs(value)
+
+
+def scalar(out: Tensor) -> Tensor:
+    """A logit difference, of the last position where there are several."""
+    return out.flatten()[-1] - out.flatten()[-2]
+
+
+def differentiate(out: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Coefficients at leaves, zero where no relevance arrives."""
+    return torch.autograd.grad(scalar(out), leaves, allow_unused=True, materialize_grads=True)
+
+
+def contributions(values: list[Tensor], coefficients: Iterable[Tensor]) -> float:
+    """Σ value · coefficient, in double precision."""
+    pairs = zip(values, coefficients, strict=True)
+    return sum(float((x.detach().double() * c.double()).sum()) for x, c in pairs)
+
+
+# -- the table's numbers ---------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+ABOUT = """\
+# Coverage
+
+Tiny random models of each architecture (two layers, every weight, norm and bias random, float32).
+`python tests/architectures.py --write` measures them and writes this page.
+
+* through: a `TransformerBridge` booted from a saved folder, or the plain module.
+* operations: calls of torch that carried relevance under RELP; covered: those with a rule.
+  The forward pass is bit for bit the model's own in every row.
+* conservation error: \\|Σ x·c + Σ b·c − output\\| / \\|output\\| under CP_LRP, over the inputs x
+  (floating-point ones, outputs of embeddings) and the biases b (what each operation gives at zero).
+* completeness error: \\|Σ Δx·c + remainder − Δoutput\\| / \\|Δoutput\\| under DEEPLIFT, for two
+  random inputs; the remainder is what experts add that only one of the inputs is sent to.
+
+The output is the difference of two logits.
+
+"""
+
+
+def table() -> pd.DataFrame:
+    """One row per architecture."""
+    rows = []
+    for name, architecture in ARCHITECTURES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model = architecture.build(Path(folder))
+        row = {"architecture": name, "through": "bridge" if architecture.bridge else "module"}
+        try:
+            one, two = (measure(model, architecture, rules) for rules in (RELP, DEEPLIFT))
+        except UnknownOperationError:
+            rows.append({**row, "covered": "refused"})
+            continue
+        row |= {
+            "operations": str(one.operations),
+            "covered": f"{one.covered / one.operations:.0%}",
+            "conservation error": f"{conservation(model, architecture, CP_LRP):.0e}",
+            "completeness error": f"{two.completeness:.0e}",
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The frame as a table of a Markdown page."""
+    rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
+    found = table()
+    print(found.to_string(index=False))
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(ABOUT + markdown(found))
