@@ -31,11 +31,16 @@ class Architecture:
     """How to make a model and what to feed it."""
 
     name: str
-    build: Callable[[Path], nn.Module]
-    """The folder is for those that come through the hub's layout."""
+    make: Callable[[Path], nn.Module]
     inputs: Callable[[torch.Generator], dict[str, Any]]
     bridge: bool = False
     """A `TransformerBridge`, else a plain module."""
+
+    def build(self, folder: Path) -> Any:
+        """The same model each time; bridges are booted from the folder, which then holds them."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make(folder)
 
 
 # -- the table -------------------------------------------------------------------------------------
