@@ -3,10 +3,13 @@
 While `propagate` is active every torch operation passes through a `TorchFunctionMode`. Operations
 on tensors that do not require grad are none of our business; a linear operation propagates its
 derivative; the others are given to the rule of their kind (`relp.rules`). An operation that no
-rule knows is an error. Forward values are torch's own, bit for bit.
+rule knows is an error, and so is a result that no operation explains (a custom autograd function,
+TorchScript). Forward values are torch's own, bit for bit.
 
-Activation *modules* count as one operation: written out in Python (`NewGELUActivation`) their
-inner products would otherwise meet the gate's rule.
+Rules that compare two runs need both to take the same path through the code. Where the model
+branches on its activations (a router's top-k, a comparison), the reference run is led along the
+first run's branch; the module around it is then run once more as it is, its true outputs go on,
+and what they differ by is the remainder, which `Propagation.remainder` reports.
 """
 
 from __future__ import annotations
@@ -14,15 +17,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -30,61 +31,52 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from relp import rules as formulas
-from relp.rulebook import RELP, Rules
+from relp.operations import (
+    ACTIVATIONS,
+    CONSTRUCTORS,
+    EXPONENTS,
+    EXTREMES,
+    LINEAR,
+    ORDERED,
+    PRODUCTS,
+    RANDOM,
+    REGISTERED,
+    SOURCES,
+    STATISTICS,
+    SUMS_OF_PRODUCTS,
+    WRITTEN_OUT,
+    Call,
+    Formula,
+    carries,
+    fused,
+    is_activation,
+    tensors,
+)
+from relp.rulebook import KINDS, RELP, Rules
 
 __all__ = ["Propagation", "UnknownOperationError", "coverage", "propagate"]
-
-LINEAR = frozenset(
-    """
-    __get__ __getitem__ __setitem__ add as_strided as_tensor atleast_1d
-    atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d bfloat16 block_diag broadcast_tensors broadcast_to cat chunk clone
-    concat concatenate constant_pad_nd contiguous copy cpu cuda cumsum diag diag_embed diagonal
-    diff double dropout dstack embedding expand expand_as feature_dropout flatten flip fliplr float
-    fold from_numpy gather half hsplit hstack index_add index_copy index_fill index_put
-    index_select interpolate masked_fill masked_scatter masked_select mean movedim
-    moveaxis narrow nan_to_num neg negative pad permute pixel_shuffle pixel_unshuffle positive
-    ravel repeat repeat_interleave requires_grad reshape reshape_as retain_grad roll rot90 rsub
-    scatter scatter_add select slice_scatter split split_with_sizes squeeze stack sub
-    subtract sum swapaxes swapdims t take take_along_dim tensor_split tile to trace transpose tril
-    triu type type_as unbind unflatten unfold unsqueeze upsample view view_as vsplit
-    vstack where zero
-    """.split()
-)
-"""Linear in everything that may carry relevance: the derivative is the 0-rule."""
-
-SOURCES = frozenset(
-    ["embedding", "tensor", "requires_grad", "zeros", "ones", "rand", "randn", "full"]
-)
-"""Where relevance may begin: what gives a tensor that requires grad out of none that carries."""
-
-ACTIVATIONS = frozenset(
-    """
-    gelu silu relu relu6 leaky_relu elu selu celu tanh sigmoid logsigmoid hardswish hardsigmoid
-    hardtanh mish softsign softshrink hardshrink tanhshrink prelu rrelu threshold erf abs clamp
-    clamp_min clamp_max sin
-    """.split()
-)
-EXPONENTS = frozenset(["exp", "exp2", "expm1", "softplus"])
-STATISTICS = frozenset(["rsqrt", "sqrt", "reciprocal"])
-PRODUCTS = frozenset(
-    "matmul bmm mm mv dot grouped_mm baddbmm addmm addbmm einsum linear bilinear conv1d conv2d "
-    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)
-_BY_POSITION = {
-    # operands that callers like to name, in their order
-    "baddbmm": ("batch1", "batch2"),
-    "addbmm": ("batch1", "batch2"),
-    "addmm": ("mat1", "mat2"),
-}
-SELECTIONS = frozenset(["max", "min", "amax", "amin", "topk", "sort"])
-_ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
-# (Softplus is elementwise, but its rule is that of an exponent, as for the function)
-_NOT_ELEMENTWISE = (nn.Softplus, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
 
 
 class UnknownOperationError(ValueError):
     """An operation carries relevance and no rule says how."""
+
+
+Key = tuple[int, str, int]
+"""Where an operation stands: the call of a module, its name, how often it was there before."""
+
+
+@dataclass
+class _Frame:
+    """One call of a module while it runs."""
+
+    name: str
+    number: int
+    versions: list[int]
+    counts: Counter[str] = field(default_factory=Counter)
+    branched: bool = False
+    """Something inside was decided by values."""
+    differing: list[str] = field(default_factory=list)
+    """In the reference run: which operations decided otherwise than in the first."""
 
 
 class Propagation:
@@ -95,29 +87,45 @@ class Propagation:
     """
 
     def __init__(self, rules: Rules, *, strict: bool = True, root: nn.Module | None = None) -> None:
-        self.rules = rules
+        self._rules = rules
         self.strict = strict
         self._root = root
         self._names = {id(m): n for n, m in root.named_modules()} if root is not None else {}
-        self._path: list[str] = []
         self._counts: Counter[tuple[str, str, str, str]] = Counter()
-        self._slots: dict[int, formulas.Reference] = {}
-        self._calls = 0
-        self._first_calls = 0
+        # what the reference run must find again, by where it stands
+        self._slots: dict[Key, formulas.Reference] = {}
+        self._branches: dict[Key, Any] = {}
+        self._remainders: dict[int, tuple[formulas.Remainder, list[int]]] = {}
+        self._performed: set[Key] = set()
+        self._repeated: set[Key] = set()
+        # decisions of the first run in place of other ones, kept so that their ids stay theirs
+        self._suspects: dict[int, tuple[Tensor, str]] = {}
+        self._numbers: dict[tuple[int, str, int], int] = {}
+        self._frames: list[_Frame] = []
         self._in_reference = False
-        # activation modules whose derivative is wanted and which bring their own
-        self._trusted: set[Any] = set()
-        # > 0 inside an activation module, whose inner operations are not looked at
+        # results that came about under our eyes, or that nothing had to explain
+        self._explained: set[Any] = set()
+        self._first_node = 0
+        self._opening: list[Any] = []
+        self._key: Key = (0, "", 0)
+        # > 0 inside an activation module or a pause: operations are not looked at
         self._inside = 0
-        self._modules: list[tuple[Tensor | None, formulas.Reference | None]] = []
+        self._modules: list[tuple[Tensor | None, formulas.Reference | None, Any]] = []
+        self._attached: set[tuple[str, str]] = set()
         self._mode = _Mode(self)
         self._stack: ExitStack | None = None
+
+    @property
+    def rules(self) -> Rules:
+        """The rules that hold where the run is now."""
+        return self._rules.within(self._where) if self._rules.places else self._rules
 
     # -- as a context ----------------------------------------------------------------------------
 
     def __enter__(self) -> Propagation:
         if self._stack is not None:
             raise RuntimeError("a propagation can be entered once; call propagate(rules) again")
+        self._must_find_places()
         self._stack = ExitStack()
         if self._root is not None:
             self._stack.enter_context(frozen(self._root))
@@ -132,17 +140,25 @@ class Propagation:
     ) -> None:
         assert self._stack is not None
         self._stack.close()
-        self._first_calls = self._calls
-        self._path.clear()
-        self._modules.clear()
-        self._inside = 0
+        if kind is None:
+            self._must_have_attached()
 
     def _start(self, stack: ExitStack) -> None:
-        self._calls = 0
+        def clear() -> None:
+            self._explained.clear()
+            self._frames.clear()
+            self._modules.clear()
+            self._opening.clear()
+            self._suspects.clear()
+            self._inside = 0
+
+        stack.callback(clear)
+        self._frames.append(_Frame("", 0, []))
+        self._first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         # torch's annotation forgets that a hook may return new arguments
         before = register_module_forward_pre_hook(cast(Any, self._enter_module))
         stack.callback(before.remove)
-        after = register_module_forward_hook(self._leave_module)
+        after = register_module_forward_hook(cast(Any, self._leave_module), with_kwargs=True)
         stack.callback(after.remove)
         stack.enter_context(self._mode)
 
@@ -151,31 +167,31 @@ class Propagation:
         """Runs the same code on the other input, to be compared with; without gradients.
 
         Raises:
-            ValueError: the run takes another path through the code than the first did.
+            ValueError: the run performs other operations than the first did, or takes another
+                branch outside of any module.
         """
         self._in_reference = True
         try:
             with ExitStack() as stack, torch.no_grad():
                 self._start(stack)
                 yield
-            if self._slots and self._calls > self._first_calls:
+                differing = self._frames[0].differing
+            if differing:
                 raise ValueError(
-                    "the reference run must perform the operations of the first run; it did "
-                    f"{self._calls - self._first_calls} more; compare runs that take the same "
-                    "branches"
+                    "rules that compare two runs need both to take the same branches; "
+                    f"{differing[0]!r} chooses differently, and no module with floating-point "
+                    "outputs stands around it; put the code into a module, or use rules of one run"
                 )
-            unseen = [s for s in self._slots.values() if not s.filled]
+            unseen = [k[1] for k, slot in self._slots.items() if not slot.filled]
+            unseen += [k[1] for k in self._branches if k not in self._repeated]
             if unseen:
                 raise ValueError(
                     "the reference run must perform the operations of the first run; "
-                    f"{len(unseen)} were missing, the first a {unseen[0].name!r}; "
-                    "compare runs that take the same branches, or use rules of one run"
+                    f"{len(unseen)} were missing, the first a {unseen[0]!r}; "
+                    "compare runs of the same code, or use rules of one run"
                 )
         finally:
             self._in_reference = False
-            self._path.clear()
-            self._modules.clear()
-            self._inside = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -186,33 +202,6 @@ class Propagation:
         finally:
             self._inside -= 1
 
-    def must_have_seen(self, output: Tensor) -> None:
-        """Makes sure that no custom `autograd.Function` of the model went past the rules.
-
-        torch does not tell a mode about those; they show in the graph of `output`.
-
-        Raises:
-            UnknownOperationError: there is one, and the rules are not all derivatives.
-        """
-        if self.rules.only_derivatives or not self.strict:
-            return
-        seen: set[Any] = set()
-        queue = [output.grad_fn]
-        while queue:
-            node = queue.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            name = type(node).__name__.removesuffix("Backward")
-            known = name == formulas.FUNCTION or node in self._trusted
-            if isinstance(node, BackwardCFunction) and not known:
-                raise UnknownOperationError(
-                    "every operation that carries relevance must have a rule; the custom "
-                    f"autograd function {name!r} hides its operations; run the model's plain "
-                    "implementation, or make it a module named after its activation"
-                )
-            queue += [parent for parent, _ in node.next_functions]
-
     # -- the report ------------------------------------------------------------------------------
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -221,177 +210,442 @@ class Propagation:
         frame = pd.DataFrame(rows, columns=["operation", "kind", "rule", "module", "count"])
         return frame.sort_values(["kind", "operation", "module"], ignore_index=True)
 
+    def remainder(self) -> pd.DataFrame:
+        """What coefficients cannot explain, because the two runs take different branches.
+
+        Columns: module, operation (which chose differently), remainder (in units of the result
+        that was differentiated, summed over the batch). Σ Δ·c over a cut of the network plus
+        the remainders of the modules after it is the difference of the result, exactly. Empty if
+        both runs take the same branches. Call it after the backward.
+        """
+        rows = [(r.module, ", ".join(r.operations), r.total)
+                for r, _ in self._remainders.values() if r.total]  # fmt: skip
+        return pd.DataFrame(rows, columns=["module", "operation", "remainder"])
+
     def _repr_html_(self) -> str:
         return str(self.to_dataframe().to_html(index=False))
+
+    def _count(self, name: str, kind: str, rule: str) -> None:
+        self._counts[name, kind, rule, self._where] += 1
+        if self._rules.places:
+            deciding = self._rules.deciding(self._where)
+            self._attached |= {(pattern, k) for pattern, k, _ in deciding if k == kind}
+
+    @property
+    def _where(self) -> str:
+        return self._frames[-1].name if self._frames else ""
+
+    # -- what must not go past the rules ---------------------------------------------------------
+
+    def must_have_seen(self, output: Any) -> None:
+        """Makes sure that nothing between the last operation and `output` went past the rules.
+
+        Raises:
+            UnknownOperationError: something did, and the rules are not all derivatives.
+        """
+        with _plain_torch():
+            nodes = [t.grad_fn for t in tensors(output)]
+        for node in nodes:
+            if node is not None and node not in self._explained and not self._harmless(node):
+                self._explained.add(node)
+                self._refuse(type(node).__name__.removesuffix("Backward"), "opaque")
+
+    def _explain(self, out: Any) -> Any:
+        for t in tensors(out):
+            if t.grad_fn is not None:
+                self._explained.add(t.grad_fn)
+        return out
+
+    def _harmless(self, node: Any) -> bool:
+        """True for what was there before the run, and for views that torch makes anew."""
+        if node is None or node in self._explained or node._sequence_nr() < self._first_node:
+            return True
+        if not type(node).__name__.startswith(_VIEWS):
+            return False
+        return all(self._harmless(parent) for parent, _ in node.next_functions)
+
+    def _refuse(self, name: str, kind: str) -> None:
+        if self._rules.only_derivatives or not self.strict:
+            return self._count(name, kind, "derivative")
+        where = repr(self._where) if self._where else "the code under propagate"
+        if kind == "opaque":
+            raise UnknownOperationError(
+                f"every operation that carries relevance must have a rule; {name!r} before or in "
+                f"{where} hides its operations (a custom autograd function, TorchScript, a "
+                "compiled module); run the plain implementation, register the module that holds "
+                "it with relp.register, or pass strict=False"
+            )
+        raise UnknownOperationError(
+            f"every operation that carries relevance must have a rule; {name!r} in {where} has "
+            "none; give it one with relp.register, or pass strict=False to let its derivative "
+            "through and see it in the report"
+        )
+
+    def _must_find_places(self) -> None:
+        for pattern, _ in self._rules.places:
+            if self._root is None:
+                raise ValueError(
+                    "rules for some modules need their names; got none; give the module as "
+                    "propagate(rules, root=module)"
+                )
+            here = [n for n in self._names.values() if self._rules.deciding(n)]
+            if not any(p == pattern for n in here for p, _, _ in self._rules.deciding(n)):
+                raise ValueError(
+                    f"the pattern {pattern!r} must fit the name of a module; it fits none of "
+                    f"{list(self._names.values())[1:4]} …; see the column `module` of coverage"
+                )
+
+    def _must_have_attached(self) -> None:
+        for pattern, changes in self._rules.places:
+            for kind, _ in changes:
+                if kind in KINDS and (pattern, kind) not in self._attached:
+                    raise ValueError(
+                        f"a rule for some modules must meet an operation there; no {kind!r} that "
+                        f"carries relevance was met in {pattern!r}; see coverage for what is there"
+                    )
 
     # -- modules ---------------------------------------------------------------------------------
 
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        self._path.append(self._names.get(id(module)) or type(module).__name__)
-        if not _is_activation(module):
+        with _plain_torch():
+            return self._entered(module, args)
+
+    def _leave_module(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        with _plain_torch():
+            return self._left(module, args, kwargs, output)
+
+    def _entered(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        name = self._names.get(id(module)) or type(module).__name__
+        versions = [a._version for a in args if isinstance(a, Tensor)]
+        self._frames.append(_Frame(name, self._number(name), versions))
+        if (kind := _as_one(module)) is None:
             return None
         self._inside += 1
-        x, slot = None, None
-        if self._inside == 1 and self.rules.activation != "derivative":
-            self._calls += 1
-            x = args[0] if args and isinstance(args[0], Tensor) else None
+        rule = self._rule_of(kind) if self._inside == 1 else "derivative"
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        slot = None
+        if rule != "derivative" and x is not None:
+            key = self._key = (self._frames[-1].number, type(module).__name__, -1)
             if self._in_reference:
-                slot = self._recorded(type(module).__name__)
-            elif torch.is_grad_enabled() and _carries(x):
+                slot = self._slots.get(key)
+                x = x.clone() if getattr(module, "inplace", False) else x
+            elif torch.is_grad_enabled() and carries(x):
                 slot = self._record(type(module).__name__)
-        self._modules.append((x, slot))
+                x = x.clone() if getattr(module, "inplace", False) else x
+        self._modules.append((x, slot, args))
         if slot is None or self._in_reference:
             return None
-        assert x is not None
         # without a graph inside: the rule is attached to the module's result
-        return (x.detach(), *args[1:])
+        return (args[0].detach(), *args[1:])
 
-    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        name = type(module).__name__
+    def _left(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         replaced = None
-        if _is_activation(module):
+        kind = _as_one(module)
+        if kind is not None:
             self._inside -= 1
-            x, slot = self._modules.pop()
-            if self._in_reference:
-                if slot is not None:
-                    slot.fill(cast(Tensor, x), output)
-            elif slot is not None:
-                self._count(name, "activation", self.rules.activation)
-                replaced = self._activation(cast(Tensor, x), output, _fused(module), slot)
-            elif not self._inside and _carries(output):
-                if self.rules.activation != "derivative":
-                    raise UnknownOperationError(
-                        "an activation module must get its input as first positional argument for "
-                        f"the rule {self.rules.activation!r}; {name} in {self._path[-1]!r} did "
-                        "not; call it as module(x)"
-                    )
-                self._count(name, "activation", "derivative")
-                self._trusted.add(output.grad_fn)
-        self._path.pop()
+            replaced = self._leave_one(module, kind, (args, kwargs), output)
+        frame = self._frames.pop()
+        if replaced is None and not self._inside:
+            replaced = self._settle(frame, module, args, kwargs, output)
         return replaced
+
+    def _leave_one(
+        self, module: nn.Module, kind: str | Formula, given: tuple[Any, ...], output: Any
+    ) -> Any:
+        """A module that counts as one operation: gives its result the rule."""
+        name = type(module).__name__
+        x, slot, before = self._modules.pop()
+        if slot is not None and (in_place := getattr(module, "inplace", False)):
+            output = output.clone()
+        key = self._key = (self._frames[-1].number, name, -1)
+        if self._in_reference:
+            if slot is not None:
+                slot.fill(cast(Tensor, x), output)
+            return self._led(key, name, output) if key in self._branches else None
+        rule = self._rule_of(kind) if not self._inside else "derivative"
+        if slot is not None:
+            x, y = cast(Tensor, x), output
+            self._count(name, kind if isinstance(kind, str) else "registered", _word(rule))
+            if callable(rule):
+                replaced = formulas.own(x, y, rule)
+            else:
+                replaced = self._elementwise_rule(x, y, fused(module), slot, rule)
+            if in_place:
+                replaced = before[0].copy_(replaced)
+            return self._explain(replaced)
+        if not self._inside and carries(output):
+            if rule != "derivative":
+                raise UnknownOperationError(
+                    "a module that counts as one operation must get its input as first positional "
+                    f"argument for the rule {_word(rule)!r}; {name} in {self._where!r} did not; "
+                    "call it as module(x)"
+                )
+            self._count(name, kind if isinstance(kind, str) else "registered", "derivative")
+            self._explain(output)
+        elif not self._inside and carries(given):  # inside a no_grad of the model
+            self._branch(name, output)
+        return None
+
+    def _rule_of(self, kind: str | Formula) -> str | Formula:
+        """The rule of a module that counts as one operation."""
+        if isinstance(kind, str):
+            return "derivative" if kind == "linear" else str(getattr(self.rules, kind))
+        return "derivative" if self.rules.only_derivatives else kind
+
+    def _number(self, name: str) -> int:
+        """The same for the same call of a module in both runs."""
+        if self._inside:
+            return -1
+        parent = self._frames[-1]
+        called = f"{name}()"
+        again = parent.counts[called]
+        parent.counts[called] += 1
+        place = (parent.number, name, again)
+        return self._numbers.setdefault(place, len(self._numbers) + 1)
+
+    # -- branches --------------------------------------------------------------------------------
+
+    def _branch(self, name: str, out: Any) -> None:
+        """Notes what the activations decided here: the reference run must go the same way."""
+        if not self._rules.needs_reference or name in CONSTRUCTORS:
+            return
+        if name in _VALUES or any(True for _ in tensors(out)):
+            self._branches[self._key] = _copied(out)
+            self._frames[-1].branched = True
+
+    def _led(self, key: Key, name: str, out: Any, call: Call | None = None) -> Any:
+        """The first run's decision in place of the reference run's own."""
+        own = self._branches[key]
+        self._repeated.add(key)
+        chosen = call is not None and name in ORDERED | EXTREMES
+        if _equal(own, out[1] if chosen else out):
+            return out
+        if call is not None and name in ORDERED:
+            self._frames[-1].differing.append(name)
+            return type(out)((_gathered(call, own), own.clone()))
+        own = _copied(own)
+        # it only matters if something makes use of it
+        found = {id(t): (t, name) for t in tensors(own)}
+        self._suspects |= found
+        if not found:  # a plain number or truth value is used already
+            self._frames[-1].differing.append(name)
+        return type(out)((out[0], own)) if chosen else own
+
+    def _settle(self, frame: _Frame, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Ends a branch at the first module around it whose outputs are activations only."""
+        if not self._in_reference:
+            if not frame.branched:
+                return None
+            if not _only_activations(output):
+                self._frames[-1].branched = True
+                return None
+            remainder = formulas.Remainder(frame.name)
+            places = [i for i, part in enumerate(_parts(output)) if carries(part)]
+            self._remainders[frame.number] = remainder, places
+            watched = iter(remainder.watch([_parts(output)[i] for i in places]))
+            return _mapped(output, lambda t: self._explain(next(watched)) if carries(t) else t)
+        if not frame.differing:
+            return None
+        if frame.number not in self._remainders:
+            self._frames[-1].differing += frame.differing
+            return None
+        if [a._version for a in args if isinstance(a, Tensor)] != frame.versions:
+            raise ValueError(
+                "a module that branches must leave its inputs as they are under rules that compare "
+                f"two runs; {frame.name!r} overwrites one; use rules of one run, such as RELP"
+            )
+        with self.paused():
+            real = module.forward(*args, **kwargs)
+        remainder, places = self._remainders[frame.number]
+        jumps = [(_parts(real)[i], _parts(output)[i]) for i in places]
+        if any(a.shape != b.shape for a, b in jumps):
+            self._frames[-1].differing += frame.differing
+            return None
+        remainder.fill(frame.differing, jumps)
+        return real
 
     # -- operations ------------------------------------------------------------------------------
 
-    def _operation(self, call: _Call) -> Any:
+    def _operation(self, call: Call) -> Any:
+        if self._inside:
+            return self._explain(call.plainly())
         handler = _HANDLERS.get(call.name)
-        if handler is None or self._inside:
-            out = call.plainly()
-            if self._inside or self._in_reference or not _carries(out):
+        if call.name in REGISTERED:
+            handler = Propagation._registered
+        elif handler is None and call.name not in LINEAR:
+            opened = None if call.func in self._opening else call.opened()
+            if opened is not None:
+                self._opening.append(call.func)
+                with self._mode:
+                    out = opened()
+                self._opening.pop()
                 return out
-            if not call.carries():
-                return out if call.name in SOURCES else self._weights_only(call, out)
-            if call.name in LINEAR:
-                self._count(call.name, "linear", "derivative")
-            else:
-                self._unknown(call.name)
-            return out
-        self._calls += 1
+        frame = self._frames[-1]
+        key = self._key = (frame.number, call.name, frame.counts[call.name])
+        frame.counts[call.name] += 1
         if self._in_reference:
-            out = call.plainly()
-            slot = self._recorded(call.name)
-            if slot is not None:
-                slot.fill(*slot.keep(call, out))
-            return out
-        if not torch.is_grad_enabled():
-            return call.plainly()
+            return self._replay(key, handler, call)
+        if handler is not None:
+            self._performed.add(key)
         if not call.carries():
-            return self._weights_only(call, call.plainly())
-        return handler(self, call)
-
-    def _weights_only(self, call: _Call, out: Any) -> Any:
-        """A weight computed from parameters would look like an activation from here on."""
-        if _carries(out):
-            raise ValueError(
-                f"weights must not require grad under rules; {call.name!r} computes one from "
-                "parameters that do; give the module as propagate(rules, root=module), which "
-                "freezes them meanwhile"
-            )
+            return self._begins(call, call.plainly())
+        self.must_have_seen((call.args, call.kwargs))
+        if handler is not None and torch.is_grad_enabled():
+            copy = call.out_of_place()
+            out = handler(self, copy or call)
+            if copy is not None:
+                out = call.args[0].copy_(out)
+            return self._explain(out)
+        out = call.plainly()
+        if not carries(out):
+            self._branch(call.name, out)
+        elif call.name in LINEAR:
+            self._count(call.name, "linear", "derivative")
+        else:
+            self._refuse(call.name, "unknown")
+        self._explain(call.args[:1] if out is None else out)  # x[i] = y gives nothing back
         return out
 
-    def _unknown(self, name: str) -> None:
-        where = self._path[-1] if self._path else "the code under propagate"
-        if self.strict:
-            raise UnknownOperationError(
-                f"every operation that carries relevance must have a rule; {name!r} in {where!r} "
-                "has none; pass strict=False to let its derivative through and see it in the report"
+    def _replay(self, key: Key, handler: Any, call: Call) -> Any:
+        """An operation in the reference run."""
+        if handler is not None and key not in self._performed:
+            raise ValueError(
+                "the reference run must perform the operations of the first run; it does another "
+                f"{call.name!r} in {self._where!r}; compare runs of the same code, or use rules of "
+                "one run"
             )
-        self._count(name, "unknown", "derivative")
+        if self._suspects:
+            used = [self._suspects.get(id(t)) for t in tensors((call.args, call.kwargs))]
+            self._frames[-1].differing += [found[1] for found in used if found]
+        slot = self._slots.get(key)
+        before = None if slot is None else call.out_of_place()
+        out = call.plainly()
+        if slot is not None:
+            slot.fill(*slot.keep(before or call, out))
+        return self._led(key, call.name, out, call) if key in self._branches else out
 
-    def _count(self, name: str, kind: str, rule: str) -> None:
-        self._counts[name, kind, rule, self._path[-1] if self._path else ""] += 1
+    def _begins(self, call: Call, out: Any) -> Any:
+        """A weight computed from parameters would look like an activation from here on."""
+        if carries(out):
+            if call.name not in SOURCES:
+                raise ValueError(
+                    f"weights must not require grad under rules; {call.name!r} computes one from "
+                    "parameters that do; give the module as propagate(rules, root=module), which "
+                    "freezes them meanwhile"
+                )
+            self._explain(out)
+        return out
 
     def _record(self, name: str, keep: formulas.Keep | None = None) -> formulas.Reference:
         """A slot for what the reference run will have at this call: `keep(call, result)`."""
         slot = formulas.Reference(name, keep or (lambda call, out: ()))
-        if self.rules.needs_reference:
-            self._slots[self._calls] = slot
-        return slot
-
-    def _recorded(self, name: str) -> formulas.Reference | None:
-        """The slot that the first run made at this call, if it did."""
-        slot = self._slots.get(self._calls)
-        if slot is not None and slot.name != name:
-            raise ValueError(
-                f"the reference run must perform the operations of the first run; where that did "
-                f"{slot.name!r} it does {name!r}; compare runs that take the same branches"
-            )
+        if self._rules.needs_reference:
+            self._slots[self._key] = slot
         return slot
 
     # Each handler gives one kind of operation its rule, in the run that will be differentiated.
 
-    def _activation(
-        self,
-        x: Tensor,
-        y: Tensor,
-        function: Callable[[Tensor], Tensor],
-        slot: formulas.Reference,
-    ) -> Tensor:
-        if self.rules.activation == "identity":
-            return formulas.identity(x, y, function)
-        return formulas.rescale(x, y, function, slot)
+    def _linear(self, call: Call) -> Any:
+        self._count(call.name, "linear", "derivative")
+        return call.plainly()
 
-    def _elementwise(self, call: _Call) -> Any:
-        kind = "exponent" if call.name in EXPONENTS else "activation"
+    def _random(self, call: Call) -> Any:
+        given = (*call.args[1:], *([None] * 2))
+        p, training = call.kwargs.get("p", given[0]), call.kwargs.get("training", given[1])
+        if p != 0 and training is not False:
+            raise ValueError(
+                f"a module must run in eval mode under rules; {call.name!r} in {self._where!r} "
+                "drops entries at random; call model.eval()"
+            )
+        return self._linear(call)
+
+    def _batch_norm(self, call: Call) -> Any:
+        training = call.kwargs.get("training", call.args[5] if len(call.args) > 5 else False)
+        if training:
+            raise ValueError(
+                f"a module must run in eval mode under rules; {call.name!r} in {self._where!r} "
+                "mixes the rows of a batch; call model.eval()"
+            )
+        return self._linear(call)
+
+    def _registered(self, call: Call) -> Any:
+        rule = REGISTERED[call.name]
+        if rule == "linear":
+            return self._linear(call)
+        if isinstance(rule, str):
+            return self._elementwise(call, rule)
+        if self.rules.only_derivatives:
+            self._count(call.name, "registered", "derivative")
+            return call.plainly()
+        self._count(call.name, "registered", _word(rule))
+        return formulas.own(call.args[0], call.value(), rule)
+
+    def _elementwise(self, call: Call, kind: str = "") -> Any:
+        kind = kind or ("exponent" if call.name in EXPONENTS else "activation")
         rule = getattr(self.rules, kind)
         self._count(call.name, kind, rule)
         if rule == "derivative":
             return call.plainly()
-        if _carries(call.args[1:]) or _carries(call.kwargs):
+        if carries(call.args[1:]) or carries(call.kwargs):
             raise UnknownOperationError(
                 f"an elementwise operation must depend on the input by one operand; {call.name!r} "
                 "does by several; write it as products and differences"
             )
-        y = call.value()
-        if rule == "constant":
-            return y
-
-        def function(t: Tensor) -> Tensor:
-            out: Tensor = call.func(t, *call.args[1:], **call.kwargs)
-            return out
-
-        if rule == "identity":
-            return formulas.identity(call.args[0], y, function)
         slot = self._record(call.name, lambda other, out: (other.args[0], out))
-        return formulas.rescale(call.args[0], y, function, slot)
+        return self._elementwise_rule(
+            call.args[0], call.value(), lambda t: cast(Tensor, call.on({0: t})), slot, rule
+        )
 
-    def _select(self, call: _Call) -> Any:
-        """Linear, as long as the same entries are chosen: in two runs that must be so."""
+    @staticmethod
+    def _elementwise_rule(
+        x: Tensor,
+        y: Tensor,
+        function: Callable[[Tensor], Tensor],
+        slot: formulas.Reference,
+        rule: str,
+    ) -> Tensor:
+        if rule == "constant":
+            return y.detach()
+        if rule == "identity":
+            return formulas.identity(x, y, function)
+        return formulas.rescale(x, y, function, slot)
+
+    def _extreme(self, call: Call) -> Any:
+        """The winner takes all; between two runs, the two winners share."""
+        if not self.rules.needs_reference:
+            self._count(call.name, "selection", "derivative")
+            return call.plainly()
+        self._count(call.name, "selection", "secant")
+        out: Any = call.value()
+        places = [i for i, a in enumerate(call.args) if carries(a)]
+
+        def values(*operands: Tensor) -> Tensor:
+            found = call.on(dict(zip(places, operands, strict=True)))
+            return cast(Tensor, found[0] if isinstance(found, tuple) else found)
+
+        slot = self._record(call.name, lambda other, out: tuple(other.args[i] for i in places))
+        value = out[0] if isinstance(out, tuple) else out
+        y = formulas.extreme_secant(values, [call.args[i] for i in places], value, slot)
+        if not isinstance(out, tuple):
+            return y
+        self._branch(call.name, out[1])
+        return type(out)((y, out[1]))
+
+    def _ordered(self, call: Call) -> Any:
+        """Linear, as long as the same entries are chosen."""
         self._count(call.name, "selection", "derivative")
-        own = call.plainly()
+        out = call.plainly()
+        if isinstance(out, tuple):
+            self._branch(call.name, out[1])
+        elif self.rules.needs_reference:
+            self._refuse(f"{call.name} without an axis", "unknown")
+        return out
 
-        def keep(other: _Call, out: Any) -> tuple[()]:
-            if not torch.equal(_chosen(call, own), _chosen(other, out)):
-                raise ValueError(
-                    f"rules that compare two runs need both to take the same branches; "
-                    f"{call.name!r} in {self._path[-1] if self._path else 'the code'!r} chooses "
-                    "differently in the two; use rules of one run, such as RELP"
-                )
-            return ()
-
-        self._record(call.name, keep)
-        return own
-
-    def _statistic(self, call: _Call, formula: str = "") -> Any:
+    def _statistic(self, call: Call, formula: str = "") -> Any:
         rule = self.rules.norm
         self._count(call.name, "norm", rule)
         if rule == "derivative":
@@ -402,9 +656,26 @@ class Propagation:
         slot = self._record(call.name, lambda other, out: (out,))
         return formulas.statistic_secant(formula or call.name, call.args[0], y, slot)
 
-    def _power(self, call: _Call) -> Any:
-        given = (*call.args[1:], call.kwargs.get("exponent"))
-        exponent: Any = 2 if call.name == "square" else given[0]
+    def _vector_norm(self, call: Call) -> Any:
+        rule = self.rules.norm
+        self._count(call.name, "norm", rule)
+        if rule == "derivative":
+            return call.plainly()
+        y = call.value()
+        if rule == "constant":
+            return y
+        names = ("x", "ord", "dim", "keepdim")
+        given = dict(zip(names, call.args, strict=False)) | call.kwargs
+        if given.get("ord", 2) != 2:
+            self._refuse(f"{call.name} of order {given['ord']}", "unknown")
+            return call.plainly()
+        slot = self._record(call.name, lambda other, out: (other.args[0],))
+        return formulas.vector_norm_secant(
+            call.args[0], y, given.get("dim"), slot, keepdim=bool(given.get("keepdim", False))
+        )
+
+    def _power(self, call: Call) -> Any:
+        exponent: Any = 2 if call.name == "square" else call.args[1]
         if not isinstance(exponent, Tensor) and exponent == 2:
             return self._product(call, lambda c: (c.args[0], c.args[0]))
         statistic = {-0.5: "rsqrt", 0.5: "sqrt", -1: "reciprocal"}
@@ -412,90 +683,90 @@ class Propagation:
             return self._statistic(call, statistic[exponent])
         return self._elementwise(call)
 
-    def _multiply(self, call: _Call) -> Any:
-        return self._product(call, _Call.operands)
+    def _multiply(self, call: Call) -> Any:
+        return self._product(call, Call.operands)
 
-    def _product(self, call: _Call, factors: Callable[[_Call], tuple[Any, Any]]) -> Any:
+    def _product(self, call: Call, factors: Callable[[Call], tuple[Any, Any]]) -> Any:
         a, b = factors(call)
-        if not (_carries(a) and _carries(b)):
-            self._count(call.name, "linear", "derivative")
-            return call.plainly()
+        if not (carries(a) and carries(b)):
+            return self._linear(call)
         rule = self.rules.gate
         self._count(call.name, "gate", rule)
         if rule == "derivative":
             return call.plainly()
-        call.must_not_overwrite()
         if rule == "half":
             return formulas.half(call.plainly())
         slot = self._record(call.name, lambda other, out: factors(other))
         return formulas.midpoint_gate(a, b, call.value(), slot)
 
-    def _divide(self, call: _Call) -> Any:
+    def _divide(self, call: Call) -> Any:
         a, b = call.operands()
         if call.kwargs.get("rounding_mode") is not None:
-            self._unknown(f"{call.name} with rounding")
+            self._refuse(f"{call.name} with rounding", "unknown")
             return call.plainly()
-        if not _carries(b):
-            self._count(call.name, "linear", "derivative")
-            return call.plainly()
+        if not carries(b):
+            return self._linear(call)
         rule = self.rules.norm
         self._count(call.name, "norm", rule)
         if rule == "derivative":
             return call.plainly()
-        if rule == "constant" and _carries(a):  # by the same function, which may work in place
-            return call.func(a, b.detach(), *call.args[2:])
+        if rule == "constant" and carries(a):
+            return call.on({0 if call.name == "rdiv" else 1: b.detach()})
         y = call.value()
         if rule == "constant":
             return y
         a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=y.dtype, device=y.device)
 
-        def keep(other: _Call, out: Tensor) -> tuple[Tensor, Tensor]:
+        def keep(other: Call, out: Tensor) -> tuple[Tensor, Tensor]:
             one, two = other.operands()
             return torch.as_tensor(one), two
 
         return formulas.division_secant(a, b, y, self._record(call.name, keep))
 
-    def _bilinear(self, call: _Call) -> Any:
-        dependent = [i for i, a in enumerate(call.args) if _carries(a)]
-        added = call.name in ("baddbmm", "addmm", "addbmm") and dependent[:1] == [0]
-        factors = dependent[1:] if added else dependent
-        by_name = sum(_carries(v) for v in call.kwargs.values())
-        if len(factors) + by_name < 2:
-            self._count(call.name, "linear", "derivative")
-            return call.plainly()
-        rule = self.rules.bilinear
-        self._count(call.name, "bilinear", rule)
+    def _bilinear(self, call: Call) -> Any:
+        """Products: of an activation and a weight, or of two activations."""
+        dependent = [i for i, a in enumerate(call.args) if carries(a)]
+        # an addend or a bias is no factor
+        beside = {0} if call.name in SUMS_OF_PRODUCTS else {2} if call.has_bias else set()
+        factors = [i for i in dependent if i not in beside]
+        kind = "bilinear" if len(factors) > 1 else "linear"
+        rule = str(getattr(self.rules, kind)) if factors else "derivative"
+        if rule != "derivative" and (len(factors) < len(dependent) or carries(call.kwargs)):
+            return self._write_out(call)
+        self._count(call.name, kind, rule)
         if rule == "derivative":
             return call.plainly()
-        if (
-            added
-            or by_name
-            or len(factors) > 2
-            or not all(isinstance(call.args[i], Tensor) for i in factors)
-        ):
+        if len(factors) > 2 or not all(isinstance(call.args[i], Tensor) for i in factors):
             raise UnknownOperationError(
-                "a product of dependent tensors must be of two, given by position, to be split; "
-                f"{call.name!r} has {len(dependent) + by_name}; write it as products of two, with "
-                "frozen weights"
+                "a product of dependent tensors must be of two to be split; "
+                f"{call.name!r} in {self._where!r} has {len(factors)}; write it as products of two"
             )
-        call.must_not_overwrite()
         if rule == "half":
             return formulas.half(call.plainly())
+        if rule == "epsilon":
+            return formulas.epsilon(call.plainly(), self.rules.epsilon)
+        if rule == "gamma":
+            return self._gamma(call, factors[0])
         a, b = (call.args[i] for i in factors)
         slot = self._record(call.name, lambda other, out: tuple(other.args[i] for i in factors))
         if call.name in ("matmul", "bmm", "mm") and a.dim() >= 2 and b.dim() >= 2:
             return formulas.midpoint_matmul(a, b, call.value(), slot)
 
-        def function(*operands: Tensor) -> Tensor:
-            filled = list(call.args)
-            for i, operand in zip(factors, operands, strict=True):
-                filled[i] = operand
-            out: Tensor = call.func(*filled, **call.kwargs)
-            return out
+        def function(one: Tensor, two: Tensor) -> Tensor:
+            return cast(Tensor, call.on(dict(zip(factors, (one, two), strict=True))))
 
         return formulas.midpoint_bilinear(function, (a, b), call.value(), slot)
 
-    def _softmax(self, call: _Call) -> Any:
+    def _gamma(self, call: Call, place: int) -> Any:
+        first, second = call.factors()
+        weight = call.args[second if place == first else first]
+
+        def function(x: Tensor, w: Tensor) -> Tensor:
+            return call.product(x, w) if place == first else call.product(w, x)
+
+        return formulas.gamma(function, call.args[place], weight, call.value(), self.rules.gamma)
+
+    def _softmax(self, call: Call) -> Any:
         rule = self.rules.softmax
         self._count(call.name, "softmax", rule)
         if rule == "derivative":
@@ -510,7 +781,7 @@ class Propagation:
         slot = self._record(call.name, lambda other, out: (other.softmax_arguments()[0], out))
         return formulas.softmax_secant(x, y, dim, slot)
 
-    def _log_softmax(self, call: _Call) -> Any:
+    def _log_softmax(self, call: Call) -> Any:
         """x - lse(x): the log of the sum is the only part that is not linear."""
         rule = self.rules.softmax
         self._count(call.name, "softmax", rule)
@@ -521,120 +792,65 @@ class Propagation:
         y = call.value()
         if rule == "constant":
             return formulas.attach(y, lambda g: (g,), (x,))
-        slot = self._record(call.name, lambda other, out: (other.softmax_arguments()[0], out))
+        slot = self._record(call.name, lambda other, out: (other.softmax_arguments()[0],))
         return formulas.log_softmax_secant(x, y, dim, slot)
 
-    def _layer_norm(self, call: _Call) -> Any:
+    def _logsumexp(self, call: Call) -> Any:
+        rule = self.rules.softmax
+        self._count(call.name, "softmax", rule)
+        if rule in ("derivative", "softer"):
+            return call.plainly()
+        y = call.value()
+        if rule == "constant":
+            return y
+        given = dict(zip(("x", "dim", "keepdim"), call.args, strict=False)) | call.kwargs
+        slot = self._record(call.name, lambda other, out: (other.args[0],))
+        return formulas.logsumexp_secant(
+            call.args[0], y, given["dim"], slot, keepdim=bool(given.get("keepdim", False))
+        )
+
+    def _layer_norm(self, call: Call) -> Any:
         x, shape, weight, bias, eps = call.norm_arguments()
         rule = self.rules.norm
+        if rule != "derivative" and (carries(weight) or carries(bias)):
+            return self._write_out(call)
         self._count(call.name, "norm", rule)
         if rule == "derivative":
             return call.plainly()
-        if _carries(weight) or _carries(bias):
-            raise UnknownOperationError(
-                f"the weight and bias of {call.name!r} must not depend on the input under the rule "
-                f"{rule!r}; they do; write the norm as a division and a product"
-            )
         y, dims, centre = call.value(), tuple(range(-len(shape), 0)), call.name == "layer_norm"
         if rule == "constant":
             return formulas.layer_norm_constant(x, y, dims, weight, eps, centre=centre)
         slot = self._record(call.name, lambda other, out: (other.args[0],))
         return formulas.layer_norm_secant(x, y, dims, weight, eps, slot, centre=centre)
 
-    def _attention(self, call: _Call) -> Any:
-        """The fused kernel's value, with the coefficients of the same attention written out."""
+    def _attention(self, call: Call) -> Any:
         if self.rules.softmax == self.rules.bilinear == "derivative":
             self._count(call.name, "softmax", "derivative")
             self._count(call.name, "bilinear", "derivative")
             return call.plainly()
+        return self._write_out(call)
 
-        def written_out(of: _Call) -> Tensor:
+    def _write_out(self, call: Call) -> Any:
+        """torch's own value, with the coefficients of the same from operations of one kind each."""
+        if self.rules.only_derivatives:
+            self._count(call.name, "composite", "derivative")
+            return call.plainly()
+        if call.name not in WRITTEN_OUT:
+            raise UnknownOperationError(
+                f"bias and addend of {call.name!r} in {self._where!r} must not carry relevance "
+                "under rules for products; they do; write product and sum as two operations"
+            )
+
+        def written_out(of: Call) -> Tensor:
             with self._mode:
-                return _written_out(*of.args, **of.kwargs)
+                return cast(Tensor, WRITTEN_OUT[of.name](*of.args, **of.kwargs))
 
-        def keep(other: _Call, out: Tensor) -> tuple[()]:
+        def keep(other: Call, out: Tensor) -> tuple[()]:
             written_out(other)  # its operations fill their own slots
             return ()
 
         self._record(call.name, keep)
         return formulas.graft(call.value(), written_out(call))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One torch operation as it was called, its first operand always by position."""
-
-    name: str
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        name = _name(func)
-        if "input" in kwargs and name in _HANDLERS:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("input"), *args)
-        for parameter in _BY_POSITION.get(name, ()):
-            if parameter in kwargs:
-                kwargs = dict(kwargs)
-                args = (*args, kwargs.pop(parameter))
-        if name == "einsum" and len(args) == 2 and isinstance(args[1], (list, tuple)):
-            args = (args[0], *args[1])
-        return cls(name, func, args, kwargs)
-
-    def carries(self) -> bool:
-        """True if relevance comes in."""
-        return _carries(self.args) or _carries(self.kwargs)
-
-    def plainly(self) -> Any:
-        """torch's own result with torch's own derivative."""
-        return self.func(*self.args, **self.kwargs)
-
-    def value(self) -> Tensor:
-        """torch's own result, without a graph."""
-        self.must_not_overwrite()
-        with torch.no_grad():
-            out: Tensor = self.func(*self.args, **self.kwargs)
-        return out
-
-    def must_not_overwrite(self) -> None:
-        """A rule needs the operation's input afterwards, and gives back another tensor.
-
-        Raises:
-            UnknownOperationError: the call works in place.
-        """
-        spelled = getattr(self.func, "__name__", "")
-        in_place = (spelled.endswith("_") and not spelled.endswith("__")) or spelled[:3] == "__i"
-        if in_place or self.kwargs.get("inplace"):
-            raise UnknownOperationError(
-                f"a rule needs the operation's input after it; {self.name!r} overwrites it in "
-                "place; build the module with inplace=False, or write y = f(x)"
-            )
-
-    def operands(self) -> tuple[Any, Any]:
-        """The two operands of an elementwise call, numerator first."""
-        a, b = (*self.args, *(self.kwargs[k] for k in ("other",) if k in self.kwargs))[:2]
-        return (b, a) if self.name == "rdiv" else (a, b)
-
-    def softmax_arguments(self) -> tuple[Tensor, int]:
-        """The scores, in the type that they are summed in, and the axis."""
-        x: Tensor = self.args[0]
-        dtype = self.kwargs.get("dtype")
-        dim = self.kwargs["dim"] if "dim" in self.kwargs else self.args[1]
-        return x if dtype is None else x.to(dtype), dim
-
-    def norm_arguments(self) -> tuple[Any, ...]:
-        """Input, normalised shape, weight, bias and eps of a layer or RMS norm."""
-        names = ["input", "normalized_shape", "weight", "bias", "eps"]
-        if self.name == "rms_norm":
-            names.remove("bias")
-        given = dict(zip(names, self.args, strict=False)) | self.kwargs
-        x, shape, eps = given["input"], given["normalized_shape"], given.get("eps")
-        if eps is None:
-            eps = 1e-5 if self.name == "layer_norm" else torch.finfo(x.dtype).eps
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        return x, shape, given.get("weight"), given.get("bias"), eps
 
 
 class _Mode(TorchFunctionMode):
@@ -645,20 +861,26 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._owner._operation(_Call.of(func, args, kwargs or {}))
+        return self._owner._operation(Call.of(func, args, kwargs or {}))
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(WRITTEN_OUT, Propagation._write_out),
     **dict.fromkeys(ACTIVATIONS | EXPONENTS, Propagation._elementwise),
     **dict.fromkeys(STATISTICS, Propagation._statistic),
-    **dict.fromkeys(SELECTIONS, Propagation._select),
+    **dict.fromkeys(EXTREMES, Propagation._extreme),
+    **dict.fromkeys(ORDERED, Propagation._ordered),
+    **dict.fromkeys(RANDOM, Propagation._random),
     **dict.fromkeys(["mul", "multiply"], Propagation._multiply),
     **dict.fromkeys(["div", "divide", "true_divide", "rdiv"], Propagation._divide),
     **dict.fromkeys(["pow", "square"], Propagation._power),
-    **dict.fromkeys(PRODUCTS, Propagation._bilinear),
+    **dict.fromkeys(PRODUCTS | SUMS_OF_PRODUCTS, Propagation._bilinear),
+    **dict.fromkeys(["layer_norm", "rms_norm"], Propagation._layer_norm),
     "softmax": Propagation._softmax,
     "log_softmax": Propagation._log_softmax,
-    **dict.fromkeys(["layer_norm", "rms_norm"], Propagation._layer_norm),
+    "logsumexp": Propagation._logsumexp,
+    "linalg_vector_norm": Propagation._vector_norm,
+    "batch_norm": Propagation._batch_norm,
     "scaled_dot_product_attention": Propagation._attention,
 }
 
@@ -686,6 +908,7 @@ def propagate(
 
     Raises:
         UnknownOperationError: inside the block, at an operation that no rule knows.
+        ValueError: rules for some modules (`Rules.at`) fit none, or met no operation.
     """
     if not isinstance(rules, Rules):
         raise TypeError(
@@ -698,7 +921,8 @@ def propagate(
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of `module` requires grad inside; afterwards each does as before."""
-    wanted = [p for p in module.parameters() if p.requires_grad]
+    whole = getattr(module, "original_model", module)  # a bridge does not list all parameters
+    wanted = [p for p in {*module.parameters(), *whole.parameters()} if p.requires_grad]
     try:
         for p in wanted:
             p.requires_grad_(False)
@@ -714,14 +938,15 @@ def coverage(
     """Which operations of `module(*inputs)` carry relevance, and the rule that each gets.
 
     Floating-point inputs carry relevance; so do the outputs of embeddings, for token inputs.
-    Columns: operation, kind, rule, module, count; kind `unknown` is what no rule knows.
+    Columns: operation, kind, rule, module, count. Kind `unknown` is what no rule knows, kind
+    `opaque` what hides its operations; both have their derivative.
 
     Raises:
         UnknownOperationError: with `strict=True`, at an operation that no rule knows.
         ValueError: nothing in the call carried relevance.
     """
 
-    def carries(value: Any) -> Any:
+    def carrying(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.detach().requires_grad_()
         return value
@@ -731,11 +956,13 @@ def coverage(
 
     report = propagate(rules, strict=strict, root=module)
     with ExitStack() as stack:
-        for part in module.modules():
+        # a bridge does not list all modules of the model that it wraps
+        for part in getattr(module, "original_model", module).modules():
             if isinstance(part, nn.Embedding):
                 stack.callback(part.register_forward_hook(embedded).remove)
         with report:
-            module(*map(carries, inputs), **{k: carries(v) for k, v in kwargs.items()})
+            out = module(*map(carrying, inputs), **{k: carrying(v) for k, v in kwargs.items()})
+            report.must_have_seen(out)
     frame = report.to_dataframe()
     if frame.empty:
         raise ValueError(
@@ -745,98 +972,72 @@ def coverage(
     return frame
 
 
-# -- reading a call --------------------------------------------------------------------------------
-
-_NAMES: dict[Any, str] = {}
-_ACTIVATIONS_BY_CLASS: dict[type, bool] = {}
+_plain_torch = torch._C.DisableTorchFunction
+"""Our own arithmetic is no operation of the model: inside, the mode sees nothing."""
 
 
-def _name(func: Any) -> str:
-    """`torch.Tensor.__mul__`, `torch.mul`, `Tensor.mul_` -> `mul`."""
-    name = _NAMES.get(func)
-    if name is None:
-        name = getattr(func, "__name__", repr(func))
-        if name not in LINEAR:
-            plain = name.strip("_")
-            name = {"rmul": "mul", "imul": "mul", "radd": "add", "iadd": "add", "isub": "sub",
-                    "truediv": "div", "itruediv": "div", "idiv": "div", "rtruediv": "rdiv",
-                    "rdiv": "rdiv", "rpow": "rpow", "rmatmul": "rmatmul", "ipow": "pow",
-                    }.get(plain, plain)  # fmt: skip
-        _NAMES[func] = name
-    return name
+# -- reading modules and results -------------------------------------------------------------------
+
+_VIEWS = (
+    "CopySlices", "AsStrided", "View", "UnsafeView", "Slice", "Select", "Narrow", "Transpose",
+    "Permute", "Expand", "Squeeze", "Unsqueeze", "Split", "Unbind", "Diagonal", "Alias", "T",
+    "Unfold", "AccumulateGrad",
+)  # fmt: skip
+_VALUES = frozenset("item tolist bool int float index equal allclose is_nonzero".split())
 
 
-def _carries(value: Any) -> bool:
-    """True if a tensor in `value` carries relevance: it requires grad and is not a parameter."""
+def _as_one(module: nn.Module) -> str | Formula | None:
+    """The kind of a module that counts as one operation; None for the others."""
+    if REGISTERED:
+        for kind in type(module).__mro__:
+            if kind in REGISTERED:
+                return REGISTERED[kind]
+    return "activation" if is_activation(module) else None
+
+
+def _word(rule: str | Formula) -> str:
+    return rule if isinstance(rule, str) else "formula"
+
+
+def _only_activations(output: Any) -> bool:
+    """True if an output is floating-point tensors, one of which carries relevance."""
+    parts = _parts(output)
+    floats = all(p is None or (isinstance(p, Tensor) and p.is_floating_point()) for p in parts)
+    return floats and carries(parts)
+
+
+def _parts(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    return tuple(None if t is None else change(t) for t in output)
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.requires_grad and not isinstance(value, nn.Parameter)
+        return value.detach().clone()
     if isinstance(value, (tuple, list)):
-        return any(_carries(v) for v in value)
-    if isinstance(value, dict):
-        return any(_carries(v) for v in value.values())
-    return False
+        return type(value)(map(_copied, value))
+    return value
 
 
-def _chosen(call: _Call, out: Any) -> Tensor:
-    """Which entries a selection took: its indices, or where its input attains its result."""
-    if isinstance(out, tuple):
-        return cast(Tensor, out[1])
-    x = call.args[0]
-    if out.dim() == x.dim() or out.dim() == 0:
-        return cast(Tensor, x == out)
-    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
-    return cast(Tensor, x == out.unsqueeze(dim))
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.shape == two.shape and torch.equal(one, two)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    return bool(one == two)
 
 
-def _is_activation(module: nn.Module) -> bool:
-    kind = type(module)
-    known = _ACTIVATIONS_BY_CLASS.get(kind)
-    if known is None:
-        # models that bring their own (`BloomGelu`) call it what it is and give it no weights
-        own = kind.__name__.lower().endswith(("gelu", "silu", "relu", "swish"))
-        known = (
-            (kind.__module__ in _ACTIVATION_MODULES or own)
-            and not issubclass(kind, (*_NOT_ELEMENTWISE, nn.MultiheadAttention))
-            and not (own and next(module.children(), None) is not None)
-        )
-        _ACTIVATIONS_BY_CLASS[kind] = known
-    return known
-
-
-def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The same function as one torch operation where there is one: its derivative is cheaper."""
-    if type(module).__name__ in ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh"):
-        return lambda t: F.gelu(t, approximate="tanh")
-    forward: Callable[[Tensor], Tensor] = type(module).forward.__get__(module)
-    return forward
-
-
-def _written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`F.scaled_dot_product_attention` as its documentation writes it."""
-    if dropout_p:
-        raise ValueError(
-            f"attention must run without dropout; got dropout_p={dropout_p}; call model.eval()"
-        )
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        n, m = scores.shape[-2:]
-        mask = torch.ones(n, m, dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        else:
-            scores = scores + attn_mask
-    return torch.softmax(scores, -1) @ value
+def _gathered(call: Call, indices: Tensor) -> Tensor:
+    """What an ordering operation would give if it had chosen these entries."""
+    x: Tensor = call.args[0]
+    place = 2 if call.name in ("topk", "kthvalue") else 1
+    given = call.args[place] if len(call.args) > place else -1
+    dim = call.kwargs.get("dim", given)
+    if indices.dim() == x.dim():
+        return x.gather(dim, indices)
+    return x.gather(dim, indices.unsqueeze(dim)).squeeze(dim)

@@ -1,13 +1,15 @@
 """Which kind of operation gets which rule: `Rules` and the published presets.
 
 A kind is what an operation is to relevance (`norm`, `activation`, …); a rule is one of the
-formulas of `relp.rules` for that kind. Linear operations always propagate their derivative (the
-0-rule, Montavon et al. 2019), so they have no entry here.
+formulas of `relp.rules` for that kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
 
 __all__ = [
     "CP_LRP",
@@ -28,7 +30,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "softmax": ("derivative", "constant", "softer", "secant"),
     "bilinear": ("derivative", "half", "midpoint"),
     "exponent": ("derivative", "constant", "secant"),
+    "linear": ("derivative", "epsilon", "gamma"),
 }
+SIZES = ("epsilon", "gamma")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,12 @@ class Rules:
 
     >>> RELP.with_(softmax="constant").name
     'RELP(softmax=constant)'
+    >>> RELP.at("blocks.3", activation="derivative").name
+    'RELP(blocks.3: activation=derivative)'
+
+    The steps from the gradient to CP_LRP are one argument each:
+    `GRADIENT.with_(norm="constant")` (LN only), `…with_(activation="identity")`,
+    `…with_(gate="half")`, `…with_(softmax="constant")` (AH).
 
     Raises:
         ValueError: a rule does not exist for its kind.
@@ -60,6 +70,14 @@ class Rules:
     exponent: str = "derivative"
     """exp and softplus outside a softmax: `constant` as in MambaLRP (arXiv:2406.07592)."""
 
+    linear: str = "derivative"
+    """Linear layers, convolutions, products with weights: `derivative` is the 0-rule, `epsilon`
+    and `gamma` the ε- and γ-rule (Montavon et al. 2019) of the sizes below."""
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+    places: tuple[tuple[str, tuple[tuple[str, str | float], ...]], ...] = ()
+    """What `at` changed, and where; later entries win."""
+
     def __post_init__(self) -> None:
         for kind, known in KINDS.items():
             rule = getattr(self, kind)
@@ -68,41 +86,107 @@ class Rules:
                     f"the rule for {kind!r} must be one of {known}; got {rule!r}; "
                     f"for instance RELP.with_({kind}={known[0]!r})"
                 )
+        for size in SIZES:
+            value = getattr(self, size)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(
+                    f"{size!r} must be a positive number; got {value!r}; "
+                    f"for instance RELP.with_(linear={size!r}, {size}={getattr(Rules, size)})"
+                )
 
-    def with_(self, name: str | None = None, **rules: str) -> Rules:
+    def with_(self, name: str | None = None, **changes: str | float) -> Rules:
         """These rules with some kinds changed; the name says which unless one is given.
+
+        >>> RELP.with_(linear="gamma", gamma=0.1)
 
         Raises:
             ValueError: a kind or a rule does not exist.
         """
-        for kind in rules:
-            if kind not in KINDS:
-                raise ValueError(
-                    f"a kind of operation must be one of {tuple(KINDS)}; got {kind!r}; "
-                    "for instance RELP.with_(softmax='constant')"
-                )
-        changes = ", ".join(f"{kind}={rule}" for kind, rule in rules.items())
-        if changes:
-            changes = f"({changes})"
-        return replace(self, name=name or f"{self.name}{changes}", **rules)
+        _must_be_kinds(changes)
+        suffix = f"({_listed(changes)})" if changes else ""
+        return replace(self, name=name or f"{self.name}{suffix}", **changes)  # type: ignore[arg-type]
+
+    def at(self, module: str, name: str | None = None, **changes: str | float) -> Rules:
+        """These rules with some kinds changed inside some modules only.
+
+        >>> RELP.at("blocks.3", activation="derivative")     # no Identity-rule in block 3
+        >>> RELP.at("blocks.*.attn", softmax="constant")
+
+        Args:
+            module: name of a module under the root, as `coverage` lists them, or a pattern with
+                `*` and `?`; it holds for everything inside that module too. Where several `at`
+                fit, the last counts. A pattern that no operation of the kind meets is an error of
+                the run.
+            name: of the result; says what was changed if None.
+
+        Raises:
+            ValueError: a kind or a rule does not exist, or nothing is changed.
+        """
+        _must_be_kinds(changes)
+        if not changes:
+            raise ValueError(
+                f"at({module!r}) must change a kind of operation; got none; for instance "
+                f"RELP.at({module!r}, softmax='constant')"
+            )
+        replace(self, **changes)  # type: ignore[arg-type]  # refuses what does not exist
+        name = name or f"{self.name}({module}: {_listed(changes)})"
+        return replace(self, name=name, places=(*self.places, (module, tuple(changes.items()))))
+
+    @cache  # noqa: B019 (a few presets times the modules of a model)
+    def within(self, module: str) -> Rules:
+        """The rules that hold in the module of that name, the same everywhere inside."""
+        changes = {k: v for _, k, v in self.deciding(module)}
+        return replace(self, places=(), **changes)  # type: ignore[arg-type]
+
+    def deciding(self, module: str) -> tuple[tuple[str, str, str | float], ...]:
+        """`(pattern, kind, rule)` of every change that holds in the module of that name."""
+        parts = module.split(".")
+        around = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return tuple(
+            (pattern, kind, rule)
+            for pattern, changes in self.places
+            if any(fnmatchcase(name, pattern) for name in around)
+            for kind, rule in changes
+        )
+
+    @property
+    def _all(self) -> set[str]:
+        """Every rule that is used somewhere."""
+        local = {str(r) for _, changes in self.places for kind, r in changes if kind in KINDS}
+        return {getattr(self, kind) for kind in KINDS} | local
 
     @property
     def only_derivatives(self) -> bool:
         """True if nothing differs from plain gradients."""
-        return all(getattr(self, kind) == "derivative" for kind in KINDS)
+        return self._all == {"derivative"}
 
     @property
     def needs_reference(self) -> bool:
         """True if some coefficient depends on both runs (secants and midpoints)."""
-        return any(getattr(self, kind) in ("secant", "midpoint") for kind in KINDS)
+        return not self._all.isdisjoint(("secant", "midpoint"))
+
+
+def _must_be_kinds(changes: Mapping[str, object]) -> None:
+    for kind in changes:
+        if kind not in KINDS and kind not in SIZES:
+            raise ValueError(
+                f"a kind of operation must be one of {tuple(KINDS)}; got {kind!r}; "
+                "for instance RELP.with_(softmax='constant')"
+            )
+
+
+def _listed(changes: Mapping[str, object]) -> str:
+    return ", ".join(f"{kind}={rule}" for kind, rule in changes.items())
 
 
 GRADIENT = Rules("GRADIENT")
 """Every derivative as it is: attribution patching, EAP."""
 RELP = Rules("RELP", norm="constant", activation="identity", gate="half", exponent="constant")
 """Relevance patching (Jafari et al. 2025, arXiv:2508.21258): LN-, Identity- and Half-rule."""
-CP_LRP = RELP.with_("CP_LRP", softmax="constant")
-"""RELP with attention patterns constant (AH-rule, arXiv:2202.07304): conserves relevance."""
+CP_LRP = RELP.with_("CP_LRP", softmax="constant", bilinear="half")
+"""RELP with attention patterns constant (AH-rule, arXiv:2202.07304): conserves relevance.
+
+In a transformer no product of two activations is left then; `half` is for state-space models."""
 ATTN_LRP = RELP.with_("ATTN_LRP", bilinear="half")
 """RELP with matrix products split in halves (Achtibat et al. 2024, arXiv:2402.05602)."""
 GIM = Rules(

@@ -38,7 +38,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         # The formulas are plain arithmetic: no rule may be applied to them in turn.
         with torch._C.DisableTorchFunction():
-            saved = ctx.saved_tensors
+            g, saved = wide(g), [wide(t) for t in ctx.saved_tensors]
             grads = [
                 # A factor that was broadcast gets the sum of what its copies get.
                 None if grad is None else grad.sum_to_size(shape).to(dtype)
@@ -61,6 +61,16 @@ def attach(
 def graft(value: Tensor, surrogate: Tensor) -> Tensor:
     """The value of one tensor with the coefficients of another (an equal one, decomposed)."""
     return attach(value, lambda g: (g,), (surrogate,))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32: differences between two runs would drown in its rounding."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def own(x: Tensor, y: Tensor, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """A rule from outside: `formula(g, x, y)` is the coefficient at x."""
+    return attach(y, lambda g, x, y: (formula(g, x, y),), (x,), (x, y))
 
 
 class Reference:
@@ -100,7 +110,53 @@ class Reference:
                 f"a rule needs an operation's tensors unchanged after it; those of {self.name!r} "
                 "were overwritten in place; write the model's next step as y = f(x)"
             )
-        return self._tensors
+        return tuple(wide(t) for t in self._tensors)
+
+
+# -- linear ----------------------------------------------------------------------------------------
+
+
+def epsilon(product: Tensor, size: float) -> Tensor:
+    """The derivative, dampened where the output is small: g·z / (z + ε·sign z).
+
+    `product` is differentiable. Source: Bach et al. 2015; the ε-rule of Montavon et al. 2019.
+    """
+
+    def pull_back(g: Tensor, z: Tensor) -> tuple[Tensor]:
+        return (g * z / (z + torch.where(z >= 0, size, -size)),)
+
+    return attach(product, pull_back, (product,), (product,))
+
+
+def gamma(
+    call: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, z: Tensor, size: float
+) -> Tensor:
+    """Contributions x_i·w_ij of the sign of the output z_j count 1 + γ times, then are rescaled.
+
+    The coefficient is Σ_j (w_ij + γ·w_ij^s) · g_j·z_j / (z_j + γ·Σ_i (x_i·w_ij)^s), with s the sign
+    of z_j and w_ij^s the weight where x_i·w_ij has that sign, else 0. `call(x, w)` is linear in
+    both; a bias is part of z only. Source: the γ-rule of Montavon et al. 2019, for inputs of both
+    signs as in zennit (arXiv:2106.13200).
+    """
+
+    def pull_back(g: Tensor, x: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor]:
+        up, down = (x.clamp(min=0), x.clamp(max=0)), (w.clamp(min=0), w.clamp(max=0))
+        raised = call(up[0], down[0]) + call(up[1], down[1])
+        lowered = call(up[0], down[1]) + call(up[1], down[0])
+        whole = z + size * torch.where(z >= 0, raised, lowered)
+        s = g * torch.where(whole == 0, 1.0, z / torch.where(whole == 0, 1.0, whole))
+        s_up, s_down = torch.where(z >= 0, s, 0.0), torch.where(z >= 0, 0.0, s)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+
+            def back(weight: Tensor, s: Tensor) -> Tensor:
+                return torch.autograd.grad(call(leaf, weight), leaf, s)[0]
+
+            same = back(down[0], s_up) + back(down[1], s_down)
+            opposite = back(down[1], s_up) + back(down[0], s_down)
+            return (back(w, s) + size * torch.where(x >= 0, same, opposite),)
+
+    return attach(z, pull_back, (x,), (x, w, z))
 
 
 # -- activation: one input, elementwise ------------------------------------------------------------
@@ -115,9 +171,12 @@ def identity(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tens
 
     def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
         at_zero, slope = _at_zero(function, x)
+        if at_zero != 0:  # a difference of rounded numbers
+            zero = torch.zeros_like(x)
+            return (g * _secant(zero, x, at_zero.expand_as(x), y, function),)
         # below this |x| the quotient of two rounded numbers says nothing; the limit does
         tiny = torch.finfo(x.dtype).tiny
-        return (g * torch.where(x.abs() <= tiny, slope, (y - at_zero) / x),)
+        return (g * torch.where(x.abs() <= tiny, slope, y / x),)
 
     return attach(y, pull_back, (x,), (x, y))
 
@@ -129,9 +188,12 @@ def rescale(
 
     Source: DeepLIFT's Rescale rule, arXiv:1704.02685.
     """
+    rounded = y.dtype in (torch.float16, torch.bfloat16)
 
     def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
         x_, y_ = reference()
+        if rounded:  # their difference would be mostly rounding
+            y, y_ = function(x), function(x_)
         return (g * _secant(x, x_, y, y_, function),)
 
     return attach(y, pull_back, (x,), (x, y))
@@ -239,9 +301,12 @@ def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tens
     attention scores that differ by 20 between the runs, nothing is left of float32.)
     What is masked out in both runs gets 0.
     """
+    rounded = y.dtype in (torch.float16, torch.bfloat16)
 
     def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
         x_, y_ = reference()
+        if rounded:
+            y, y_ = x.softmax(dim), x_.softmax(dim)
         step = x_ - x
         shift = x_.logsumexp(dim, keepdim=True) - x.logsumexp(dim, keepdim=True)
         weighted = g * _logarithmic_mean(y_, y, step - shift)
@@ -254,13 +319,27 @@ def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tens
 def log_softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
     """Δy_i = Δx_i - Δlse with Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
 
-    def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
-        x_, y_ = reference()
+    def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
+        (x_,) = reference()
         shift = x_.logsumexp(dim, keepdim=True) - x.logsumexp(dim, keepdim=True)
-        share = _shares(y.exp(), y_.exp(), x_ - x, shift)
+        share = _shares(x.softmax(dim), x_.softmax(dim), x_ - x, shift)
         return (g - share * g.sum(dim, keepdim=True),)
 
-    return attach(y, pull_back, (x,), (x, y))
+    return attach(y, pull_back, (x,), (x,))
+
+
+def logsumexp_secant(
+    x: Tensor, y: Tensor, dims: Any, reference: Reference, *, keepdim: bool
+) -> Tensor:
+    """Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
+
+    def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
+        (x_,) = reference()
+        total, total_ = x.logsumexp(dims, keepdim=True), x_.logsumexp(dims, keepdim=True)
+        share = _shares((x - total).exp(), (x_ - total_).exp(), x_ - x, total_ - total)
+        return (share * (g if keepdim else g.reshape(total.shape)),)
+
+    return attach(y, pull_back, (x,), (x,))
 
 
 def _shares(y: Tensor, y_: Tensor, step: Tensor, shift: Tensor) -> Tensor:
@@ -365,6 +444,21 @@ def statistic_secant(name: str, x: Tensor, y: Tensor, reference: Reference) -> T
     return attach(y, pull_back, (x,), (y,))
 
 
+def vector_norm_secant(
+    x: Tensor, y: Tensor, dims: Any, reference: Reference, *, keepdim: bool
+) -> Tensor:
+    """The Euclidean norm between two runs: Δ‖x‖ = Σ (x + x')·Δx / (‖x‖ + ‖x'‖)."""
+
+    def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
+        (x_,) = reference()
+        size = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        total = size + torch.linalg.vector_norm(x_, dim=dims, keepdim=True)
+        g = g if keepdim else g.reshape(size.shape)
+        return (g * (x + x_) / torch.where(total == 0, 1.0, total),)
+
+    return attach(y, pull_back, (x,), (x,))
+
+
 def division_secant(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
     """a / b as the product a·(1/b): midpoints, and -1/(b b') for 1/b."""
 
@@ -373,3 +467,89 @@ def division_secant(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Te
         return g * ((1 / b + 1 / b_) / 2), g * ((a + a_) / 2) * (-1 / (b * b_))
 
     return attach(y, pull_back, (a, b), (a, b))
+
+
+# -- selection -------------------------------------------------------------------------------------
+
+
+def extreme_secant(
+    call: Callable[..., Tensor], operands: Sequence[Tensor], y: Tensor, reference: Reference
+) -> Tensor:
+    """max, min and max-pooling between two runs that may choose different entries.
+
+    Own choice i, the other's j: with a = |x_i - x_j| and b = |x'_j - x'_i|, i gets the share
+    a / (a + b) and j the rest. Then Δy = x'_j - x_i is explained exactly, by coefficients between
+    0 and 1. (It is the integrated gradient of the maximum of the two, arXiv:1703.01365.)
+    """
+
+    def pull_back(g: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        other = reference()
+        # the entry that one run's choice has in the other run: the derivative, applied
+        y, there = _applied(call, own, other)
+        y_, here = _applied(call, other, own)
+        a, b = (y - here).abs(), (y_ - there).abs()
+        share = torch.where(a + b == 0, 1.0, a / torch.where(a + b == 0, 1.0, a + b))
+
+        def back(at: Sequence[Tensor], g: Tensor) -> tuple[Tensor, ...]:
+            leaves = [x.detach().requires_grad_() for x in at]
+            with torch.enable_grad():
+                return torch.autograd.grad(call(*leaves), leaves, g)
+
+        both = zip(back(own, g * share), back(other, g * (1 - share)), strict=True)
+        return tuple(one + two for one, two in both)
+
+    return attach(y, pull_back, operands, operands)
+
+
+def _applied(
+    call: Callable[..., Tensor], at: Sequence[Tensor], to: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The call at some operands, and its derivative there applied to others.
+
+    The derivative is linear in the coefficient that it pulls back: differentiate it by that. (The
+    forward mode of torch would do, but loads TorchScript and warns of it.)
+    """
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in at]
+        y = call(*leaves)
+        u = torch.zeros_like(y, requires_grad=True)
+        back = torch.autograd.grad(y, leaves, u, create_graph=True)
+        (moved,) = torch.autograd.grad(back, u, list(to))
+    return y.detach(), moved
+
+
+# -- what no rule explains -------------------------------------------------------------------------
+
+
+class Remainder:
+    """What a module adds in the reference run because it branches otherwise than in the first.
+
+    Between the same module forced onto the first run's branch and left to its own lies a jump of
+    its output that no input explains; its share of the result is (jump · coefficient).
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.operations: tuple[str, ...] = ()
+        """Which operations chose differently."""
+        self.total = 0.0
+        """In units of the result that was differentiated."""
+        self._jumps: tuple[Tensor, ...] = ()
+
+    def watch(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The same outputs, whose coefficients are multiplied by the jump when they come."""
+
+        def watched(place: int, y: Tensor) -> Tensor:
+            def pull_back(g: Tensor) -> tuple[Tensor]:
+                if self._jumps:
+                    self.total += float((g * self._jumps[place]).sum())
+                return (g,)
+
+            return attach(y, pull_back, (y,))
+
+        return [watched(place, y) for place, y in enumerate(outputs)]
+
+    def fill(self, operations: Sequence[str], outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keeps by how much outputs (real, forced) differ from those on the first run's branch."""
+        self.operations = tuple(dict.fromkeys(operations))
+        self._jumps = tuple(wide(real) - wide(forced) for real, forced in outputs)

@@ -139,7 +139,7 @@ class Metric:
                 f"it returned {list(values.shape)} for logits {list(logits.shape)}; do not average "
                 "over pairs, and take (logits, task) if it needs each pair's answers"
             )
-        if not bool(torch.isfinite(values.detach()).all()):
+        if not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values.detach())).nonzero()[0])
             raise ValueError(
                 f"metric {self.name!r} must return finite numbers; pair {bad} has "

@@ -80,7 +80,7 @@ class Replica:
         return a * b
 
     def bilinear(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.rules.bilinear == "half":
+        if self.rules.bilinear == "half" and a.requires_grad:  # (a constant pattern is a weight)
             return (a @ b.detach() + a.detach() @ b) / 2
         return a @ b
 

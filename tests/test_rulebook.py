@@ -14,8 +14,9 @@ norm        derivative  constant    constant    constant    constant    secant
 activation  derivative  identity    identity    identity    derivative  secant
 gate        derivative  half        half        half        half        midpoint
 softmax     derivative  derivative  constant    derivative  softer      secant
-bilinear    derivative  derivative  derivative  half        half        midpoint
+bilinear    derivative  derivative  half        half        half        midpoint
 exponent    derivative  constant    constant    constant    constant    secant
+linear      derivative  derivative  derivative  derivative  derivative  derivative
 """
 HEAD, *ROWS = (line.split() for line in TABLE.strip().splitlines())
 
@@ -59,21 +60,21 @@ def test_every_listed_rule_is_accepted_and_no_other(kind: str) -> None:
     for rule in KINDS[kind]:
         assert getattr(GRADIENT.with_(**{kind: rule}), kind) == rule
     message = (
-        f"the rule for {kind!r} must be one of {KINDS[kind]}; got 'epsilon'; "
+        f"the rule for {kind!r} must be one of {KINDS[kind]}; got 'alpha'; "
         f"for instance RELP.with_({kind}='derivative')"
     )
     for build in (GRADIENT.with_, lambda **rules: Rules("mine", **rules)):
         with pytest.raises(ValueError) as error:
-            build(**{kind: "epsilon"})
+            build(**{kind: "alpha"})
         assert str(error.value) == message
 
 
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(ValueError) as error:
-        RELP.with_(linear="epsilon")
+        RELP.with_(convolution="epsilon")
     assert str(error.value) == (
         "a kind of operation must be one of ('norm', 'activation', 'gate', 'softmax', 'bilinear', "
-        "'exponent'); got 'linear'; for instance RELP.with_(softmax='constant')"
+        "'exponent', 'linear'); got 'convolution'; for instance RELP.with_(softmax='constant')"
     )
 
 
