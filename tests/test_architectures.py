@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, DECODERS, Architecture, conservation, measure
@@ -15,6 +17,7 @@ from circuits import assemble, faithfulness, patch, top
 from relp import (
     CP_LRP,
     DEEPLIFT,
+    GRADIENT,
     PRESETS,
     RELP,
     UnknownOperationError,
@@ -29,6 +32,14 @@ ROUTED = ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV2", "DeepseekV3")
 POST_NORM = ("Gemma2", "Gemma3", "Olmo2")
 HALVED = ("GPT2", "Gemma2", "Mamba")
 each_preset = pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def annotations_unchecked() -> Iterator[None]:
+    """Checks at each call would be three quarters of the time here; other suites make them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -57,7 +68,7 @@ def test_every_operation_has_a_rule_and_the_forward_pass_is_torchs(
 ) -> None:
     architecture, model, _ = built
     before = everything(model)
-    if architecture.name in OPAQUE:
+    if architecture.name in OPAQUE and rules is not GRADIENT:
         with pytest.raises(UnknownOperationError, match="must have a rule; 'lstm' in 'LSTM'"):
             measure(model, architecture, rules)
         assert everything(model) == before
@@ -65,7 +76,7 @@ def test_every_operation_has_a_rule_and_the_forward_pass_is_torchs(
     found = measure(model, architecture, rules)
     assert everything(model) == before
     assert found.same
-    assert found.covered == found.operations > 0
+    assert (found.covered == found.operations > 0) or architecture.name in OPAQUE
     assert found.coefficients.isfinite().all()
     assert found.coefficients.abs().max() > 0
     if rules is DEEPLIFT:
