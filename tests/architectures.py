@@ -463,10 +463,10 @@ Tiny random models of each architecture (two layers, every weight, norm and bias
 
 * through: a `TransformerBridge` booted from a saved folder, or the plain module.
 * operations: calls of torch that carried relevance under RELP; covered: those with a rule.
-  The forward pass is bit for bit the model's own in every row.
-* conservation error: \\|Σ x·c + Σ b·c − output\\| / \\|output\\| under CP_LRP, over the inputs x
+* same: the forward pass under rules is bit for bit the model's own.
+* conservation error: |Σ x·c + Σ b·c − output| / |output| under CP_LRP, over the inputs x
   (floating-point ones, outputs of embeddings) and the biases b (what each operation gives at zero).
-* completeness error: \\|Σ Δx·c + remainder − Δoutput\\| / \\|Δoutput\\| under DEEPLIFT, for two
+* completeness error: |Σ Δx·c + remainder − Δoutput| / |Δoutput| under DEEPLIFT, for two
   random inputs; the remainder is what experts add that only one of the inputs is sent to.
 
 The output is the difference of two logits.
@@ -489,6 +489,7 @@ def table() -> pd.DataFrame:
         row |= {
             "operations": str(one.operations),
             "covered": f"{one.covered / one.operations:.0%}",
+            "same": "yes" if one.same and two.same else "no",
             "conservation error": f"{conservation(model, architecture, CP_LRP):.0e}",
             "completeness error": f"{two.completeness:.0e}",
         }
