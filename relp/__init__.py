@@ -1,6 +1,7 @@
 """Relevance patching: attribution patching with LRP coefficients in place of gradients."""
 
 from relp.attribution import attribute
+from relp.operations import register
 from relp.propagation import UnknownOperationError, coverage, propagate
 from relp.rulebook import (
     ATTN_LRP,
@@ -32,4 +33,5 @@ __all__ = [
     "coverage",
     "preset",
     "propagate",
+    "register",
 ]

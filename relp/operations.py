@@ -23,20 +23,20 @@ __all__ = ["Call", "Registration", "register"]
 
 LINEAR = frozenset(
     """
-    H T __getitem__ __setitem__ add as_strided as_tensor atleast_1d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d
-    bfloat16 block_diag broadcast_tensors broadcast_to cat chunk clone complex concat concatenate
-    conj conj_physical constant_pad_nd contiguous copy cpu cuda cumsum diag diag_embed diagonal diff
+    __getitem__ __setitem__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add
+    as_strided as_tensor atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d bfloat16
+    block_diag broadcast_tensors broadcast_to cat chunk clone complex concat concatenate conj
+    conj_physical constant_pad_nd contiguous copy cpu cuda cumsum diag diag_embed diagonal diff
     double dstack embedding expand expand_as fft_fft fft_fft2 fft_fftn fft_ifft fft_ifft2 fft_ifftn
-    fft_irfft fft_rfft flatten flip fliplr flipud float fold from_numpy gather half hsplit hstack
-    imag index_add index_copy index_fill index_put index_select interpolate mH mT masked_fill
-    masked_scatter masked_select mean movedim moveaxis narrow nan_to_num nansum neg negative pad
-    permute pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave reshape
-    requires_grad reshape_as resolve_conj resolve_neg retain_grad roll rot90 rsub scatter
-    scatter_add select slice_scatter split split_with_sizes squeeze stack sub subtract sum swapaxes
-    swapdims t take take_along_dim tensor_split tile to trace transpose tril triu type type_as
-    unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample view view_as
-    view_as_complex view_as_real vsplit vstack where zero
+    fft_irfft fft_rfft flatten flip fliplr flipud float fold from_numpy gather H half hsplit hstack
+    imag index_add index_copy index_fill index_put index_select interpolate masked_fill
+    masked_scatter masked_select mean mH moveaxis movedim mT nan_to_num nansum narrow neg negative
+    nll_loss nll_loss_nd pad permute pixel_shuffle pixel_unshuffle positive ravel real repeat
+    repeat_interleave requires_grad reshape reshape_as resolve_conj resolve_neg retain_grad roll
+    rot90 rsub scatter scatter_add select slice_scatter split split_with_sizes squeeze stack sub
+    subtract sum swapaxes swapdims T t take take_along_dim tensor_split tile to trace transpose tril
+    triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample view
+    view_as view_as_complex view_as_real vsplit vstack where zero
     """.split()
 )
 """Linear in everything that may carry relevance: the derivative is the 0-rule."""
@@ -290,6 +290,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(tuple(value.values()))
 
 
+def swapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested tuples, lists and dicts with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: swapped(v, change) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(swapped(v, change) for v in value)
+    if isinstance(value, tuple):  # torch's own, such as (values, indices)
+        return type(value)([swapped(v, change) for v in value])
+    return value
+
+
 # -- operations of several kinds, written out ------------------------------------------------------
 
 
@@ -331,7 +344,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _sum_of_products(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     def written_out(
-        addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
+        addend: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1
     ) -> Tensor:
         return addend * beta + product(a, b) * alpha
 
@@ -347,11 +360,11 @@ def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     return start + weight * (end - start)
 
 
-def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
     return x + value * (a * b)
 
 
-def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
     return x + value * (a / b)
 
 

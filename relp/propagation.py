@@ -14,16 +14,19 @@ and what they differ by is the remainder, which `Propagation.remainder` reports.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -50,6 +53,7 @@ from relp.operations import (
     carries,
     fused,
     is_activation,
+    swapped,
     tensors,
 )
 from relp.rulebook import KINDS, RELP, Rules
@@ -98,6 +102,10 @@ class Propagation:
         self._remainders: dict[int, tuple[formulas.Remainder, list[int]]] = {}
         self._performed: set[Key] = set()
         self._repeated: set[Key] = set()
+        # detached activations, whose difference between the runs no coefficient can explain, and
+        # what the first run had where they meet what carries relevance
+        self._stopped: dict[int, Tensor] = {}
+        self._meetings: dict[Key, tuple[dict[int, Tensor], formulas.Remainder]] = {}
         # decisions of the first run in place of other ones, kept so that their ids stay theirs
         self._suspects: dict[int, tuple[Tensor, str]] = {}
         self._numbers: dict[tuple[int, str, int], int] = {}
@@ -150,6 +158,7 @@ class Propagation:
             self._modules.clear()
             self._opening.clear()
             self._suspects.clear()
+            self._stopped.clear()
             self._inside = 0
 
         stack.callback(clear)
@@ -218,8 +227,9 @@ class Propagation:
         the remainders of the modules after it is the difference of the result, exactly. Empty if
         both runs take the same branches. Call it after the backward.
         """
-        rows = [(r.module, ", ".join(r.operations), r.total)
-                for r, _ in self._remainders.values() if r.total]  # fmt: skip
+        found = [r for r, _ in self._remainders.values()]
+        found += [r for _, r in self._meetings.values()]
+        rows = [(r.module, ", ".join(r.operations), r.total) for r in found if r.total]
         return pd.DataFrame(rows, columns=["module", "operation", "remainder"])
 
     def _repr_html_(self) -> str:
@@ -260,7 +270,8 @@ class Propagation:
         """True for what was there before the run, and for views that torch makes anew."""
         if node is None or node in self._explained or node._sequence_nr() < self._first_node:
             return True
-        if not type(node).__name__.startswith(_VIEWS):
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        if isinstance(node, BackwardCFunction) or name not in _VIEWS:
             return False
         return all(self._harmless(parent) for parent, _ in node.next_functions)
 
@@ -324,6 +335,8 @@ class Propagation:
             return None
         self._inside += 1
         rule = self._rule_of(kind) if self._inside == 1 else "derivative"
+        if self._inside == 1 and not self._in_reference:
+            self.must_have_seen(args)
         x = args[0] if args and isinstance(args[0], Tensor) else None
         slot = None
         if rule != "derivative" and x is not None:
@@ -410,12 +423,42 @@ class Propagation:
     # -- branches --------------------------------------------------------------------------------
 
     def _branch(self, name: str, out: Any) -> None:
-        """Notes what the activations decided here: the reference run must go the same way."""
+        """Notes what the activations decided here: the reference run must go the same way.
+
+        A detached activation decides nothing by itself; it is followed until it does, or until it
+        meets what carries relevance.
+        """
         if not self._rules.needs_reference or name in CONSTRUCTORS:
             return
-        if name in _VALUES or any(True for _ in tensors(out)):
-            self._branches[self._key] = _copied(out)
+        if name in ORDERED | EXTREMES and isinstance(out, tuple):
+            self._stopped |= {id(out[0]): out[0]} if not carries(out[0]) else {}
+            out = out[1]
+        found = list(tensors(out))
+        if name in _VALUES or any(not t.is_floating_point() for t in found):
+            self._branches[self._key] = swapped(out, _copied)
             self._frames[-1].branched = True
+        else:
+            self._stopped |= {id(t): t for t in found}
+
+    def _meets(self, call: Call) -> dict[int, Tensor]:
+        """The detached activations among the operands, by their place."""
+        if not self._stopped:
+            return {}
+        given = enumerate(tensors((call.args, call.kwargs)))
+        return {place: _copied(t) for place, t in given if id(t) in self._stopped}
+
+    def _watched(self, name: str, met: dict[int, Tensor], out: Any) -> Any:
+        """Operands that were detached differ between the runs: what that adds is a remainder."""
+        parts = list(tensors(out))
+        if not parts or not all(t.is_floating_point() for t in parts):
+            raise UnknownOperationError(
+                "an activation that was detached must not be assigned in place under rules that "
+                f"compare two runs; {name!r} in {self._where!r} does; write y = f(x)"
+            )
+        remainder = formulas.Remainder(self._where)
+        self._meetings[self._key] = met, remainder
+        watched = iter(remainder.watch(parts))
+        return self._explain(swapped(out, lambda _: next(watched)))
 
     def _led(self, key: Key, name: str, out: Any, call: Call | None = None) -> Any:
         """The first run's decision in place of the reference run's own."""
@@ -427,7 +470,7 @@ class Propagation:
         if call is not None and name in ORDERED:
             self._frames[-1].differing.append(name)
             return type(out)((_gathered(call, own), own.clone()))
-        own = _copied(own)
+        own = swapped(own, _copied)
         # it only matters if something makes use of it
         found = {id(t): (t, name) for t in tensors(own)}
         self._suspects |= found
@@ -447,7 +490,7 @@ class Propagation:
             places = [i for i, part in enumerate(_parts(output)) if carries(part)]
             self._remainders[frame.number] = remainder, places
             watched = iter(remainder.watch([_parts(output)[i] for i in places]))
-            return _mapped(output, lambda t: self._explain(next(watched)) if carries(t) else t)
+            return self._explain(swapped(output, lambda t: next(watched) if carries(t) else t))
         if not frame.differing:
             return None
         if frame.number not in self._remainders:
@@ -491,24 +534,30 @@ class Propagation:
             return self._replay(key, handler, call)
         if handler is not None:
             self._performed.add(key)
+        met = self._meets(call)
         if not call.carries():
-            return self._begins(call, call.plainly())
+            out = self._begins(call, call.plainly())
+            if met:
+                self._branch(call.name, out)
+            return out
         self.must_have_seen((call.args, call.kwargs))
         if handler is not None and torch.is_grad_enabled():
             copy = call.out_of_place()
-            out = handler(self, copy or call)
+            out = self._explain(handler(self, copy or call))
+            out = self._watched(call.name, met, out) if met and carries(out) else out
             if copy is not None:
-                out = call.args[0].copy_(out)
-            return self._explain(out)
+                out = self._explain(call.args[0].copy_(out))
+            return out
         out = call.plainly()
-        if not carries(out):
+        if not carries(out) and out is not None:
             self._branch(call.name, out)
         elif call.name in LINEAR:
             self._count(call.name, "linear", "derivative")
         else:
             self._refuse(call.name, "unknown")
         self._explain(call.args[:1] if out is None else out)  # x[i] = y gives nothing back
-        return out
+        used = met and (carries(out) or (out is None and carries(call.args[:1])))
+        return self._watched(call.name, met, out) if used else out
 
     def _replay(self, key: Key, handler: Any, call: Call) -> Any:
         """An operation in the reference run."""
@@ -522,11 +571,26 @@ class Propagation:
             used = [self._suspects.get(id(t)) for t in tensors((call.args, call.kwargs))]
             self._frames[-1].differing += [found[1] for found in used if found]
         slot = self._slots.get(key)
-        before = None if slot is None else call.out_of_place()
+        before = call if slot is None else call.out_of_place() or call
+        if key in self._meetings:
+            return self._met(key, slot, before)
         out = call.plainly()
         if slot is not None:
-            slot.fill(*slot.keep(before or call, out))
+            slot.fill(*slot.keep(before, out))
         return self._led(key, call.name, out, call) if key in self._branches else out
+
+    def _met(self, key: Key, slot: formulas.Reference | None, call: Call) -> Any:
+        """Compares with the first run as if the detached operands were the first run's."""
+        own, remainder = self._meetings[key]
+        places = iter(range(sys.maxsize))
+        args, kwargs = swapped((call.args, call.kwargs), lambda t: own.get(next(places), t))
+        led = replace(call, args=args, kwargs=kwargs)
+        forced = led.plainly()
+        if slot is not None:
+            slot.fill(*slot.keep(led, forced))
+        real = call.plainly()
+        remainder.fill([call.name], list(zip(tensors(real), tensors(forced), strict=True)))
+        return real
 
     def _begins(self, call: Call, out: Any) -> Any:
         """A weight computed from parameters would look like an activation from here on."""
@@ -981,6 +1045,7 @@ _plain_torch = torch._C.DisableTorchFunction
 _VIEWS = (
     "CopySlices", "AsStrided", "View", "UnsafeView", "Slice", "Select", "Narrow", "Transpose",
     "Permute", "Expand", "Squeeze", "Unsqueeze", "Split", "Unbind", "Diagonal", "Alias", "T",
+    "SplitWithSizes", "ViewAs", "Swapaxes",
     "Unfold", "AccumulateGrad",
 )  # fmt: skip
 _VALUES = frozenset("item tolist bool int float index equal allclose is_nonzero".split())
@@ -1010,18 +1075,8 @@ def _parts(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(output, Tensor):
-        return change(output)
-    return tuple(None if t is None else change(t) for t in output)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_copied, value))
-    return value
+def _copied(t: Tensor) -> Tensor:
+    return t.detach().clone()
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -123,7 +123,7 @@ def epsilon(product: Tensor, size: float) -> Tensor:
     """
 
     def pull_back(g: Tensor, z: Tensor) -> tuple[Tensor]:
-        return (g * z / (z + torch.where(z >= 0, size, -size)),)
+        return (g * z.abs() / (z.abs() + size),)
 
     return attach(product, pull_back, (product,), (product,))
 
@@ -136,7 +136,7 @@ def gamma(
     The coefficient is Σ_j (w_ij + γ·w_ij^s) · g_j·z_j / (z_j + γ·Σ_i (x_i·w_ij)^s), with s the sign
     of z_j and w_ij^s the weight where x_i·w_ij has that sign, else 0. `call(x, w)` is linear in
     both; a bias is part of z only. Source: the γ-rule of Montavon et al. 2019, for inputs of both
-    signs as in zennit (arXiv:2106.13200).
+    signs as in zennit (arXiv:2106.13200), which also scales the bias, and adds a stabiliser.
     """
 
     def pull_back(g: Tensor, x: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor]:

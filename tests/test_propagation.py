@@ -327,8 +327,34 @@ def test_what_branches_leave_unexplained_is_reported(kind: str) -> None:
     gap = ((after - y) * g).sum().item()
     assert explained + frame["remainder"].sum() == pytest.approx(gap, rel=1e-9)
     # the last module's share is what its own jump adds, the experts' outputs being all that jumps
-    operation = {"where": "gt", "no_grad": "mul"}.get(kind, kind)
+    operation = {"where": "gt", "no_grad": "topk"}.get(kind, kind)
     assert all(operation in found for found in frame["operation"])
+
+
+def test_what_is_detached_leaves_a_remainder_where_it_is_used() -> None:
+    """y = tanh(x)·detach(f(x)) + x - detach(max x), compared term by term."""
+
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.exp().sum(-1, keepdim=True) * 2
+        assert bool(x.detach().isfinite().all())
+        return x.tanh() * scale + (x - x.amax(-1, keepdim=True).detach())
+
+    x, other = torch.randn(2, 5, 3, dtype=torch.float64)
+    x.requires_grad_()
+    with propagate(DEEPLIFT) as report:
+        y = function(x)
+    with report.reference():
+        after = function(other)
+    assert torch.equal(after, function(other))
+    (c,) = torch.autograd.grad(y.sum(), x)
+    frame = report.remainder().set_index("operation")["remainder"]
+    scale, scale_ = (t.detach().exp().sum(-1, keepdim=True) * 2 for t in (x, other))
+    assert frame["mul"] == pytest.approx(float((other.tanh() * (scale_ - scale)).sum()))
+    top, top_ = (t.detach().amax(-1).sum() for t in (x, other))
+    assert frame["sub"] == pytest.approx(float(-3 * (top_ - top)))
+    explained = ((other - x) * c).sum().item()
+    assert explained + frame.sum() == pytest.approx((after - y).sum().item(), rel=1e-9)
 
 
 def test_same_branches_leave_nothing_unexplained() -> None:

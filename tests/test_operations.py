@@ -1,0 +1,355 @@
+"""Every kind of operation: torch's values, exact differences between two runs, one's own rules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relp import (
+    DEEPLIFT,
+    GRADIENT,
+    PRESETS,
+    RELP,
+    Rules,
+    UnknownOperationError,
+    coverage,
+    propagate,
+    register,
+)
+from relp.operations import WRITTEN_OUT
+
+
+def weights(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def attention(x: Tensor, **kwargs: Any) -> Tensor:
+    return F.scaled_dot_product_attention(x, x.flip(-1), x * 2, **kwargs)
+
+
+HEADS = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+ENCODER = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
+
+# [2, 3, 4] in, positive where a function wants it; the name is what torch calls the operation
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: F.linear(x, weights(5, 4), weights(5)),
+    "linear with a dependent weight": lambda x: F.linear(x, x[0], x[0, :, 0]),
+    "conv1d": lambda x: F.conv1d(x, weights(2, 3, 2), weights(2)),
+    "conv2d": lambda x: F.conv2d(x[:, None], weights(2, 1, 2, 2), padding=1),
+    "conv_transpose1d": lambda x: F.conv_transpose1d(x, weights(3, 2, 2)),
+    "einsum": lambda x: torch.einsum("bij,jk->bik", x, weights(4, 5)),
+    "einsum of two": lambda x: torch.einsum("bij,bkj->bik", x, x),
+    "baddbmm": lambda x: torch.baddbmm(x, x @ weights(4, 3), x, beta=0.5, alpha=2),
+    "addmm": lambda x: torch.addmm(weights(5), x[0], weights(4, 5), alpha=3),
+    "addmm of two": lambda x: torch.addmm(x[0], x[0] @ weights(4, 3), x[1]),
+    "bmm": lambda x: torch.bmm(x, x.mT),
+    "outer": lambda x: torch.outer(x[0, 0], x[1, 1]),
+    "tensordot": lambda x: torch.tensordot(x, x, dims=([1, 2], [1, 2])),
+    "bilinear": lambda x: F.bilinear(x, x.flip(0), weights(2, 4, 4), weights(2)),
+    "attention": attention,
+    "causal attention": lambda x: attention(x, is_causal=True, scale=0.3),
+    "masked attention": lambda x: attention(x, attn_mask=weights(3, 3) > -0.5),
+    "grouped attention": lambda x: F.scaled_dot_product_attention(
+        x[:, None].repeat(1, 4, 1, 1), x[:, None].flip(-1).repeat(1, 2, 1, 1),
+        x[:, None].repeat(1, 2, 1, 1), enable_gqa=True),
+    "multi-head attention": lambda x: HEADS(x, x, x, need_weights=False)[0],
+    "multi-head attention with weights": lambda x: HEADS(x, x, x)[0],
+    "encoder layer": ENCODER,
+    "layer norm": lambda x: F.layer_norm(x, (4,), weights(4), weights(4)),
+    "adaptive layer norm": lambda x: F.layer_norm(x, (4,), x[0, 0], x[0, 1]),
+    "rms norm": lambda x: F.rms_norm(x, (4,), weights(4)),
+    "adaptive rms norm": lambda x: F.rms_norm(x, (4,), x[0, 0]),
+    "group norm": lambda x: F.group_norm(x.mT, 2, weights(4), weights(4)),
+    "instance norm": lambda x: F.instance_norm(x, weight=weights(3)),
+    "batch norm": lambda x: F.batch_norm(x, weights(3), weights(3).square() + 1, weights(3)),
+    "local response norm": lambda x: F.local_response_norm(x, 2),
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "norm": lambda x: x / x.norm(p=2, dim=-1, keepdim=True),
+    "vector norm": lambda x: torch.linalg.vector_norm(x, dim=(1, 2)),
+    "cosine similarity": lambda x: F.cosine_similarity(x, x.flip(1), dim=-1),
+    "standard deviation": lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True),
+    "variance": lambda x: x.var((1, 2), unbiased=False),
+    "softmax": lambda x: x.softmax(-1),
+    "softmin": lambda x: F.softmin(x, -1),
+    "log softmax": lambda x: F.log_softmax(x, -1),
+    "cross entropy": lambda x: F.nll_loss(F.log_softmax(x[0], -1), torch.tensor([0, 2, 1])),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "logsumexp over two axes": lambda x: torch.logsumexp(x, (1, 2), keepdim=True),
+    "glu": lambda x: F.glu(x, -1),
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "log sigmoid": F.logsigmoid,
+    "tanhshrink": F.tanhshrink,
+    "hard swish": F.hardswish,
+    "elu": F.elu,
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "cube": lambda x: x**3,
+    "softplus": F.softplus,
+    "exp": torch.exp,
+    "product": lambda x: x * x.flip(-1),
+    "addcmul": lambda x: torch.addcmul(x, x, x.flip(0), value=0.5),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.flip(0).exp()),
+    "lerp": lambda x: torch.lerp(x, x.flip(0), x.sigmoid()),
+    "division": lambda x: x / (1 + x.square()),
+    "reciprocal": lambda x: (2 + x.tanh()).reciprocal() + 1 / (3 + x.tanh()),
+    "max pool": lambda x: F.max_pool2d(x, 2),
+    "average pool": lambda x: F.adaptive_avg_pool1d(x, 2),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=2.0, mode="linear"),
+    "complex": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.reshape(2, 3, 2, 2)) * torch.polar(
+            torch.ones(2, dtype=torch.float64), weights(2))),
+    "fourier": lambda x: torch.fft.fft(x.to(torch.complex128)).real,
+    "scan": lambda x: torch.stack([x[:, 0] * x[:, 1].exp(), x.cumsum(1)[:, -1]]),
+    "assignment": lambda x: torch.zeros(2, 3, 4, dtype=x.dtype).index_put(
+        (torch.tensor([1]),), x[0]),
+}  # fmt: skip
+
+
+def both(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, other = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), other
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_values_are_torchs_and_differences_exact(name: str) -> None:
+    function = OPERATIONS[name]
+    for module in (HEADS, ENCODER):
+        module.requires_grad_(False)
+    x, other = both(0)
+    plain = function(x)
+    g = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (derivative,) = torch.autograd.grad(plain, x, g)
+    for rules in PRESETS.values():
+        with propagate(rules) as report:
+            y = function(x)
+            report.must_have_seen(y)
+        assert torch.equal(y, plain)
+        frame = report.to_dataframe()
+        assert len(frame) and not frame["kind"].isin(["unknown", "opaque"]).any()
+        if rules is DEEPLIFT:
+            with report.reference():
+                after = function(other)
+        if not y.requires_grad:  # all of it is constant
+            assert rules.needs_reference is False
+            continue
+        (c,) = torch.autograd.grad(y, x, g, allow_unused=True, materialize_grads=True)
+        assert c.isfinite().all()
+        if rules is GRADIENT:
+            torch.testing.assert_close(c, derivative)
+    torch.testing.assert_close(((other - x) * c).sum(), ((after - y) * g).sum())
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_what_is_written_out_has_a_case(name: str) -> None:
+    """Each is met in the cases above under its own name, not only by its parts."""
+    met = set()
+    for function in OPERATIONS.values():
+        with propagate(GRADIENT) as report:
+            function(both(0)[0])
+        met |= set(report.to_dataframe()["operation"])
+    assert name in met or name in ("addmv", "addr", "addbmm")
+
+
+# -- what hides its operations ---------------------------------------------------------------------
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+class Hides(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Twice.apply(x)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last", "in between"])
+def test_custom_autograd_functions_are_opaque(last: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Hides(), *([] if last else [nn.GELU()]))
+    x = torch.ones(1, 3)
+    frame = coverage(model, x)
+    assert frame.query("kind == 'opaque'")["operation"].tolist() == ["Twice"]
+    with pytest.raises(UnknownOperationError, match="'Twice' before or in .* hides its operations"):
+        coverage(model, x, strict=True)
+    coverage(model, x, strict=True, rules=GRADIENT)  # all derivatives: nothing is guessed
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_torchscript_is_opaque() -> None:
+    script = torch.jit.script(nn.GELU())
+    with pytest.raises(UnknownOperationError, match="hides its operations"):
+        coverage(nn.Sequential(nn.Linear(3, 3), script, nn.Tanh()), torch.ones(1, 3), strict=True)
+
+
+def test_recurrent_layers_of_one_call_are_unknown() -> None:
+    model = nn.LSTM(3, 3)
+    with pytest.raises(UnknownOperationError, match="'lstm' in 'LSTM' has none"):
+        coverage(model, torch.ones(2, 1, 3), strict=True)
+    assert "unknown" in set(coverage(model, torch.ones(2, 1, 3))["kind"])
+
+
+def test_views_and_assignments_are_no_mystery() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        first = y[:, 0]
+        y[:, 1] = x[:, 1].exp()
+        first.mul_(x[:, 2])
+        return y.sigmoid() + first.mean()
+
+    x, other = both(3)
+    with propagate(DEEPLIFT) as report:
+        y = function(x)
+    with report.reference():
+        after = function(other)
+    (c,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(((other - x) * c).sum(), (after - y).sum())
+
+
+def test_train_mode_is_refused() -> None:
+    x = torch.ones(4, 3)
+    for module in (nn.Dropout(), nn.BatchNorm1d(3)):
+        with pytest.raises(ValueError, match=r"must run in eval mode under rules; .* model\.eval"):
+            coverage(module.train(), x)
+        coverage(module.eval(), x)
+
+
+# -- one's own -------------------------------------------------------------------------------------
+
+
+def test_registering_an_operation() -> None:
+    x, other = both(0)
+    x, other = x.detach().exp().requires_grad_(), other.exp()
+    with register(torch.lgamma, "activation"):
+        with propagate(DEEPLIFT) as report:
+            y = torch.lgamma(x)
+        with report.reference():
+            after = torch.lgamma(other)
+        (c,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close((other - x) * c, after - y)
+        assert report.to_dataframe()["kind"].tolist() == ["activation"]
+    with pytest.raises(UnknownOperationError, match="'lgamma'"), propagate(RELP):
+        torch.lgamma(x)
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lgamma(Twice.apply(x))
+
+
+@pytest.mark.parametrize("rule", ["linear", "activation", "exponent"])
+def test_registering_a_module(rule: str) -> None:
+    x, other = both(0)
+    x, other = x.detach().exp().requires_grad_(), other.exp()
+    model = Doubling()
+    (plain,) = torch.autograd.grad(torch.lgamma(2 * x).sum(), x)
+    with register(Doubling, rule):
+        for rules in (GRADIENT, RELP, DEEPLIFT):
+            with propagate(rules, root=model) as report:
+                y = model(x)
+            if rules is DEEPLIFT and rule != "linear":
+                with report.reference():
+                    after = model(other)
+                (c,) = torch.autograd.grad(y.sum(), x)
+                torch.testing.assert_close((other - x) * c, (after - y).detach())
+            elif rules is GRADIENT or rule == "linear":
+                torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], plain)
+            assert report.to_dataframe()[["operation", "kind"]].values.tolist() == [
+                ["Doubling", rule]
+            ] or (rule == "exponent" and rules is RELP and not y.requires_grad)
+
+
+def test_registering_a_formula() -> None:
+    x = torch.tensor([1.0, 4.0], requires_grad=True)
+    with register(Doubling, lambda g, x, y: g * x):
+        with propagate(RELP) as report:
+            y = Doubling()(x)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], x.detach())
+        assert report.to_dataframe()["rule"].tolist() == ["formula"]
+        with propagate(GRADIENT):
+            y = Doubling()(x)
+        torch.testing.assert_close(
+            torch.autograd.grad(y.sum(), x)[0], 2 * torch.digamma(2 * x).detach()
+        )
+
+
+def test_a_later_registration_hides_an_earlier_one() -> None:
+    first = register(torch.lgamma, "linear")
+    second = register(torch.lgamma, "activation")
+    second.remove()
+    x = torch.tensor([2.0], requires_grad=True)
+    with propagate(RELP) as report:
+        torch.lgamma(x)
+    assert report.to_dataframe()["kind"].tolist() == ["linear"]
+    first.remove()
+    with pytest.raises(UnknownOperationError), propagate(RELP):
+        torch.lgamma(x)
+
+
+def test_what_cannot_be_registered() -> None:
+    plain: Any = inspect.unwrap(register)
+    with pytest.raises(ValueError, match="must be 'linear', 'activation', 'exponent' or a formula"):
+        plain(torch.lgamma, "norm")
+    with pytest.raises(TypeError, match="got the class Twice; register the nn.Module that holds"):
+        plain(Twice, "linear")
+    with pytest.raises(TypeError, match="got GELU; pass the class, not an instance"):
+        plain(nn.GELU(), "linear")
+
+
+# -- rules in some places --------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.GELU()) for _ in range(12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("rules", "derivatives"),
+    [
+        (RELP.at("blocks.1", activation="derivative"), [1]),
+        (RELP.at("blocks.1?", activation="derivative"), [10, 11]),
+        (RELP.at("*", activation="derivative").at("blocks.3.1", activation="identity"),
+         [i for i in range(12) if i != 3]),
+        (GRADIENT.at("blocks.*.1", activation="identity").at("blocks.0", activation="derivative"),
+         [0]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Rules) else "",
+)  # fmt: skip
+def test_rules_hold_where_they_are_said_to(rules: Rules, derivatives: list[int]) -> None:
+    model = Blocks()
+    frame = coverage(model, torch.ones(1, 3), rules=rules)
+    found = dict(frame.query("kind == 'activation'")[["module", "rule"]].values.tolist())
+    assert found == {
+        f"blocks.{i}.1": "derivative" if i in derivatives else "identity" for i in range(12)
+    }
+
+
+def test_rules_for_a_place_that_is_not_there_are_an_error() -> None:
+    model, x = Blocks(), torch.ones(1, 3)
+    with pytest.raises(ValueError, match=r"'blocks\.12' must fit the name of a module; it fits"):
+        coverage(model, x, rules=RELP.at("blocks.12", activation="derivative"))
+    with pytest.raises(ValueError, match="no 'softmax' that carries relevance was met in"):
+        coverage(model, x, rules=RELP.at("blocks.3", softmax="constant"))
+    without_root = propagate(RELP.at("blocks.3", activation="derivative"))
+    with pytest.raises(ValueError, match=r"propagate\(rules, root=module\)"), without_root:
+        model(x)
