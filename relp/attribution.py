@@ -8,6 +8,7 @@ is the corrupt run, and a positive score means that patching the clean value in 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from relp.capture import ROOT, Capture, captures
 from relp.norms import NormMap
+from relp.propagation import module_names
 from relp.rulebook import RELP, Rules
 from relp.scores import Scores, span_index
 from relp.sites import Block, Sites, weight
@@ -93,6 +95,7 @@ def attribute(
     edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
     names = node_sites(sites) if level == "node" else edge_sites(sites)
 
+    remainder: dict[str, float] = defaultdict(float)
     batches = list(task.buckets(batch_size))
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
               disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
@@ -106,6 +109,8 @@ def attribute(
                 else:
                     scores = edge_scores(sites, seen, rules, _groups(batch, positions))
                     edges[: len(scores)] += seen.share * scores / len(task)
+                for where, value in seen.remainder.items():
+                    remainder[where] += value / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
             metrics[other][index] = seen.other_metric.float().cpu()
             bar.update(len(index))
@@ -118,6 +123,7 @@ def attribute(
     labels = provenance(sites, task, direction, metrics)
     along = "" if path == "inputs" else f" of {path}"
     labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
+    labels["remainder"] = dict(remainder)
     if level == "node":
         return Scores(components=sites.components, nodes=result, **labels)
     if places:
@@ -223,17 +229,17 @@ def edge_scores(
         resid, heard = b.name("resid"), row
         _must_match(stream, seen.delta(resid), WRITERS, f"the input of block {b.layer}")
         into_mixer = into[: len(b.readers) - b.mlp]
-        _mixer_coefficients(b, seen, rules, into_mixer)
+        _mixer_coefficients(sites, b, seen, rules, into_mixer)
         fill(heard, into_mixer)
         readers = into_mixer.sum(0) + seen.coefficients[following].float()
         mixing = slice(row, row := row + max(b.heads, 1))
-        stream += _mixer_outputs(b, seen, rules, deltas[mixing])
+        stream += _mixer_outputs(sites, b, seen, rules, deltas[mixing])
         if b.mlp:
             if not b.parallel:
                 middle, heard = b.name("mid"), row
                 _must_match(stream, seen.delta(middle), WRITERS, f"the middle of block {b.layer}")
             entry = resid if b.parallel else middle
-            into_mlp = _norm_map(b.mlp_norm, seen, entry, rules).pull(
+            into_mlp = _norm_map(sites, b.mlp_norm, seen, entry, rules).pull(
                 seen.coefficients[b.name("mlp_in")].float()
             )
             fill(heard, into_mlp[None])
@@ -252,15 +258,23 @@ HEADS = "what the heads write must sum to the input of the norm behind them"
 READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
 
 
-def _norm_map(norm: nn.Module | None, seen: Capture, site: str, rules: Rules) -> NormMap:
+def _norm_map(
+    sites: Sites, norm: nn.Module | None, seen: Capture, site: str, rules: Rules
+) -> NormMap:
+    if norm is not None and rules.places:
+        rules = rules.within(module_names(sites.model)[id(norm)])
     return NormMap.of(norm, seen.values[site], seen.other[site], rules)
 
 
 def _mixer_coefficients(
-    block: Block, seen: Capture, rules: Rules, out: Float[Tensor, "reader pair pos d_model"]
+    sites: Sites,
+    block: Block,
+    seen: Capture,
+    rules: Rules,
+    out: Float[Tensor, "reader pair pos d_model"],
 ) -> None:
     """Fills `out` with the coefficients at the stream for each head's q, k, v, or the mixer."""
-    norm = _norm_map(block.norm, seen, block.name("resid"), rules)
+    norm = _norm_map(sites, block.norm, seen, block.name("resid"), rules)
     if not block.heads:
         out[0] = norm.pull(seen.coefficients[block.name("mixer_in")].float())
     for site, projection, heads in block.attention_readers:
@@ -269,7 +283,11 @@ def _mixer_coefficients(
 
 
 def _mixer_outputs(
-    block: Block, seen: Capture, rules: Rules, out: Float[Tensor, "writer pair pos d_model"]
+    sites: Sites,
+    block: Block,
+    seen: Capture,
+    rules: Rules,
+    out: Float[Tensor, "writer pair pos d_model"],
 ) -> Float[Tensor, "pair pos d_model"]:
     """Fills `out` with what each head (or the mixer) adds to the stream; gives the whole."""
     if not block.heads:
@@ -280,7 +298,7 @@ def _mixer_outputs(
     if block.attn_post is None:
         return whole
     _must_match(whole, seen.delta(block.name("heads")), HEADS, f"block {block.layer}")
-    out.copy_(_norm_map(block.attn_post, seen, block.name("heads"), rules).push(out))
+    out.copy_(_norm_map(sites, block.attn_post, seen, block.name("heads"), rules).push(out))
     return seen.delta(block.name("attn")).float()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,9 @@ class Capture:
     other_metric: Float[Tensor, " pair"]
     share: float = 1.0
     """Its part of a mean along a path."""
+    remainder: Mapping[str, float] = field(default_factory=dict)
+    """Module and operation -> what no coefficient explains, because the two runs take different
+    branches there (`Propagation.remainder`); sum over pairs."""
 
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""
@@ -85,7 +88,13 @@ def capture(
         others, other_metric = observe(sites, task, names, side=other)
     coefficients = _coefficients(metric, values, rules)
     values = {n: v.detach() for n, v in values.items()}
-    return Capture(values, others, values, coefficients, metric.detach(), other_metric)
+    unexplained = {
+        f"{row.module}: {row.operation}": float(row.remainder)
+        for row in report.remainder().itertuples()
+    }
+    return Capture(
+        values, others, values, coefficients, metric.detach(), other_metric, remainder=unexplained
+    )
 
 
 def captures(
@@ -183,7 +192,7 @@ def _coefficients(
     for (name, value), grad in zip(values.items(), grads, strict=True):
         if grad is None:
             # with constant attention patterns nothing reaches queries and keys: a true zero
-            if not (cut or (rules.softmax == "constant" and name.endswith((".q", ".k")))):
+            if not (cut or (rules.uses("softmax", "constant") and name.endswith((".q", ".k")))):
                 raise RuntimeError(
                     f"every site must lie on the path from the input to the metric; {name!r} does "
                     "not; check that no hook detaches activations and that the metric uses logits"

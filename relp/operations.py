@@ -10,6 +10,7 @@ operations and modules join by `register`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -468,6 +469,8 @@ _NOT_ELEMENTWISE = (
     nn.MultiheadAttention,
 )  # fmt: skip
 _BY_CLASS: dict[type, bool] = {}
+_NORM = re.compile(r"norm(1d|2d|3d|alizationbridge)?$")
+_NORMS: dict[type, bool] = {}
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -486,6 +489,17 @@ def is_activation(module: nn.Module) -> bool:
             and not (own and next(module.children(), None) is not None)
         )
         _BY_CLASS[kind] = known
+    return known
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True if all that the module does is to normalise: its inner products are no gates."""
+    kind = type(module)
+    known = _NORMS.get(kind)
+    if known is None:
+        names = [type(m).__name__.lower() for m in module.modules()]
+        known = bool(_NORM.search(names[0])) and all(_NORM.search(n) or "hook" in n for n in names)
+        _NORMS[kind] = known
     return known
 
 

@@ -53,6 +53,7 @@ from relp.operations import (
     carries,
     fused,
     is_activation,
+    is_norm,
     swapped,
     tensors,
 )
@@ -76,6 +77,7 @@ class _Frame:
     name: str
     number: int
     versions: list[int]
+    normalises: bool
     counts: Counter[str] = field(default_factory=Counter)
     branched: bool = False
     """Something inside was decided by values."""
@@ -94,7 +96,7 @@ class Propagation:
         self._rules = rules
         self.strict = strict
         self._root = root
-        self._names = {id(m): n for n, m in root.named_modules()} if root is not None else {}
+        self._names = {} if root is None else module_names(root)
         self._counts: Counter[tuple[str, str, str, str]] = Counter()
         # what the reference run must find again, by where it stands
         self._slots: dict[Key, formulas.Reference] = {}
@@ -126,7 +128,8 @@ class Propagation:
     @property
     def rules(self) -> Rules:
         """The rules that hold where the run is now."""
-        return self._rules.within(self._where) if self._rules.places else self._rules
+        rules = self._rules.within(self._where) if self._rules.places else self._rules
+        return rules.inside_norm() if self._frames and self._frames[-1].normalises else rules
 
     # -- as a context ----------------------------------------------------------------------------
 
@@ -162,7 +165,7 @@ class Propagation:
             self._inside = 0
 
         stack.callback(clear)
-        self._frames.append(_Frame("", 0, []))
+        self._frames.append(_Frame("", 0, [], False))
         self._first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         # torch's annotation forgets that a hook may return new arguments
         before = register_module_forward_pre_hook(cast(Any, self._enter_module))
@@ -330,7 +333,7 @@ class Propagation:
     def _entered(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         name = self._names.get(id(module)) or type(module).__name__
         versions = [a._version for a in args if isinstance(a, Tensor)]
-        self._frames.append(_Frame(name, self._number(name), versions))
+        self._frames.append(_Frame(name, self._number(name), versions, is_norm(module)))
         if (kind := _as_one(module)) is None:
             return None
         self._inside += 1
@@ -994,6 +997,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for p in wanted:
             p.requires_grad_(True)
+
+
+def module_names(root: nn.Module) -> dict[int, str]:
+    """The name of every module under `root`, by its id.
+
+    A bridge has several for most: the one that its users write is that with the fewest private
+    parts, and the shortest (`blocks.1.ln1`, not `blocks.1._original_component.ln_1`).
+    """
+    names: dict[int, str] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        known = names.get(id(module))
+        if known is None or (name.count("._"), len(name)) < (known.count("._"), len(known)):
+            names[id(module)] = name
+    return names
 
 
 def coverage(

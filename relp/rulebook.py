@@ -138,6 +138,14 @@ class Rules:
         changes = {k: v for _, k, v in self.deciding(module)}
         return replace(self, places=(), **changes)  # type: ignore[arg-type]
 
+    @cache  # noqa: B019
+    def inside_norm(self) -> Rules:
+        """The rules for operations that are steps of a norm: all follow the norm's own rule."""
+        if self.norm == "constant":  # the statistic does not carry relevance: nothing to follow
+            return self
+        steps = GRADIENT if self.norm == "derivative" else DEEPLIFT
+        return replace(self, gate=steps.gate, activation=steps.activation, bilinear=steps.bilinear)
+
     def deciding(self, module: str) -> tuple[tuple[str, str, str | float], ...]:
         """`(pattern, kind, rule)` of every change that holds in the module of that name."""
         parts = module.split(".")
@@ -149,21 +157,20 @@ class Rules:
             for kind, rule in changes
         )
 
-    @property
-    def _all(self) -> set[str]:
-        """Every rule that is used somewhere."""
-        local = {str(r) for _, changes in self.places for kind, r in changes if kind in KINDS}
-        return {getattr(self, kind) for kind in KINDS} | local
+    def uses(self, kind: str, *rules: str) -> bool:
+        """True if a kind of operation gets one of these rules anywhere."""
+        local = [rule for _, changes in self.places for k, rule in changes if k == kind]
+        return any(rule in rules for rule in (getattr(self, kind), *local))
 
     @property
     def only_derivatives(self) -> bool:
         """True if nothing differs from plain gradients."""
-        return self._all == {"derivative"}
+        return not any(self.uses(kind, *known[1:]) for kind, known in KINDS.items())
 
     @property
     def needs_reference(self) -> bool:
         """True if some coefficient depends on both runs (secants and midpoints)."""
-        return not self._all.isdisjoint(("secant", "midpoint"))
+        return any(self.uses(kind, "secant", "midpoint") for kind in KINDS)
 
 
 def _must_be_kinds(changes: Mapping[str, object]) -> None:

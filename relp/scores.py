@@ -114,6 +114,11 @@ class Scores:
     """Mean over pairs, summed over positions unless they were asked for. Entries of a writer
     that does not come before the reader are 0."""
 
+    remainder: Mapping[str, float] = field(default_factory=dict)
+    """Module and operation -> what scores cannot explain, because a router (or another choice)
+    goes different ways in the two runs; mean over pairs, in the unit of the metric. Only rules that
+    compare two runs know it: with it, their scores sum to the gap."""
+
     noun = "score"
 
     def __post_init__(self) -> None:
@@ -266,7 +271,9 @@ class Scores:
             what = f"edges{list(self.edges.shape)} {axes}"
         return (
             f"{type(self).__name__}({what}, model={self.model!r}, task={self.task!r}, "
-            f"rules={self.rules!r}, direction={self.direction!r}, metric={self.metric!r})"
+            f"rules={self.rules!r}, direction={self.direction!r}, metric={self.metric!r}"
+            + (f", remainder={sum(self.remainder.values()):+.4f}" if self.remainder else "")
+            + ")"
         )
 
     def _repr_html_(self) -> str:
@@ -275,6 +282,9 @@ class Scores:
             f"{html.escape(self.metric)}: clean {float(self.clean.mean()):.3f}, "
             f"corrupt {float(self.corrupt.mean()):.3f}, {len(self.clean)} pairs"
         )
+        if self.remainder:
+            rest = ", ".join(f"{where} {value:+.4f}" for where, value in self.remainder.items())
+            head += f"<br>not explained (the runs branch differently): {html.escape(rest)}"
         return head + self.top(10).to_html(index=False, float_format="{:.4f}".format)
 
     # -- files ---------------------------------------------------------------------------------
@@ -301,6 +311,7 @@ class Scores:
         tensors |= {f"span.{k}": v.cpu().clone() for k, v in self.spans.items()}
         labels = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
         labels = {k: v for k, v in labels.items() if k not in ("spans", "nodes", "edges")}
+        labels["remainder"] = dict(self.remainder)
         labels["type"] = type(self).__name__
         with written_whole(path) as temporary:
             # not save_file: its files can be read by their owner only, whatever the umask

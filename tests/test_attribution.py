@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import random_task
+from conftest import boot, random_task, save_tokenizer, state
 from replica import Replica
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from circuits import assemble
 from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute
@@ -426,3 +428,52 @@ def test_the_bridges_flags_change_nothing(tiny: Any, flag: str) -> None:
         getattr(tiny, f"set_{flag}")(False)
     assert plain.edges is not None and flagged.edges is not None
     torch.testing.assert_close(flagged.edges, plain.edges, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_rules_hold_in_one_block_at_both_levels(tiny: Any, level: str) -> None:
+    task = random_task(tiny)
+    rules = RELP.at("blocks.1", norm="derivative", activation="derivative")
+    nodes, plain = (attribute(tiny, task, rules=r) for r in (rules, RELP))
+    assert nodes.nodes is not None and plain.nodes is not None
+    after = [i for i, c in enumerate(nodes.components) if c.startswith("L2")]
+    before = [i for i, c in enumerate(nodes.components) if c.startswith("L0.resid")]
+    assert torch.equal(nodes.nodes[:, after], plain.nodes[:, after])
+    assert not torch.allclose(nodes.nodes[:, before], plain.nodes[:, before], rtol=1e-2)
+    if level == "edge":
+        edges = attribute(tiny, task, rules=rules, level="edge")
+        assert edges.edges is not None
+        at = [nodes.components.index(w) for w in edges.writers]
+        torch.testing.assert_close(
+            edges.edges.sum(1), nodes.nodes.mean(0).sum(-1)[at], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_what_routers_leave_unexplained_is_in_the_scores(tmp_path: Path) -> None:
+    size = save_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=size, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, intermediate_size=48, num_local_experts=4, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    model = boot(tmp_path)
+    task = random_task(model, pairs=5)
+    before = state(model)
+    scores = attribute(model, task, rules=DEEPLIFT)
+    assert state(model) == before
+    assert len(scores.remainder) == 2 and all(": topk" in k for k in scores.remainder)
+    # at each layer's input, what the later blocks leave unexplained is missing
+    _, residual = scores.of_kind("resid")
+    for layer in range(2):
+        later = sum(v for k, v in scores.remainder.items() if int(k.split(".")[1]) >= layer)
+        total = float(residual[:, layer].sum(-1).mean()) + later
+        assert total == pytest.approx(float(scores.gap.mean()), rel=1e-4, abs=1e-5)
+    path = scores.save(tmp_path / "scores.safetensors")
+    assert Scores.load(path).remainder == scores.remainder
+    assert f"remainder={sum(scores.remainder.values()):+.4f}" in repr(scores)
+    assert "not explained (the runs branch differently)" in scores._repr_html_()
+    in_batches = attribute(model, task, rules=DEEPLIFT, batch_size=2, progress=False)
+    assert in_batches.remainder == pytest.approx(scores.remainder, rel=1e-4, abs=1e-6)
+    assert attribute(model, task, rules=RELP).remainder == {}

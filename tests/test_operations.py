@@ -353,3 +353,43 @@ def test_rules_for_a_place_that_is_not_there_are_an_error() -> None:
     without_root = propagate(RELP.at("blocks.3", activation="derivative"))
     with pytest.raises(ValueError, match=r"propagate\(rules, root=module\)"), without_root:
         model(x)
+
+
+# -- norms written out ---------------------------------------------------------------------------
+
+
+class OwnRMSNorm(nn.Module):
+    """As models write it: a square, a mean, a root and a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def test_steps_of_a_norm_are_no_gates() -> None:
+    norm, (x, other) = OwnRMSNorm(), both(0)
+    g = weights(*x.shape)
+    (derivative,) = torch.autograd.grad(norm(x), x, g)
+    for rules in (RELP.with_(norm="derivative"), GRADIENT.with_(gate="half")):
+        with propagate(rules):
+            y = norm(x)
+        torch.testing.assert_close(torch.autograd.grad(y, x, g)[0], derivative)
+    with propagate(RELP.with_(norm="secant")) as report:
+        y = norm(x)
+    with report.reference():
+        after = norm(other)
+    (c,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(((other - x) * c).sum(), ((after - y) * g).sum())
+
+
+def test_a_module_that_holds_a_norm_is_none() -> None:
+    class PreNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = OwnRMSNorm(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.norm(x)
+
+    frame = coverage(PreNorm(), torch.ones(1, 4), rules=GRADIENT.with_(gate="half"))
+    assert frame.query("module == 'PreNorm'")["rule"].tolist() == ["half"]
+    assert set(frame.query("module == 'norm'")["rule"]) == {"derivative"}
