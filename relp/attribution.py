@@ -28,8 +28,8 @@ from relp.sites import Block, Sites, weight
 __all__ = ["attribute"]
 
 OWN = {"denoise": "corrupt", "noise": "clean"}
-EDGE_BYTES = 256 << 20
-"""Memory for the writers' changes of one batch; what else an edge run holds is of that order."""
+EDGE_BYTES = 384 << 20
+"""Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
 NODE_BYTES = 512 << 20
 
 
@@ -113,6 +113,7 @@ def attribute(
                     remainder[where] += value / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
             metrics[other][index] = seen.other_metric.float().cpu()
+            del seen  # or the next batch's run would have this one beside it
             bar.update(len(index))
     result = nodes if level == "node" else edges if positions else edges[0]
     if not bool(torch.isfinite(result).all()):
@@ -391,11 +392,13 @@ def _must_fit(sites: Sites, task: Any) -> None:
 def _fitting(sites: Sites, task: Any, level: str) -> int:
     """Pairs per batch that keep memory near a constant."""
     cfg, length = sites.model.cfg, int(task.lengths.max())
+    graph = 40 * int(cfg.d_model) * len(sites.blocks)
     if level == "edge":
-        per_pair = 4 * length * int(cfg.d_model) * len(sites.writers)
-        return max(1, EDGE_BYTES // per_pair)
-    hidden = 40 * int(cfg.d_model) * len(sites.blocks)
-    return max(1, NODE_BYTES // (4 * length * (hidden + 3 * int(cfg.d_vocab))))
+        captured = 3 * len(edge_sites(sites))
+        columns = max(len(b.readers) for b in sites.blocks)
+        held = int(cfg.d_model) * (len(sites.writers) + columns + captured)
+        return max(1, EDGE_BYTES // (4 * length * (graph + held)))
+    return max(1, NODE_BYTES // (4 * length * (graph + 3 * int(cfg.d_vocab))))
 
 
 def provenance(
