@@ -13,13 +13,14 @@ import heapq
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from random import Random
 
 import networkx as nx
 
 from circuits.graph import check_circuit, real_edges
 
-__all__ = ["connect", "threshold", "top"]
+__all__ = ["connect", "random", "threshold", "top"]
 
 Edge = tuple[str, str, str]
 
@@ -43,22 +44,41 @@ def top(
         TypeError: `graph` is no circuit, or `edges` is no whole number.
         ValueError: `edges` is negative.
     """
-    check_circuit(graph)
+    # in the noise direction an edge that helps the task has a negative score
+    sign = -1 if check_circuit(graph).graph["direction"] == "noise" else 1
+    worth = (lambda score: sign * score) if signed else abs
+    best_first = sorted((-worth(d["score"]), (u, v, key)) for u, v, key, d in real_edges(graph))
+    return _first(graph, [edge for _, edge in best_first], edges, connected)
+
+
+def random(
+    graph: nx.MultiDiGraph, *, edges: int, seed: int = 0, connected: bool = True
+) -> nx.MultiDiGraph:
+    """`edges` edges in an order drawn at random: what a circuit of that size must beat.
+
+    They are chosen as `top` chooses them, by chance instead of by score; the same seed gives the
+    same circuit. Arguments and errors are those of `top`.
+    """
+    order = sorted((u, v, key) for u, v, key, _ in real_edges(check_circuit(graph)))
+    Random(seed).shuffle(order)
+    return _first(graph, order, edges, connected)
+
+
+def _first(
+    graph: nx.MultiDiGraph, order: Sequence[Edge], edges: int, connected: bool
+) -> nx.MultiDiGraph:
+    """The circuit of the first `edges` edges, or of those that are connected among the first."""
     edges = operator.index(edges)
     if edges < 0:
         raise ValueError(
             f"`edges` must be 0 or more; got {edges}; the full graph has "
             f"{graph.graph['total_edges']}"
         )
-    # in the noise direction an edge that helps the task has a negative score
-    sign = -1 if graph.graph.get("direction") == "noise" else 1
-    worth = (lambda score: sign * score) if signed else abs
-    best_first = sorted((-worth(d["score"]), (u, v, key)) for u, v, key, d in real_edges(graph))
-    rank = {edge: i for i, (_, edge) in enumerate(best_first, start=1)}
     if not connected:
-        return _keep(graph, (edge for edge, i in rank.items() if i <= edges))
+        return _keep(graph, order[:edges])
     # The edges that are connected among the best n grow with n. So each edge has one n at which
     # it appears, and the circuit is what appears before the first edge that is too many.
+    rank = {edge: i for i, edge in enumerate(order, start=1)}
     appears = _appearance(graph, rank)
     counted = sorted(n for edge, n in appears.items() if edge in rank)
     limit = counted[edges] if edges < len(counted) else math.inf

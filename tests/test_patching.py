@@ -148,7 +148,7 @@ def test_agreement_is_numpys_and_perfect_with_itself(tiny: Any) -> None:
     with pytest.raises(ValueError, match="must be of the same pairs; their 'clean' differ"):
         agreement(others, effects)
     edges = attribute(tiny, task, level="edge")
-    with pytest.raises(ValueError, match="one of the two holds edges"):
+    with pytest.raises(ValueError, match="must be of the same level; got 'edge' and 'node'"):
         agreement(edges, effects)
 
 

@@ -1,0 +1,136 @@
+"""Agreement of edges, of two score sets, and with known circuits: against numpy and by counting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_task
+from torch import Tensor
+
+from circuits import agreement, assemble, auroc, top
+from circuits.graph import real_edges
+from relp import GRADIENT, RELP, Effects, Scores, attribute
+
+LABELS = {"model": "m", "task": "t", "rules": "r", "direction": "denoise", "metric": "x"}
+
+
+def nodes(values: list[list[float]], **labels: Any) -> Scores:
+    """One pair and one position; heads L0H0, L0H1, … and the MLP."""
+    table = torch.tensor(values)[..., None]
+    heads = [f"L0H{h}" for h in range(table.shape[1] - 1)]
+    return Scores(
+        **(LABELS | labels), components=(*heads, "L0.mlp"), nodes=table,
+        clean=torch.ones(len(table)), corrupt=torch.zeros(len(table)),
+        lengths=torch.ones(len(table), dtype=torch.long),
+    )  # fmt: skip
+
+
+def test_overlap_and_error_by_hand() -> None:
+    effect = nodes([[4.0, -3.0, 2.0, 1.0, 0.0, 9.0], [0.0, 0.0, 5.0, 0.0, 0.0, 9.0]])
+    scores = nodes([[3.0, 1.0, -4.0, 2.0, 0.0, 9.0], [1.0, 0.0, 5.0, 0.0, 0.0, 8.0]])
+    row = agreement(scores, effect, k=2).set_index("kind").loc["head"]
+    # pair 0: {4, -3} against {-4, 3}: one of two; pair 1 has a single effect: one of one
+    assert row["overlap"] == pytest.approx((0.5 + 1) / 2)
+    first = np.sqrt(1 + 16 + 36 + 1) / np.sqrt(16 + 9 + 4 + 1)
+    assert row["relative_error"] == pytest.approx((first + 1 / 5) / 2)
+    assert row["pairs"] == 1  # the correlation of a single effect is worth nothing
+    assert row["pearson"] == pytest.approx(np.corrcoef([4, -3, 2, 1, 0], [3, 1, -4, 2, 0])[0, 1])
+    with pytest.raises(ValueError, match="`k` must be at least 1; got 0"):
+        agreement(scores, effect, k=0)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_edges_are_compared_by_slot(tiny: Any, positions: bool) -> None:
+    task = random_task(tiny, length=3)
+    one, other = (
+        attribute(tiny, task, rules=r, level="edge", positions=positions) for r in (GRADIENT, RELP)
+    )
+    table = agreement([one, other], other).set_index(["rules", "kind"])
+    assert list(table.loc["RELP"].index) == ["edge", "q", "k", "v", "in"]
+    assert (table.loc["RELP", "pearson"] > 1 - 1e-9).all()
+    assert (table["pairs"] == len(task)).all()
+    frames = [s.to_dataframe() for s in (one, other)]
+    for kind in ("edge", "q", "in"):
+        rows = slice(None) if kind == "edge" else frames[0]["slot"] == kind
+        x, y = (f.loc[rows, "score"].to_numpy() for f in frames)
+        row = table.loc[("GRADIENT", kind)]
+        assert row["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-6)
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert row["relative_error"] == pytest.approx(error, rel=1e-5)
+        best = [set(np.argsort(-abs(v))[:10]) for v in (x, y)]
+        assert row["overlap"] == len(best[0] & best[1]) / 10
+
+
+def test_edges_that_were_not_measured_are_left_out(tiny: Any) -> None:
+    task = random_task(tiny, length=3)
+    scores = attribute(tiny, task, level="edge")
+    assert scores.edges is not None
+    only = torch.tensor([r.endswith(".q") for r in scores.readers])
+    measured = torch.where(only, scores.edges, torch.nan)
+    fields = {k: v for k, v in vars(scores).items() if k not in ("edges", "rules")}
+    effect = Effects(**fields, edges=measured, rules="exact")
+    table = agreement(scores, effect).set_index("kind")
+    assert list(table.index) == ["edge", "q"] and (table["relative_error"] == 0).all()
+
+
+def test_scores_of_different_shapes_are_refused(tiny: Any) -> None:
+    task = random_task(tiny, length=3)
+    edges = attribute(tiny, task, level="edge")
+    with pytest.raises(ValueError, match="same positions and components; got "):
+        agreement(edges, attribute(tiny, task, level="edge", positions=True))
+    with pytest.raises(ValueError, match="must be of the same level; got 'node' and 'edge'"):
+        agreement(attribute(tiny, task), edges)
+    scores = nodes([[1.0, 2.0, 3.0]])
+    missing = replace(scores, components=("L0H0", "L7H7", "L0.mlp"))
+    with pytest.raises(ValueError, match=r"unknown to the scores: \['L7H7'\]"):
+        agreement(scores, missing)
+
+
+def counted(inside: Tensor, outside: Tensor) -> float:
+    """How often one inside is larger than one outside, ties half, pair by pair."""
+    one, other = inside.abs()[:, None], outside.abs()[None]
+    return float(((one > other).double() + (one == other).double() / 2).mean())
+
+
+def test_auroc_of_components_is_a_count_of_pairs(tiny: Any) -> None:
+    task = random_task(tiny, length=3)
+    scores = attribute(tiny, task)
+    edges = attribute(tiny, task, level="edge")
+    known = ["L0H1", "L1H2", "L2H0", "L1.mlp"]
+    table = auroc([scores, replace(edges, rules="edges")], known).set_index(["rules", "kind"])
+    assert list(table.loc["RELP"].index) == ["head", "mlp"]
+    heads, values = scores.of_kind("head")
+    total = values.sum(-1).mean(0)
+    inside = torch.tensor([h in known for h in heads])
+    row = table.loc[("RELP", "head")]
+    assert row["auroc"] == pytest.approx(counted(total[inside], total[~inside]))
+    assert (row["known"], row["others"]) == (3, 9)
+    # a writer's edge scores sum to its node score
+    assert table.loc["edges", "auroc"].tolist() == pytest.approx(
+        table.loc["RELP", "auroc"].tolist()
+    )
+    with pytest.raises(ValueError, match="L9H9 is not one of 'tiny-"):
+        auroc(scores, ["L9H9"])
+
+
+def test_ties_count_half() -> None:
+    scores = nodes([[1.0, -1.0, 1.0, 0.0, 5.0]])
+    (row,) = auroc(scores, ["L0H0"]).itertuples()
+    assert row.auroc == pytest.approx((0.5 + 0.5 + 1) / 3)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_auroc_of_a_graph(tiny: Any, positions: bool) -> None:
+    task = random_task(tiny, length=3)
+    scores = attribute(tiny, task, level="edge", positions=positions)
+    circuit = top(assemble(scores), edges=25, connected=False)
+    (row,) = auroc(scores, circuit).itertuples()
+    assert (row.kind, row.auroc, row.known) == ("edge", 1.0, 25)
+    assert row.known + row.others == circuit.graph["total_edges"]
+    found = auroc(attribute(tiny, task), circuit).set_index("kind")
+    heads = {u for u, _, _, _ in real_edges(circuit)} | {v for _, v, _, _ in real_edges(circuit)}
+    assert found.loc["head", "known"] == sum("H" in name for name in heads)

@@ -1,0 +1,160 @@
+"""Circuits alone: against TransformerLens' own measure, and against themselves one at a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from conftest import boot, random_task
+from torch import Tensor
+from transformer_lens.tools.analysis import attribution_patching as lens
+
+from circuits import (
+    assemble,
+    completeness,
+    connect,
+    faithfulness,
+    minimality,
+    random,
+    top,
+)
+from circuits.faithfulness import circuit_masks, circuit_metrics
+from circuits.graph import all_edges, real_edges, size
+from relp import RELP, Component, attribute
+from relp.sites import Sites
+from tasks import Task
+
+
+def graph_of(model: Any, task: Task, *, positions: bool = False) -> nx.MultiDiGraph:
+    scores = attribute(model, task, rules=RELP, level="edge", positions=positions)
+    return assemble(scores)
+
+
+def theirs(edge: tuple[str, dict[str, Any]]) -> tuple[lens.Node, lens.Node]:
+    """One of our edges by position as a pair of TransformerLens' nodes."""
+    writer, data = Component.parse(edge[0]), edge[1]
+    reader, slot = Component.of_reader(data["reader"])
+    at = {"position": data["pos"]}
+    if writer.kind == "embed":
+        source = lens.Node("embed", **at)
+    elif writer.kind == "head":
+        source = lens.Node("attn_head_out", layer=writer.layer, head=writer.head, **at)
+    else:
+        source = lens.Node("mlp_out", layer=writer.layer, **at)
+    if reader.kind == "logits":
+        return source, lens.Node("logits", layer=2, **at)
+    if reader.kind == "mlp":
+        return source, lens.Node("mlp_in", layer=reader.layer, **at)
+    kind: Any = f"{slot}_input"
+    return source, lens.Node(kind, layer=reader.layer, head=reader.head, **at)
+
+
+def test_equals_transformer_lens(gpt2_folder: Path) -> None:
+    model = boot(gpt2_folder)
+    task = random_task(model, pairs=1, length=4)
+    graph = graph_of(model, task, positions=True)
+    circuits = [random(graph, edges=n, connected=False) for n in (60, 300, 500)]
+    ours = faithfulness(model, task, circuits, progress=False)
+    assert len(set(ours)) == 3
+    for circuit, share in zip(circuits, ours, strict=True):
+        edges = [theirs((u, data)) for u, _, _, data in real_edges(circuit)]
+        found = lens.faithfulness(
+            model, task.clean, task.corrupt, lambda logits: task.metric(logits)[0], edges
+        )
+        assert found.total_edges == graph.graph["total_edges"]
+        assert share == pytest.approx(found.recovered, abs=1e-4)
+
+
+def test_the_complement_is_the_rest_of_the_graph(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    graph = graph_of(tiny, task)
+    circuit = top(graph, edges=size(graph) // 3)
+    rest = graph.copy()
+    rest.remove_edges_from([(u, v, key) for u, v, key, _ in real_edges(circuit)])
+    assert completeness(tiny, task, circuit) == pytest.approx(faithfulness(tiny, task, rest))
+    nothing = top(graph, edges=0)
+    assert completeness(tiny, task, [graph, nothing], progress=False) == pytest.approx(
+        [0, 1], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_minimality_cuts_one_edge_at_a_time(tiny: Any, positions: bool) -> None:
+    task = random_task(tiny, pairs=2, length=3)
+    circuit = top(graph_of(tiny, task, positions=positions), edges=12)
+    table = minimality(tiny, task, circuit, progress=False)
+    assert len(table) == size(circuit)
+    assert table["contribution"].is_monotonic_decreasing
+    found = {(r.writer, r.reader, r.pos): r.contribution for r in table.itertuples()}
+    whole = faithfulness(tiny, task, circuit)
+    for u, v, key, data in real_edges(circuit):
+        without = circuit.copy()
+        without.remove_edge(u, v, key)
+        lost = whole - faithfulness(tiny, task, without)
+        assert found[u, data["reader"], data["pos"]] == pytest.approx(lost, abs=1e-5)
+
+
+def test_loose_ends_change_nothing(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    graph = graph_of(tiny, task)
+    loose = random(graph, edges=size(graph) // 4, connected=False)
+    assert size(connect(loose)) < size(loose)
+    one, other = faithfulness(tiny, task, [loose, connect(loose)], progress=False)
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def mixed_lengths(model: Any) -> Task:
+    one, two = random_task(model, pairs=3, length=4), random_task(model, pairs=2, length=6, seed=1)
+    return Task.from_tokens(
+        [*one.clean, *two.clean], [*one.corrupt, *two.corrupt],
+        torch.cat([one.answers, two.answers]), torch.cat([one.foils, two.foils]),
+    )  # fmt: skip
+
+
+def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, sites = mixed_lengths(tiny), Sites.of(tiny)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(3, 1, len(sites.writers), len(sites.readers), generator=generator) < 0.5
+    together = circuit_metrics(sites, task, masks)
+    monkeypatch.setattr(sys.modules["circuits.faithfulness"], "BATCH_BYTES", 1)
+    torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
+    # entries that are no edge of the model do not matter
+    torch.testing.assert_close(circuit_metrics(sites, task, masks & all_edges(sites)), together)
+    by_position = masks.expand(-1, 4, -1, -1)
+    short = task.select([0, 1, 2])
+    torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :3])
+
+
+def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
+    task, sites = random_task(tiny), Sites.of(tiny)
+    runs: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        runs.append(len(output))
+
+    handle = tiny.original_model.register_forward_hook(note, with_kwargs=True)
+    try:
+        metrics = circuit_metrics(sites, task, all_edges(sites).repeat(6, 1, 1, 1))
+    finally:
+        handle.remove()
+    assert metrics.shape == (6, len(task))
+    assert len(runs) in (0, 2)
+
+
+def test_masks_are_in_the_layout_of_scores(tiny: Any) -> None:
+    task, sites = random_task(tiny, length=3), Sites.of(tiny)
+    scores = attribute(tiny, task, level="edge", positions=True)
+    circuit = top(assemble(scores), edges=20, connected=False)
+    (mask,) = circuit_masks(sites, task, circuit)
+    assert scores.edges is not None
+    worst = scores.edges[mask].abs().min()
+    assert int(mask.sum()) == 20 and int((scores.edges.abs() >= worst).sum()) == 20
+    assert int(all_edges(sites).sum()) * 3 == circuit.graph["total_edges"]
+    with pytest.raises(ValueError, match="got none; pass at least one"):
+        circuit_masks(sites, task, [])
+    with pytest.raises(ValueError, match=r"has lengths \[4, 6\]; use a task of one length"):
+        circuit_masks(sites, mixed_lengths(tiny), circuit)
