@@ -5,18 +5,24 @@ from circuits.draw import draw
 from circuits.export import load, save
 from circuits.faithfulness import faithfulness
 from circuits.graph import assemble
+from circuits.mib import from_mib, to_mib
 from circuits.patching import patch
-from circuits.prune import connect, threshold, top
+from circuits.prune import between, connect, greedy, threshold, top, top_nodes
 
 __all__ = [
     "agreement",
     "assemble",
+    "between",
     "connect",
     "draw",
     "faithfulness",
+    "from_mib",
+    "greedy",
     "load",
     "patch",
     "save",
     "threshold",
+    "to_mib",
     "top",
+    "top_nodes",
 ]
