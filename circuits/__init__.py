@@ -1,5 +1,6 @@
 """Circuits: scores become graphs, graphs are pruned, judged, drawn and exported."""
 
+from circuits.acdc import acdc
 from circuits.agreement import agreement
 from circuits.draw import draw
 from circuits.export import load, save
@@ -10,6 +11,7 @@ from circuits.patching import patch
 from circuits.prune import between, connect, greedy, threshold, top, top_nodes
 
 __all__ = [
+    "acdc",
     "agreement",
     "assemble",
     "between",
