@@ -38,10 +38,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import networkx as nx
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from relp.scores import Component, Scores, precedes
 
-__all__ = ["assemble", "check_circuit", "real_edges", "size"]
+__all__ = ["all_edges", "assemble", "check_circuit", "real_edges", "size"]
 
 NODE: Mapping[str, type] = {"kind": str, "layer": int, "head": int, "score": float}
 EDGE: Mapping[str, type] = {
@@ -140,6 +143,13 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
         positions=positions,
     )
     return graph
+
+
+def all_edges(layout: Any) -> Bool[Tensor, "writer reader"]:
+    """Which edges the model has, for anything with `writers` and `readers` (`Scores`, `Sites`)."""
+    writers = [Component.parse(w) for w in layout.writers]
+    readers = [Component.of_reader(r)[0] for r in layout.readers]
+    return torch.tensor([[precedes(w, r) for r in readers] for w in writers])
 
 
 def real_edges(graph: nx.MultiDiGraph) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
