@@ -94,7 +94,7 @@ def acdc(
     order = _order(sites, mask)
     state = _State(0, mask, torch.zeros(mask.shape))
     if graph is not None and _NEXT in graph.graph:
-        state = _resumed(sites, graph, order, mask)
+        state = _resumed(sites, mask, graph)
     with tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress,
               leave=False) as bar:  # fmt: skip
         try:
@@ -106,18 +106,20 @@ def acdc(
                 "circuit returned has all others; give it as `graph` to go on",
                 stacklevel=2,
             )
+    writers, readers = sites.writers, sites.readers
     found = Scores(
         rules=f"ACDC tau={tau:g}",
-        writers=sites.writers,
-        readers=sites.readers,
+        writers=writers,
+        readers=readers,
         edges=state.changes * state.mask,
         **provenance(sites, task, "noise", {"clean": clean, "corrupt": corrupt}),
     )
     full = assemble(found)
-    kept = {(sites.writers[w], sites.readers[r]) for w, r in state.mask.nonzero().tolist()}
+    kept = {(writers[w], readers[r]) for w, r in state.mask.nonzero().tolist()}
     circuit = keep(full, (e[:3] for e in real_edges(full) if (e[0], e[3]["reader"]) in kept))
     if state.at < len(order):
-        circuit.graph[_NEXT] = _name(sites, order[state.at])
+        writer, reader = order[state.at]
+        circuit.graph[_NEXT] = f"{writers[writer]} {readers[reader]}"
     return circuit
 
 
@@ -133,37 +135,36 @@ class _State:
     """What each cut did to the metric."""
 
 
-def _resumed(
-    sites: Sites, graph: nx.MultiDiGraph, order: list[Edge], mask: Bool[Tensor, "writer reader"]
-) -> _State:
+def _resumed(sites: Sites, mask: Bool[Tensor, "writer reader"], graph: nx.MultiDiGraph) -> _State:
     """Where the search was interrupted that gave `graph`."""
+    writers = {w: i for i, w in enumerate(sites.writers)}
+    readers = {r: i for i, r in enumerate(sites.readers)}
     changes = torch.zeros(mask.shape)
     for u, _, _, data in real_edges(graph):
-        changes[sites.writers.index(u), sites.readers.index(data["reader"])] = data["score"]
-    return _State([_name(sites, e) for e in order].index(graph.graph[_NEXT]), mask, changes)
-
-
-def _name(sites: Sites, edge: Edge) -> str:
-    return f"{sites.writers[edge[0]]} {sites.readers[edge[1]]}"
+        changes[writers[u], readers[data["reader"]]] = data["score"]
+    writer, reader = graph.graph[_NEXT].split()
+    whole = _order(sites, all_edges(sites))
+    decided = whole[: whole.index((writers[writer], readers[reader]))]
+    return _State(sum(bool(mask[edge]) for edge in decided), mask, changes)
 
 
 def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
     """The edges from `logits` back to `embed`: last reader first, and for each last writer first.
 
     Of a layer the MLP comes before the heads, and those are taken from the last to the first, each
-    by q, k, v, as the authors' code does.
+    by q, k, v, as the authors' code does; key/value heads come after the query heads.
     """
+    readers = sites.readers
 
-    def depth(reader: int) -> tuple[float, bool, bool, int, int]:
-        owner, slot = Component.of_reader(sites.readers[reader])
+    def place(reader: int) -> tuple[float, bool, bool, int, int]:
+        owner, slot = Component.of_reader(readers[reader])
         layer = math.inf if owner.kind == "logits" else float(owner.layer)
         return -layer, owner.kind != "mlp", owner.kind == "kv", -owner.head, "qkv".find(slot)
 
     return [
         (writer, reader)
-        for reader in sorted(range(len(sites.readers)), key=depth)
-        for writer in reversed(range(len(sites.writers)))
-        if mask[writer, reader]
+        for reader in sorted(range(len(readers)), key=place)
+        for writer in reversed(mask[:, reader].nonzero().flatten().tolist())
     ]
 
 
@@ -206,6 +207,7 @@ def _search(
 
 def _heard(sites: Sites) -> dict[int, list[int]]:
     """For each reader the writers through which it is heard; `logits.in` always is."""
+    writers = {w: i for i, w in enumerate(sites.writers)}
     found: dict[int, list[int]] = {}
     for r, reader in enumerate(sites.readers):
         owner, _ = Component.of_reader(reader)
@@ -216,5 +218,5 @@ def _heard(sites: Sites) -> dict[int, list[int]]:
             block = sites.blocks[owner.layer]
             group = block.heads // block.kv_heads
             names = block.head_names[owner.head * group : (owner.head + 1) * group]
-        found[r] = [sites.writers.index(name) for name in names]
+        found[r] = [writers[name] for name in names]
     return found
