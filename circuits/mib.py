@@ -13,19 +13,20 @@ and holds every edge of the model. A submission to MIB is one folder per task an
 `ioi_gpt2`, with one such file of all edges' scores, or nine whose `in_graph` marks circuits of
 at most .1 .2 .5 1 2 5 10 20 50 % of the edges.
 
-* Sign: positive means that the edge helps the clean behaviour, as MIB writes scores; its evaluation
-  ranks by the score itself unless told otherwise. Scores in the direction `noise` are negated.
+* Sign: positive means that the edge helps the clean behaviour, as MIB writes scores (its metric is
+  a loss); its evaluation ranks by the score itself unless told otherwise. So scores in the
+  direction `noise` are negated. EAP-IG itself writes the sign of whatever metric it was given.
 * Grouped-query attention: there every query head has k and v edges of its own, here they are edges
   of the key/value head. Scores are first-order effects, and patching the key/value head's edge is
   patching those of all its query heads: so reading adds them up, and writing gives each an equal
   share. All sums, such as a node's score, are the same on both sides, and what is ranked there is
-  the score per edge counted there. Half a group in a circuit counts as the whole here.
+  the score per edge counted there. In a circuit the k and v of the query heads that it has are
+  marked; on reading, one marked edge of a group is enough.
 * Heads and the MLP of a parallel block: such edges do not exist, there or in the model. Here they
   have score 0 and are left out.
 
 Labels that the format has no place for (model, task, rules, direction, metric) stand under a key
-`relp`, which EAP-IG skips. EAP-IG's .pt files are pickles and are not
-read.
+`relp`, which EAP-IG skips. EAP-IG's .pt files are pickles and are not read.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
@@ -49,6 +50,17 @@ from relp.sites import Sites
 __all__ = ["from_mib", "to_mib"]
 
 _LABELS = {n: k for n, k in GRAPH.items() if n not in ("level", "total_edges", "positions")}
+
+
+class _Edge(NamedTuple):
+    """An edge of the format."""
+
+    name: str
+    writer: str
+    reader: str
+    """Ours; the one of the key/value head, if the edge is into a head's k or v."""
+    node: str
+    """Ours, that the edge leads to: a query head, MLP or `logits`."""
 
 
 @dataclass(frozen=True)
@@ -96,23 +108,23 @@ class _Shape:
             names[f"L{layer}.mlp"] = f"m{layer}"
         return names | {"logits": "logits"}
 
-    def edges(self) -> Iterator[tuple[str, str, str]]:
-        """`(their name, our writer, our reader)`; the k and v of a group have one reader."""
+    def edges(self) -> Iterator[_Edge]:
+        """All edges of the model; the k and v of a group of query heads have one reader."""
         names, stream = self.nodes, ["embed"]
 
-        def into(reader: str, child: str, writers: list[str]) -> Iterator[tuple[str, str, str]]:
-            return ((f"{names[w]}->{child}", w, reader) for w in writers)
+        def into(node: str, reader: str, writers: list[str], slot: str = "") -> Iterator[_Edge]:
+            return (_Edge(f"{names[w]}->{names[node]}{slot}", w, reader, node) for w in writers)
 
         for layer in range(self.layers):
             heads = [f"L{layer}H{h}" for h in range(self.heads)]
             for h, head in enumerate(heads):
                 source = head if self.group == 1 else f"L{layer}KV{h // self.group}"
                 for slot, owner in (("q", head), ("k", source), ("v", source)):
-                    yield from into(f"{owner}.{slot}", f"{names[head]}<{slot}>", stream)
+                    yield from into(head, f"{owner}.{slot}", stream, f"<{slot}>")
             mlp = f"L{layer}.mlp"
-            yield from into(f"{mlp}.in", names[mlp], stream if self.parallel else stream + heads)
+            yield from into(mlp, f"{mlp}.in", stream if self.parallel else stream + heads)
             stream = [*stream, *heads, mlp]
-        yield from into("logits.in", "logits", stream)
+        yield from into("logits", "logits.in", stream)
 
 
 def to_mib(
@@ -141,17 +153,18 @@ def to_mib(
     if path.suffix != ".json":
         raise ValueError(f"the suffix must be .json; got {path.name!r}; choose another name")
     shape = _Shape.of(model)
-    known = {(writer, reader) for _, writer, reader in shape.edges()}
+    known = {(e.writer, e.reader) for e in shape.edges()}
     scores = _scores(check_circuit(graph), known)
     marked = graph if circuit is None else check_circuit(circuit)
     chosen = set(_scores(marked, known))
     sign = -1 if graph.graph["direction"] == "noise" else 1
     edges = {}
-    for name, writer, reader in shape.edges():
-        share = sign * scores.get((writer, reader), 0.0)
-        if reader.endswith((".k", ".v")):
+    for e in shape.edges():
+        share = sign * scores.get((e.writer, e.reader), 0.0)
+        if e.reader.endswith((".k", ".v")):
             share /= shape.group
-        edges[name] = {"score": share, "in_graph": (writer, reader) in chosen}
+        inside = (e.writer, e.reader) in chosen and e.node in marked
+        edges[e.name] = {"score": share, "in_graph": inside}
     nodes = {theirs: {"in_graph": ours in marked} for ours, theirs in shape.nodes.items()}
     labels = {name: graph.graph[name] for name in _LABELS}
     data = {"cfg": shape.cfg, "nodes": nodes, "edges": edges, "relp": labels}
@@ -228,14 +241,14 @@ def _graph(
     shape = shape or theirs
     if shape.cfg != theirs.cfg:
         raise ValueError(f"the file has {theirs.cfg}, the model {shape.cfg}")
-    entries = {name: (float(e["score"]), e["in_graph"]) for name, e in data["edges"].items()}
+    entries = {n: (float(d["score"]), d["in_graph"]) for n, d in data["edges"].items()}
     terms, chosen = defaultdict(list), set()
-    for name, writer, reader in shape.edges():
-        score, marked = entries.pop(name, (0.0, False))
-        terms[writer, reader].append(score)
+    for e in shape.edges():
+        score, marked = entries.pop(e.name, (0.0, False))
+        terms[e.writer, e.reader].append(score)
         if marked:
-            owner, _, slot = reader.rpartition(".")
-            chosen.add((writer, owner, slot))
+            owner, _, slot = e.reader.rpartition(".")
+            chosen.add((e.writer, owner, slot))
     if entries:
         raise ValueError(f"a model with {shape.cfg} has no edge {next(iter(entries))!r}")
 

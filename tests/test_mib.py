@@ -118,17 +118,17 @@ def test_a_group_shares_the_score_of_its_key_value_head(tiny, tmp_path):
     path = to_mib(graph, tmp_path / "c.json", tiny, circuit=between(graph, ["L0H1", "L1H2"]))
     data = json.loads(path.read_text())["edges"]
     whole = graph.edges["L0H1", "L1KV1", "v"]["score"]
-    for head in (2, 3):
-        assert data[f"a0.h1->a1.h{head}<v>"] == {"score": whole / 2, "in_graph": True}
+    assert data["a0.h1->a1.h2<v>"] == {"score": whole / 2, "in_graph": True}
+    assert data["a0.h1->a1.h3<v>"] == {"score": whole / 2, "in_graph": False}
     ungrouped = from_mib(path)
     assert "L1KV1" not in ungrouped and ungrouped.nodes["L0H1"]["score"] == pytest.approx(
         graph.nodes["L0H1"]["score"]
     )
     with pytest.raises(ValueError, match="'L0H0.k' is not"):
         to_mib(ungrouped, tmp_path / "d.json", tiny)
-    # half of a group is the whole
+    # one edge of a group is enough, and its scores add up
     half = json.loads(path.read_text())
-    for head, marked in ((2, True), (3, False)):
+    for head, marked in ((2, False), (3, True)):
         half["edges"][f"a0.h1->a1.h{head}<v>"] = {"score": float(head), "in_graph": marked}
     kept = from_mib(write(tmp_path / "half.json", half), tiny, in_graph=True)
     assert kept.edges["L0H1", "L1KV1", "v"]["score"] == 5.0
