@@ -1,69 +1,192 @@
-"""How well estimates agree with exact effects."""
+"""How well scores agree with exact effects, with other scores, and with a known circuit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+import networkx as nx
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
+from torch import Tensor
 
-from relp.scores import Scores
+from circuits.graph import all_edges, check_circuit, real_edges
+from relp.scores import Component, Scores
 
-__all__ = ["agreement"]
+__all__ = ["agreement", "auroc"]
 
 MINIMUM = 3
+Points = tuple[np.ndarray, np.ndarray]
 
 
-def agreement(scores: Scores | Sequence[Scores], effect: Scores) -> pd.DataFrame:
-    """Per-pair agreement of node scores with exact effects, one row per rules and kind.
+def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10) -> pd.DataFrame:
+    """How well scores agree with exact effects, or with any other scores: one row per kind.
 
     >>> agreement(attribute(model, task), patch(model, task))
 
+    Node scores are compared within each pair, by kind of component. Edge scores, which are means
+    over pairs already, are compared over all edges (kind `edge`) and by the slot that reads (`q`,
+    `k`, `v`, `in`). The effects may be of fewer components, and NaN where edges were not measured.
+
     Columns: `rules`, `kind`, `pearson` and `spearman` (correlation over a pair's components and
     positions, mean over pairs), `relative_error` (norm of the difference over the norm of the
-    effects, mean over pairs), `pairs` (how many the correlations are over). A pair with fewer than
-    three effects other than 0 has no correlation worth the name: if one token differs, the
-    embedding has a single effect, and any estimate of the right sign would get 1.
+    effects, mean over pairs), `overlap` (share of the `k` largest |effects|, or of all that are
+    not 0 if they are fewer, that are among as many largest |scores|, mean over pairs), `pairs` (how
+    many the correlations are over). Where fewer than three effects are not 0 there is no
+    correlation worth the name: if one token differs, the embedding has a single effect, and any
+    estimate of the right sign would get 1.
 
     Raises:
-        ValueError: the two are not about the same components, pairs, task or direction.
+        ValueError: the two are not about the same components, pairs, task or direction, or `k` is
+            below 1.
     """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1; got {k}; ask for the overlap of one or more")
     many = [scores] if isinstance(scores, Scores) else list(scores)
     rows = []
     for s in many:
         _must_correspond(s, effect)
-        for kind in [k for k in s.kinds() if k in effect.kinds()]:
-            names, measured = effect.of_kind(kind)
-            assert s.nodes is not None
-            estimated = s.nodes[:, [s.components.index(n) for n in names]]
-            table, errors = [], []
-            for i, length in enumerate(effect.lengths.tolist()):
-                x = estimated[i, :, :length].flatten().double().numpy()
-                y = measured[i, :, :length].flatten().double().numpy()
-                size = np.linalg.norm(y)
-                errors += [np.linalg.norm(x - y) / size] if size > 0 else []
-                if np.ptp(x) > 0 and np.count_nonzero(y) >= MINIMUM:
-                    table.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]))
-            mean = np.mean(table, axis=0) if table else [np.nan] * 2
-            error = np.mean(errors) if errors else np.nan
-            rows.append((s.rules, kind, *map(float, mean), float(error), len(table)))
-    columns = ["rules", "kind", "pearson", "spearman", "relative_error", "pairs"]
+        points = _node_points if s.level == "node" else _edge_points
+        for kind, samples in points(s, effect):
+            correlations, errors = [], []
+            for x, y in samples:
+                nonzero = int(np.count_nonzero(y))
+                if nonzero:
+                    error = np.linalg.norm(x - y) / np.linalg.norm(y)
+                    errors.append((float(error), _overlap(x, y, min(k, nonzero))))
+                if np.ptp(x) > 0 and nonzero >= MINIMUM:
+                    correlations.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]))
+            # the one sample of edges is a mean over all pairs
+            pairs = len(correlations) if s.level == "node" else len(s.clean) * len(correlations)
+            rows.append((s.rules, kind, *_mean(correlations), *_mean(errors), pairs))
+    columns = ["rules", "kind", "pearson", "spearman", "relative_error", "overlap", "pairs"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _must_correspond(scores: Scores, effect: Scores) -> None:
-    if scores.nodes is None or effect.nodes is None:
+def auroc(
+    scores: Scores | Sequence[Scores], known: nx.MultiDiGraph | Collection[str]
+) -> pd.DataFrame:
+    """How well |score| tells a known circuit from the rest: area under the ROC curve, by kind.
+
+    >>> auroc(attribute(model, task), ["L9H9", "L9H6", "L10H0"])
+
+    1 if all that is in the circuit has larger scores than all that is not, 0.5 by chance; ties
+    count half. Columns: `rules`, `kind`, `auroc`, `known` (how many are in the circuit), `others`.
+    Kinds of which the circuit holds nothing or everything are left out: there is nothing to tell.
+
+    Names of components are looked for among node scores summed over positions, or among writers
+    with their edge scores summed; kinds are those of components. A graph is compared edge by edge
+    with edge scores (kind `edge`), and as the names of its nodes with node scores. Source of the
+    measure: Conmy et al. 2023, arXiv:2304.14997.
+
+    Raises:
+        ValueError: a component or edge of the circuit is not one of the scores.
+        TypeError: the graph is no circuit.
+    """
+    many = [scores] if isinstance(scores, Scores) else list(scores)
+    rows = []
+    for s in many:
+        if s.edges is not None and isinstance(known, nx.Graph):
+            values, inside, kinds = _edge_labels(s, known)
+        else:
+            values, inside, kinds = _component_labels(s, known)
+        for kind in dict.fromkeys(kinds):
+            at = np.array([k == kind for k in kinds])
+            ranks, found = stats.rankdata(values[at]), inside[at]
+            n, m = int(found.sum()), int((~found).sum())
+            if n and m:
+                # Mann and Whitney: how often one inside outranks one outside
+                area = (ranks[found].sum() - n * (n + 1) / 2) / (n * m)
+                rows.append((s.rules, kind, float(area), n, m))
+    return pd.DataFrame(rows, columns=["rules", "kind", "auroc", "known", "others"])
+
+
+def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
+    assert scores.nodes is not None
+    for kind in [k for k in scores.kinds() if k in effect.kinds()]:
+        names, measured = effect.of_kind(kind)
+        estimated = scores.nodes[:, [scores.components.index(n) for n in names]]
+        pairs = zip(estimated, measured, effect.lengths.tolist(), strict=True)
+        yield kind, [(_flat(x[:, :length]), _flat(y[:, :length])) for x, y, length in pairs]
+
+
+def _edge_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
+    assert scores.edges is not None and effect.edges is not None
+    measured = all_edges(effect) & ~effect.edges.isnan()
+    slots = [Component.of_reader(r)[1] for r in effect.readers]
+    for kind in ("edge", *dict.fromkeys(slots)):
+        chosen = measured & torch.tensor([kind in ("edge", slot) for slot in slots])
+        if chosen.any():
+            yield kind, [(_flat(scores.edges[chosen]), _flat(effect.edges[chosen]))]
+
+
+def _mean(values: list[tuple[float, float]]) -> tuple[float, float]:
+    first, second = np.mean(values, axis=0) if values else (np.nan, np.nan)
+    return float(first), float(second)
+
+
+def _flat(values: Tensor) -> np.ndarray:
+    return values.flatten().double().cpu().numpy()
+
+
+def _overlap(x: np.ndarray, y: np.ndarray, k: int) -> float:
+    """Share of the k largest |y| that are among the k largest |x|."""
+    best = [set(np.argsort(-abs(v), kind="stable")[:k].tolist()) for v in (x, y)]
+    return len(best[0] & best[1]) / k
+
+
+Labels = tuple[np.ndarray, np.ndarray, list[str]]
+"""|score|, whether it is in the known circuit, and kind, of each component or edge."""
+
+
+def _component_labels(scores: Scores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
+    if isinstance(known, nx.Graph):
+        names = {n for n, d in check_circuit(known).nodes(data=True) if d["kind"] in scores.kinds()}
+    else:
+        names = set(known)
+    if scores.nodes is not None:
+        components, total = scores.components, scores.nodes.sum(-1).mean(0)
+    else:
+        assert scores.edges is not None
+        components = scores.writers
+        total = scores.edges.sum(-1).reshape(-1, len(components)).sum(0)
+    _must_know(names, components, scores)
+    inside = np.array([c in names for c in components])
+    return abs(_flat(total)), inside, [Component.parse(c).kind for c in components]
+
+
+def _edge_labels(scores: Scores, known: nx.MultiDiGraph) -> Labels:
+    assert scores.edges is not None
+    table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
+    edges = {(d["pos"], u, d["reader"]) for u, _, _, d in real_edges(check_circuit(known))}
+    exists = all_edges(scores).expand(table.shape)
+    names = [
+        (int(p) if scores.edges.dim() == 3 else -1, scores.writers[w], scores.readers[r])
+        for p, w, r in exists.nonzero().tolist()
+    ]
+    _must_know(edges, names, scores)
+    inside = np.array([name in edges for name in names])
+    return abs(_flat(table[exists])), inside, ["edge"] * len(names)
+
+
+def _must_know(wanted: Collection[object], names: Sequence[object], scores: Scores) -> None:
+    unknown = sorted(map(str, set(wanted) - set(names)))
+    if unknown:
         raise ValueError(
-            "agreement compares node scores with node effects; one of the two holds edges; "
-            "call attribute(level='node') and patch(model, task)"
+            f"all of the known circuit must be among the scores; {unknown[0]} is not one of "
+            f"{scores.model!r} at {scores.level} level ({len(unknown)} in all); check the names, "
+            "or `positions` of the scores"
         )
-    for what in ("task", "direction", "metric", "model"):
+
+
+def _must_correspond(scores: Scores, effect: Scores) -> None:
+    for what in ("level", "task", "direction", "metric", "model"):
         a, b = getattr(scores, what), getattr(effect, what)
         if a != b:
             raise ValueError(
                 f"scores and effects must be of the same {what}; got {a!r} and {b!r}; "
-                "compute both with the same model, task and direction"
+                "compute both with the same model, task, level and direction"
             )
     for what in ("lengths", "clean", "corrupt"):
         a, b = getattr(scores, what), getattr(effect, what)
@@ -72,10 +195,17 @@ def _must_correspond(scores: Scores, effect: Scores) -> None:
                 f"scores and effects must be of the same pairs; their {what!r} differ; compute "
                 "both with the same task object"
             )
+    tables = [t for s in (scores, effect) for t in (s.nodes, s.edges) if t is not None]
     missing = set(effect.components) - set(scores.components)
-    if missing or scores.nodes.shape[0] != effect.nodes.shape[0]:
+    layouts = {(s.writers, s.readers) for s in (scores, effect)}
+    if (
+        missing
+        or len(layouts) > 1
+        or tables[0].dim() != tables[1].dim()
+        or (scores.level == "node" and tables[0].shape[-1] != tables[1].shape[-1])
+    ):
+        shapes = " and ".join(str(list(t.shape)) for t in tables)
         raise ValueError(
-            "scores and effects must have the same pairs and components; got "
-            f"{list(scores.nodes.shape)} and {list(effect.nodes.shape)}, unknown to the scores: "
-            f"{sorted(missing)[:3]}; compute both with the same model and task"
+            f"scores and effects must have the same positions and components; got {shapes}, "
+            f"unknown to the scores: {sorted(missing)[:3]}; compute both with the same options"
         )

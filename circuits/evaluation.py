@@ -1,0 +1,318 @@
+"""How good scores are at finding circuits: the faithfulness of their best edges, by circuit size.
+
+    found = evaluate(model, task, [attribute(model, task, rules=r, level="edge") for r in rules])
+    found.areas()                      # CPR and CMD of every set of scores, and of random edges
+    found.compare("RELP", "GRADIENT")  # is the difference more than the choice of pairs?
+
+Intervals and tests are over pairs: they say how the numbers would vary with other prompts, the
+circuits staying as they are. Judge circuits on other pairs than those they were found with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.integrate import trapezoid
+from torch import Tensor
+
+from circuits.faithfulness import circuit_masks, circuit_metrics, endpoints
+from circuits.graph import all_edges
+from relp.scores import Scores
+from relp.sites import Sites
+
+__all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
+
+SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of the model's edges: the grid of MIB, arXiv:2504.13151."""
+
+RESAMPLES = 9999
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The metric of circuits of several sizes, for several sets of scores, on the same pairs."""
+
+    model: str
+    task: str
+    rules: tuple[str, ...]
+    """Which scores chose the edges; `random` for none."""
+    sizes: tuple[float, ...]
+    """Share of all edges that a circuit may have."""
+    edges: Int[Tensor, "rules size"]
+    """How many edges that is."""
+    metric: Float[Tensor, "rules size pair"]
+    """The task's metric with all other edges corrupt."""
+    clean: Float[Tensor, " pair"]
+    corrupt: Float[Tensor, " pair"]
+    signed: bool
+    """Edges were ranked by how much they help, not by |score|."""
+
+    @property
+    def faithfulness(self) -> Float[Tensor, "rules size"]:
+        """Share of the clean-corrupt gap that each circuit recovers."""
+        gap = self.clean.mean() - self.corrupt.mean()
+        return (self.metric.mean(-1) - self.corrupt.mean()) / gap
+
+    def to_dataframe(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per circuit: its faithfulness and the 95 % bootstrap interval over pairs."""
+        shares = _shares(self.metric, self.clean, self.corrupt, _resamples(len(self.clean), seed))
+        low, high = _interval(shares)
+        return pd.DataFrame(
+            {
+                "rules": np.repeat(self.rules, len(self.sizes)),
+                "size": np.tile(self.sizes, len(self.rules)),
+                "edges": self.edges.flatten().tolist(),
+                "faithfulness": self.faithfulness.flatten().tolist(),
+                "low": low.ravel(),
+                "high": high.ravel(),
+            }
+        )
+
+    def areas(self, *, seed: int = 0) -> pd.DataFrame:
+        """CPR and CMD of each set of scores, with 95 % bootstrap intervals over pairs.
+
+        CPR, the circuit performance ratio, is the area under faithfulness by size: higher is
+        better, and it can exceed 1. CMD, the circuit-model distance, is the area under |1 - f|: 0
+        is best. Both by trapezoids from the smallest size to the largest, as MIB
+        (arXiv:2504.13151), whose tables take CPR from signed and CMD from absolute ranking.
+        """
+        shares = _shares(self.metric, self.clean, self.corrupt, _resamples(len(self.clean), seed))
+        table = {"rules": list(self.rules)}
+        for i, name in enumerate(("CPR", "CMD")):
+            low, high = _interval(self._areas(shares)[..., i])
+            table[name] = self._areas(self.faithfulness.double().numpy())[..., i].tolist()
+            table |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
+        return pd.DataFrame(table)
+
+    def compare(self, one: str, other: str, *, seed: int = 0) -> pd.DataFrame:
+        """Whether two sets of scores differ by more than chance: a paired test over pairs.
+
+        One row for CPR, one for CMD and one for the faithfulness at each size: `difference` (one
+        minus other), its 95 % bootstrap interval, and the two-sided `p_value` of the permutation
+        test that swaps the two within random pairs.
+
+        Raises:
+            ValueError: a name is not among `rules`.
+        """
+        for name in (one, other):
+            if name not in self.rules:
+                raise ValueError(
+                    f"a set of scores must be one of {self.rules}; got {name!r}; see `rules`"
+                )
+        metrics = [self.metric[self.rules.index(name)] for name in (one, other)]
+
+        def measures(shares: np.ndarray) -> np.ndarray:
+            return np.concatenate([self._areas(shares), shares], -1)
+
+        names = ["CPR", "CMD", *(f"faithfulness at {s:.1%}" for s in self.sizes)]
+        return _paired(names, metrics, self.clean, self.corrupt, measures, seed)
+
+    def _areas(self, shares: np.ndarray) -> np.ndarray:
+        """`[..., size]` -> `[..., 2]`: CPR and CMD."""
+        return np.stack([trapezoid(y, self.sizes) for y in (shares, abs(1 - shares))], -1)
+
+    def __repr__(self) -> str:
+        ranked = "score" if self.signed else "|score|"
+        return (
+            f"Evaluation(faithfulness{list(self.edges.shape)} [rules, size] over "
+            f"{len(self.clean)} pairs, model={self.model!r}, task={self.task!r}, "
+            f"rules={self.rules!r}, ranked by {ranked})"
+        )
+
+    def _repr_html_(self) -> str:
+        table = pd.DataFrame(
+            self.faithfulness.tolist(), self.rules, [f"{s:.1%}" for s in self.sizes]
+        )
+        areas = self.areas().set_index("rules")[["CPR", "CMD"]]
+        return areas.join(table).to_html(float_format="{:.3f}".format)
+
+
+def evaluate(
+    model: Any,
+    task: Any,
+    scores: Scores | Sequence[Scores],
+    *,
+    sizes: Sequence[float] = SIZES,
+    signed: bool = False,
+    random: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """The faithfulness of the best edges of each set of scores, for circuits of several sizes.
+
+    >>> evaluate(model, task, [attribute(model, task, rules=r, level="edge") for r in (RELP, GIM)])
+
+    A circuit of size s holds the ⌊s · edges⌋ best edges, as in MIB (arXiv:2504.13151). Edges that
+    lie on no path from the embedding to the logits are counted; they change no result.
+
+    Args:
+        model: the `TransformerBridge` that the scores are of. It is the same afterwards.
+        task: a `tasks.Task`; better not the one that the scores were computed on.
+        scores: edge scores, or several to compare on the same pairs.
+        sizes: shares of the model's edges, ascending.
+        signed: rank by how much an edge helps the clean behaviour, not by |score|.
+        random: how many random rankings to add as baseline.
+        seed: what the random rankings are drawn with.
+        progress: show a bar.
+
+    Raises:
+        ValueError: scores are of nodes, of another model, not finite or two of one name; sizes are
+            not ascending in (0, 1]; or as for `faithfulness`.
+    """
+    sites = Sites.of(model)
+    many = [scores] if isinstance(scores, Scores) else list(scores)
+    _check(sites, task, many, sizes)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(random):
+        drawn = torch.rand(many[0].edges.shape, generator=generator)  # type: ignore[union-attr]
+        name = "random" if random == 1 else f"random {i + 1}"
+        many.append(replace(many[0], rules=name, edges=drawn, direction="denoise"))
+    masks = [_best(s, sizes, signed) for s in many]
+    length = max(m.shape[1] for m in masks)
+    clean, corrupt = endpoints(sites, task)
+    together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
+    metric = circuit_metrics(sites, task, together, progress=progress)
+    return Evaluation(
+        model=sites.model_name,
+        task=task.name,
+        rules=tuple(s.rules for s in many),
+        sizes=tuple(float(s) for s in sizes),
+        edges=torch.stack([m.flatten(1).sum(1) for m in masks]),
+        metric=metric.unflatten(0, (len(many), len(sizes))),
+        clean=clean,
+        corrupt=corrupt,
+        signed=signed,
+    )
+
+
+def compare(
+    model: Any,
+    task: Any,
+    one: nx.MultiDiGraph,
+    other: nx.MultiDiGraph,
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Whether one circuit is more faithful than another by more than the choice of pairs.
+
+    One row, as `Evaluation.compare` gives for each measure. Errors are those of `faithfulness`.
+    """
+    sites = Sites.of(model)
+    masks = circuit_masks(sites, task, [one, other])
+    clean, corrupt = endpoints(sites, task)
+    metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
+    return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
+
+
+def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[float]) -> None:
+    if not scores or list(sizes) != sorted({s for s in sizes if 0 < s <= 1}):
+        raise ValueError(
+            "evaluate needs one set of scores or more, and sizes that ascend in (0, 1]; got "
+            f"{len(scores)} and {list(sizes)}; leave `sizes` out for those of MIB"
+        )
+    names = [s.rules for s in scores]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"every set of scores must have its own name; got {names}; rename one with "
+            "dataclasses.replace(scores, rules='...')"
+        )
+    for s in scores:
+        if s.edges is None or not bool(s.edges.isfinite().all()):
+            raise ValueError(
+                f"evaluate needs finite edge scores; those of {s.rules!r} are of nodes or hold "
+                "NaN; call attribute(model, task, level='edge')"
+            )
+        if (s.writers, s.readers) != (sites.writers, sites.readers):
+            raise ValueError(
+                f"scores must be of the model they are evaluated on; those of {s.rules!r} are of "
+                f"{s.model!r} and not of {sites.model_name!r}; compute them on this model"
+            )
+        lengths = set(task.lengths.tolist())
+        if s.edges.dim() == 3 and lengths != {len(s.edges)}:
+            raise ValueError(
+                f"scores by position must be evaluated on prompts of their {len(s.edges)} "
+                f"positions; the task has lengths {sorted(lengths)}; leave `positions` out"
+            )
+
+
+def _best(
+    scores: Scores, sizes: Sequence[float], signed: bool
+) -> Bool[Tensor, "size pos writer reader"]:
+    """Masks of the best edges."""
+    assert scores.edges is not None
+    table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
+    exists = all_edges(scores).expand(table.shape)
+    # in the noise direction an edge that helps the task has a negative score
+    worth = (-table if scores.direction == "noise" else table) if signed else table.abs()
+    order = worth[exists].argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    masks = torch.zeros(len(sizes), *table.shape, dtype=torch.bool)
+    for mask, size in zip(masks, sizes, strict=True):
+        mask[exists] = rank < int(size * len(order))
+    return masks
+
+
+# -- statistics over pairs -------------------------------------------------------------------------
+
+
+def _resamples(pairs: int, seed: int) -> Float[np.ndarray, "resample pair"]:
+    """Weight of each pair in each bootstrap sample; each row sums to 1."""
+    counts = np.random.default_rng(seed).multinomial(pairs, [1 / pairs] * pairs, RESAMPLES)
+    return counts / pairs
+
+
+def _shares(
+    metric: Tensor, clean: Tensor, corrupt: Tensor, weights: Float[np.ndarray, "resample pair"]
+) -> np.ndarray:
+    """`[..., pair]` -> `[resample, ...]`: faithfulness, the ratio of means, in each sample."""
+    low, high = (weights @ m.double().numpy() for m in (corrupt, clean))
+    means = np.tensordot(weights, metric.double().numpy(), (1, -1))
+    shape = (-1, *[1] * (means.ndim - 1))
+    return (means - low.reshape(shape)) / (high - low).reshape(shape)
+
+
+def _interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile interval over the first axis."""
+    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return low, high
+
+
+def _paired(
+    names: Sequence[str],
+    metrics: Sequence[Float[Tensor, "circuit pair"]],
+    clean: Tensor,
+    corrupt: Tensor,
+    measures: Any,
+    seed: int,
+) -> pd.DataFrame:
+    """Difference of two in each measure of `[..., circuit]` shares, its interval and p-value."""
+    pairs = len(clean)
+    one, other = (lambda weights, m=m: _shares(m, clean, corrupt, weights) for m in metrics)
+    even = np.full((1, pairs), 1 / pairs)
+    apart = measures(one(even)) - measures(other(even))
+    weights = _resamples(pairs, seed)
+    low, high = _interval(measures(one(weights)) - measures(other(weights)))
+    # under the null hypothesis it makes no difference which of the two a pair's value came from
+    swapped = np.random.default_rng(seed).random((RESAMPLES, pairs)) < 0.5
+    gap = float(clean.double().mean() - corrupt.double().mean())
+    moved = swapped @ (metrics[1] - metrics[0]).double().numpy().T / pairs / gap
+    chance = measures(one(even) + moved) - measures(other(even) - moved)
+    extreme = (abs(chance) >= abs(apart) * (1 - 1e-9)).sum(0)
+    return pd.DataFrame(
+        {
+            "measure": names,
+            "difference": apart[0],
+            "low": low,
+            "high": high,
+            "p_value": (extreme + 1) / (RESAMPLES + 1),
+        }
+    )
