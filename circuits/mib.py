@@ -219,8 +219,8 @@ def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> 
         )
     if path.suffix == ".pt":
         raise ValueError(
-            f"the file must be .json; {path.name!r} is a pickle, which could run code; convert it "
-            "with EAP-IG: Graph.from_pt(path).to_json(path)"
+            f"the file must be .json; {path.name!r} is pickled, and reading it could run code; "
+            "convert it with EAP-IG: Graph.from_pt(path).to_json(path)"
         )
     shape = None if model is None else _Shape.of(model)
     try:

@@ -188,5 +188,5 @@ def test_files_that_are_not_there_or_pickled(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         from_mib(tmp_path / "c.json")
     (tmp_path / "c.pt").touch()
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(ValueError, match="is pickled"):
         from_mib(tmp_path / "c.pt")
