@@ -5,7 +5,8 @@ are cut in turn, those of the latest writers first, and a cut stays if it costs 
 Each verdict depends on all before it. But most cuts stay: so the next few are measured together,
 each on top of the ones before it, and the verdicts up to the first edge that must be put back are
 those of the published order, exactly (up to rounding); what was measured behind it is measured
-again. Edges into a component that nothing hears any more cost nothing and are not measured.
+again. Edges into a component that nothing hears any more cost nothing and are not measured. The
+paper's edges within a component (a head's output and its q) do not exist here.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ __all__ = ["acdc"]
 
 Edge = tuple[int, int]
 """A writer's row and a reader's column."""
-
-TOGETHER = 64
-"""Cuts that are measured together at most."""
 
 _NEXT = "acdc_next"
 """Graph attribute of an interrupted search: the first edge that it did not decide."""
@@ -95,10 +93,11 @@ def acdc(
     state = _State(0, mask, torch.zeros(mask.shape))
     if graph is not None and _NEXT in graph.graph:
         state = _resumed(sites, mask, graph)
+    search = _search(sites, task, tau, order, state)
     with tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress,
               leave=False) as bar:  # fmt: skip
         try:
-            for state in _search(sites, task, tau, order, state):  # noqa: B020
+            for state in search:
                 bar.update(state.at - bar.n)
         except KeyboardInterrupt:
             warnings.warn(
@@ -179,8 +178,11 @@ def _search(
         return runs.double().mean(1).tolist()
 
     (now,) = metrics([state.mask])
-    together = 8
+    verdicts, refused = 1, 0
     while state.at < len(order):
+        # Cuts behind a refused one are measured in vain, and a call costs about two cuts by itself:
+        # with a share p refused, 2 / sqrt(p) cuts together cost least.
+        together = max(2, math.isqrt(4 * verdicts // (1 + refused)))
         # the next cuts, each on top of the ones before it
         cuts: list[int] = []
         masks: list[Tensor] = []
@@ -192,15 +194,16 @@ def _search(
                 cuts.append(at)
                 masks.append(mask.clone())
             at += 1
-        changes, stayed = state.changes.clone(), 0
+        changes = state.changes.clone()
         for cut, after, value in zip(cuts, masks, metrics(masks) if masks else [], strict=True):
             changes[order[cut]] = value - now
+            verdicts += 1
             if now - value >= tau:  # put it back; what was measured behind it does not hold
                 at, mask = cut + 1, after
                 mask[order[cut]] = True
+                refused += 1
                 break
-            now, stayed = value, stayed + 1
-        together = min(max(2 * stayed, 4), TOGETHER)
+            now = value
         state = _State(at, mask, changes)
         yield state
 
