@@ -116,7 +116,7 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
     assert max(found(circuit).values()) <= -tau
     assert circuit.graph["direction"] == "noise" and circuit.graph["rules"] == f"ACDC tau={tau:g}"
     assert "acdc_next" not in circuit.graph
-    assert len(rows) < circuit.graph["total_edges"] / 3
+    assert len(rows) < circuit.graph["total_edges"] / 2
 
 
 def best(model: Any, task: Any, edges: int):
