@@ -11,7 +11,7 @@ suffix     load     what it is
 .dot       yes      for Graphviz; attributes are there twice, as data and as style
 .svg       yes      a picture that stands alone; the graph as JSON in its metadata
 .html      yes      the interactive figure, works offline; the graph as JSON inside
-.mmd       no       Mermaid, for Markdown files
+.mmd       no       Mermaid, for Markdown files; up to 500 edges
 =========  =======  ================================================================
 
 A file appears whole or not at all. Plotly figures can be saved too, as .html or .json.
@@ -79,7 +79,7 @@ def save(what: nx.MultiDiGraph | go.Figure, path: str | Path, *, title: str | No
     Raises:
         TypeError: `what` is neither a circuit nor a figure.
         ValueError: the suffix is unknown or not for figures, an attribute cannot be stored in the
-            format, or an empty circuit is to be drawn.
+            format, or the circuit is empty or too large to be drawn in it.
         OSError: the folder does not exist or cannot be written.
     """
     path = Path(path)
@@ -370,8 +370,16 @@ def from_dot(text: str) -> nx.MultiDiGraph:
 # -- Mermaid --------------------------------------------------------------------------------------
 
 
+_MERMAID_EDGES, _MERMAID_TEXT = 500, 50_000
+"""Mermaid's maxEdges and maxTextSize, which a diagram cannot raise, only the page around it."""
+
+
 def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
-    """A flowchart from bottom to top; Mermaid itself draws at most 500 edges unless told to."""
+    """A flowchart from bottom to top.
+
+    Raises:
+        ValueError: Mermaid would refuse to draw it for its size.
+    """
     limit, strongest = node_limit(graph), edge_limit(graph)
     # The title is YAML, in which a JSON string is a valid one.
     lines = [
@@ -394,7 +402,15 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
         lines.append(f"    {ids[u]} {arrow}{label} {ids[v]}")
         width = f"{_width(data, strongest):.2f}px"
         styles.append(f"    linkStyle {i} stroke:{edge_hue(data)},stroke-width:{width}")
-    return "\n".join([*lines, *styles]) + "\n"
+    text = "\n".join([*lines, *styles]) + "\n"
+    arrows = graph.number_of_edges()
+    if arrows > _MERMAID_EDGES or len(text) > _MERMAID_TEXT:
+        raise ValueError(
+            f"Mermaid draws at most {_MERMAID_EDGES} edges and {_MERMAID_TEXT} letters; this "
+            f"circuit has {arrows} and {len(text)}; keep fewer with circuits.top(circuit, "
+            "edges=...) or save as .svg or .html"
+        )
+    return text
 
 
 def _mermaid_text(text: str) -> str:

@@ -13,16 +13,18 @@ import heapq
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
+from typing import Any
 
 import networkx as nx
 
 from circuits.graph import check_circuit, real_edges
 
-__all__ = ["connect", "random", "threshold", "top"]
+__all__ = ["between", "connect", "greedy", "random", "threshold", "top", "top_nodes"]
 
 Edge = tuple[str, str, str]
+_ENDS = ("embed", "logits")
 
 
 def top(
@@ -44,11 +46,54 @@ def top(
         TypeError: `graph` is no circuit, or `edges` is no whole number.
         ValueError: `edges` is negative.
     """
-    # in the noise direction an edge that helps the task has a negative score
-    sign = -1 if check_circuit(graph).graph["direction"] == "noise" else 1
-    worth = (lambda score: sign * score) if signed else abs
-    best_first = sorted((-worth(d["score"]), (u, v, key)) for u, v, key, d in real_edges(graph))
-    return _first(graph, [edge for _, edge in best_first], edges, connected)
+    check_circuit(graph)
+    worth = _worth(graph, signed=signed)
+    ranked = sorted(real_edges(graph), key=lambda edge: (-worth(edge[3]), edge[:3]))
+    return _first(graph, [edge[:3] for edge in ranked], edges, connected=connected)
+
+
+def greedy(
+    graph: nx.MultiDiGraph, *, edges: int, signed: bool = False, connected: bool = True
+) -> nx.MultiDiGraph:
+    """The circuit that grows from `logits` backwards, always by its strongest incoming edge.
+
+    At each step the best edge into a node that is already reached is taken, and its writer counts
+    as reached. So no edge is taken that leads nowhere, unlike in `top`; a strong edge behind a weak
+    one has to wait. Source: Hanna et al. 2024, arXiv:2403.17806 (`apply_greedy` of EAP-IG, which
+    takes `edges` edges and then drops those that do not lead back to the embedding:
+    `connect(greedy(graph, edges=n, connected=False))`). Ties are broken by name.
+
+    Args:
+        edges, signed: as in `top`.
+        connected: keep only what lies on a path from `embed` to `logits`, and go on until that
+            would be more than `edges`, as in `top`.
+
+    Raises:
+        TypeError: `graph` is no circuit, or `edges` is no whole number.
+        ValueError: `edges` is negative.
+    """
+    check_circuit(graph)
+    worth = _worth(graph, signed=signed)
+    taken: list[Edge] = []
+    reached: set[str] = set()
+    queue: list[tuple[float, Edge]] = []
+
+    def reach(node: str) -> None:
+        if node in reached or node not in graph:
+            return
+        reached.add(node)
+        for u, _, key, data in graph.in_edges(node, keys=True, data=True):
+            if data["structural"]:
+                reach(u)  # a query head reads through its key/value head
+            else:
+                heapq.heappush(queue, (-worth(data), (u, node, key)))
+
+    reach("logits")
+    while queue:
+        _, edge = heapq.heappop(queue)
+        taken.append(edge)
+        reach(edge[0])
+    return _first(graph, taken, edges, connected=connected)
 
 
 def random(
@@ -61,28 +106,53 @@ def random(
     """
     order = sorted((u, v, key) for u, v, key, _ in real_edges(check_circuit(graph)))
     Random(seed).shuffle(order)
-    return _first(graph, order, edges, connected)
+    return _first(graph, order, edges, connected=connected)
 
 
-def _first(
-    graph: nx.MultiDiGraph, order: Sequence[Edge], edges: int, connected: bool
-) -> nx.MultiDiGraph:
-    """The circuit of the first `edges` edges, or of those that are connected among the first."""
-    edges = operator.index(edges)
-    if edges < 0:
-        raise ValueError(
-            f"`edges` must be 0 or more; got {edges}; the full graph has "
-            f"{graph.graph['total_edges']}"
-        )
-    if not connected:
-        return _keep(graph, order[:edges])
-    # The edges that are connected among the best n grow with n. So each edge has one n at which
-    # it appears, and the circuit is what appears before the first edge that is too many.
-    rank = {edge: i for i, edge in enumerate(order, start=1)}
-    appears = _appearance(graph, rank)
-    counted = sorted(n for edge, n in appears.items() if edge in rank)
-    limit = counted[edges] if edges < len(counted) else math.inf
-    return _keep(graph, (edge for edge, n in appears.items() if n < limit))
+def top_nodes(graph: nx.MultiDiGraph, *, nodes: int, signed: bool = False) -> nx.MultiDiGraph:
+    """The `nodes` heads, MLPs and mixers of largest |score|, and every edge between them.
+
+    `embed` and `logits` come with them and are not counted, nor are key/value heads, which come
+    with their query heads. A node's score is that of patching it, the sum of its outgoing edges.
+
+    Args:
+        nodes: how many to keep; ties are broken by name.
+        signed: rank by how much a node helps the clean behaviour instead of |score|.
+
+    Raises:
+        TypeError: `graph` is no circuit, or `nodes` is no whole number.
+        ValueError: `nodes` is negative.
+    """
+    check_circuit(graph)
+    nodes = operator.index(nodes)
+    if nodes < 0:
+        raise ValueError(f"`nodes` must be 0 or more; got {nodes}; the graph has {len(graph)}")
+    worth = _worth(graph, signed=signed)
+    countable = [n for n, d in graph.nodes(data=True) if d["kind"] not in (*_ENDS, "kv")]
+    countable.sort(key=lambda node: (-worth(graph.nodes[node]), node))
+    return between(graph, countable[:nodes])
+
+
+def between(graph: nx.MultiDiGraph, nodes: Iterable[str]) -> nx.MultiDiGraph:
+    """The circuit of these nodes: every edge between them, `embed` and `logits`.
+
+    A key/value head (`L9KV1`) belongs to it if one of the query heads that it serves does. For a
+    circuit that a paper gives as a list of heads: `between(graph, ["L9H9", "L9H6", "L0.mlp"])`.
+
+    Raises:
+        TypeError: `graph` is no circuit.
+        ValueError: `graph` has no such node.
+    """
+    check_circuit(graph)
+    chosen = {*_ENDS, *nodes}
+    for node in chosen - set(_ENDS):
+        if node not in graph:
+            raise ValueError(
+                f"`nodes` must be nodes of the graph; {node!r} is none of its {len(graph)}; write "
+                "for instance L9H6 or L9.mlp"
+            )
+    chosen |= {u for u, v, d in graph.edges(data=True) if d["structural"] and v in chosen}
+    return keep(graph, (e[:3] for e in real_edges(graph) if e[0] in chosen and e[1] in chosen))
 
 
 def threshold(
@@ -105,7 +175,7 @@ def threshold(
             f"`minimum` must be 0 or more, as it is compared with |score|; got {minimum}; pass "
             "signed=True to compare it with the score itself"
         )
-    kept = _keep(
+    kept = keep(
         graph,
         (
             (u, v, key)
@@ -123,7 +193,40 @@ def connect(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
         TypeError: `graph` is no circuit.
     """
     check_circuit(graph)
-    return _keep(graph, _appearance(graph, {}))
+    return keep(graph, _appearance(graph, {}))
+
+
+def _worth(graph: nx.MultiDiGraph, *, signed: bool) -> Callable[[dict[str, Any]], float]:
+    """From the attributes of an edge or a node to what it is ranked by."""
+    # in the noise direction what helps the task has a negative score
+    sign = -1 if graph.graph["direction"] == "noise" else 1
+    return lambda data: float(sign * data["score"] if signed else abs(data["score"]))
+
+
+def _first(
+    graph: nx.MultiDiGraph, ranking: Sequence[Edge], edges: int, *, connected: bool
+) -> nx.MultiDiGraph:
+    """The first edges of a ranking, or with `connected` the longest start of which `edges` count.
+
+    Raises:
+        TypeError: `edges` is no whole number.
+        ValueError: `edges` is negative.
+    """
+    edges = operator.index(edges)
+    if edges < 0:
+        raise ValueError(
+            f"`edges` must be 0 or more; got {edges}; the full graph has "
+            f"{graph.graph['total_edges']}"
+        )
+    if not connected:
+        return keep(graph, ranking[:edges])
+    # The edges that are connected among the best n grow with n. So each edge has one n at which
+    # it appears, and the circuit is what appears before the first edge that is too many.
+    rank = {edge: i for i, edge in enumerate(ranking, start=1)}
+    appears = _appearance(graph, rank)
+    counted = sorted(n for edge, n in appears.items() if edge in rank)
+    limit = counted[edges] if edges < len(counted) else math.inf
+    return keep(graph, (edge for edge, n in appears.items() if n < limit))
 
 
 def _appearance(graph: nx.MultiDiGraph, rank: dict[Edge, int]) -> dict[Edge, int]:
@@ -162,7 +265,7 @@ def _least_worst(start: str, neighbours: dict[str, list[tuple[str, int]]]) -> di
     return best
 
 
-def _keep(graph: nx.MultiDiGraph, edges: Iterable[Edge]) -> nx.MultiDiGraph:
+def keep(graph: nx.MultiDiGraph, edges: Iterable[Edge]) -> nx.MultiDiGraph:
     """A copy with these edges, their ends, and the structural edges between those."""
     edges = {(u, v, key) for u, v, key in edges if not graph.edges[u, v, key]["structural"]}
     read = {v for _, v, _ in edges}

@@ -133,6 +133,15 @@ def test_mermaid(tmp_path):
         load(tmp_path / "c.mmd")
 
 
+def test_mermaid_refuses_what_it_would_not_draw(tmp_path):
+    full = assemble(make_scores(layers=6, heads=8))
+    assert save(top(full, edges=500), tmp_path / "c.mmd").stat().st_size < 50_000
+    for circuit in (top(full, edges=501), make_circuit(task=50_000 * "x")):
+        with pytest.raises(ValueError, match="Mermaid draws at most 500 edges and 50000 letters"):
+            save(circuit, tmp_path / "d.mmd")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.mmd"]
+
+
 def test_svg_draws_every_edge_and_node(tmp_path):
     circuit = make_circuit(heads=4, kv_heads=2, edges=30, **NASTY)
     root = ET.parse(save(circuit, tmp_path / "c.svg", title="<i>mine</i>")).getroot()

@@ -1,0 +1,225 @@
+"""ACDC: the circuit by exact search, one edge at a time, that estimates are compared with.
+
+Conmy et al. 2023, arXiv:2304.14997, algorithm 1. From `logits` back to `embed`, each reader's edges
+are cut in turn, those of the latest writers first, and a cut stays if it costs less than `tau`.
+Each verdict depends on all before it. But most cuts stay: so the next few are measured together,
+each on top of the ones before it, and the verdicts up to the first edge that must be put back are
+those of the published order, exactly (up to rounding); what was measured behind it is measured
+again. Edges into a component that nothing hears any more cost nothing and are not measured. The
+paper's edges within a component (a head's output and its q) do not exist here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuits.faithfulness import circuit_masks, circuit_metrics, endpoints
+from circuits.graph import all_edges, assemble, check_circuit, real_edges
+from circuits.prune import keep
+from relp.attribution import provenance
+from relp.scores import Component, Scores
+from relp.sites import Sites
+
+__all__ = ["acdc"]
+
+Edge = tuple[int, int]
+"""A writer's row and a reader's column."""
+
+_NEXT = "acdc_next"
+"""Graph attribute of an interrupted search: the first edge that it did not decide."""
+
+
+def acdc(
+    model: Any,
+    task: Any,
+    *,
+    tau: float,
+    graph: nx.MultiDiGraph | None = None,
+    progress: bool = True,
+) -> nx.MultiDiGraph:
+    """The edges whose cut costs at least `tau` of the task's metric, after the cuts before it.
+
+    The run is the clean one, and a cut edge carries the corrupt run's value, as in `faithfulness`.
+    The cost is the fall of the metric, averaged over pairs: edges that work against the task cost
+    less than nothing and go. The paper's metric, the divergence from the model's own predictions,
+    is `task.with_metric(KLDivergence.of(model, task))`.
+
+    As published, the result is not pruned further: small cuts can take an edge's way back to
+    `embed` after the edge was kept (`connect` drops it then). A search that is interrupted (Ctrl-C,
+    Jupyter's stop button) warns and returns the circuit so far, which still has the edges that it
+    did not come to; given that as `graph`, it goes on where it stopped.
+
+    Args:
+        model: the `TransformerBridge`. It is the same afterwards.
+        task: a `tasks.Task`.
+        tau: the least cost of an edge that stays, in units of the metric.
+        graph: the circuit to search in, such as `top(assemble(edges), edges=2000)`; all edges of
+            the model if None.
+        progress: show a bar over edges.
+
+    Returns:
+        The circuit. An edge's score is what its cut did to the metric, -`tau` or less, in the
+        direction `noise`; a node's is the sum over its outgoing edges in the circuit.
+
+    Raises:
+        TypeError: `graph` is no circuit, or `model` no TransformerBridge.
+        ValueError: `tau` is not above 0, `graph` is by position or not of this model, or the
+            metric has no gap between clean and corrupt prompts.
+    """
+    if not 0 < tau < math.inf:
+        raise ValueError(
+            f"`tau` must be above 0, in units of the metric; got {tau}; try a hundredth of the gap "
+            "between the clean and the corrupt metric"
+        )
+    if graph is not None and check_circuit(graph).graph["positions"]:
+        raise ValueError(
+            "`graph` must have edges that are summed over positions; these are by position; use "
+            "attribute(level='edge') without positions=True"
+        )
+    sites = Sites.of(model)
+    clean, corrupt = endpoints(sites, task)
+    mask = all_edges(sites) if graph is None else circuit_masks(sites, task, graph)[0, 0]
+    order = _order(sites, mask)
+    state = _State(0, mask, torch.zeros(mask.shape))
+    if graph is not None and _NEXT in graph.graph:
+        state = _resumed(sites, mask, graph)
+    search = _search(sites, task, tau, order, state)
+    with tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress,
+              leave=False) as bar:  # fmt: skip
+        try:
+            for state in search:
+                bar.update(state.at - bar.n)
+        except KeyboardInterrupt:
+            warnings.warn(
+                f"interrupted: the search decided {state.at} of {len(order)} edges, and the "
+                "circuit returned has all others; give it as `graph` to go on",
+                stacklevel=2,
+            )
+    writers, readers = sites.writers, sites.readers
+    found = Scores(
+        rules=f"ACDC tau={tau:g}",
+        writers=writers,
+        readers=readers,
+        edges=state.changes * state.mask,
+        **provenance(sites, task, "noise", {"clean": clean, "corrupt": corrupt}),
+    )
+    full = assemble(found)
+    kept = {(writers[w], readers[r]) for w, r in state.mask.nonzero().tolist()}
+    circuit = keep(full, (e[:3] for e in real_edges(full) if (e[0], e[3]["reader"]) in kept))
+    if state.at < len(order):
+        writer, reader = order[state.at]
+        circuit.graph[_NEXT] = f"{writers[writer]} {readers[reader]}"
+    return circuit
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """How far a search is."""
+
+    at: int
+    """The place in its order of the first edge that is not decided."""
+    mask: Bool[Tensor, "writer reader"]
+    """The circuit so far."""
+    changes: Float[Tensor, "writer reader"]
+    """What each cut did to the metric."""
+
+
+def _resumed(sites: Sites, mask: Bool[Tensor, "writer reader"], graph: nx.MultiDiGraph) -> _State:
+    """Where the search was interrupted that gave `graph`."""
+    writers = {w: i for i, w in enumerate(sites.writers)}
+    readers = {r: i for i, r in enumerate(sites.readers)}
+    changes = torch.zeros(mask.shape)
+    for u, _, _, data in real_edges(graph):
+        changes[writers[u], readers[data["reader"]]] = data["score"]
+    writer, reader = graph.graph[_NEXT].split()
+    whole = _order(sites, all_edges(sites))
+    decided = whole[: whole.index((writers[writer], readers[reader]))]
+    return _State(sum(bool(mask[edge]) for edge in decided), mask, changes)
+
+
+def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
+    """The edges from `logits` back to `embed`: last reader first, and for each last writer first.
+
+    Of a layer the MLP comes before the heads, and those are taken from the last to the first, each
+    by q, k, v, as the authors' code does; key/value heads come after the query heads.
+    """
+    readers = sites.readers
+
+    def place(reader: int) -> tuple[float, bool, bool, int, int]:
+        owner, slot = Component.of_reader(readers[reader])
+        layer = math.inf if owner.kind == "logits" else float(owner.layer)
+        return -layer, owner.kind != "mlp", owner.kind == "kv", -owner.head, "qkv".find(slot)
+
+    return [
+        (writer, reader)
+        for reader in sorted(range(len(readers)), key=place)
+        for writer in reversed(mask[:, reader].nonzero().flatten().tolist())
+    ]
+
+
+def _search(
+    sites: Sites, task: Any, tau: float, order: list[Edge], state: _State
+) -> Iterator[_State]:
+    """Decides the edges of `order` from `state` on, a few at a time."""
+    heard = _heard(sites)
+
+    def metrics(masks: list[Tensor]) -> list[float]:
+        runs = circuit_metrics(sites, task, torch.stack(masks)[:, None])
+        return runs.double().mean(1).tolist()
+
+    (now,) = metrics([state.mask])
+    verdicts, refused = 1, 0
+    while state.at < len(order):
+        # Cuts behind a refused one are measured in vain, and a call costs about two cuts by itself:
+        # with a share p refused, 2 / sqrt(p) cuts together cost least.
+        together = max(2, math.isqrt(4 * verdicts // (1 + refused)))
+        # the next cuts, each on top of the ones before it
+        cuts: list[int] = []
+        masks: list[Tensor] = []
+        at, mask = state.at, state.mask.clone()
+        while at < len(order) and len(cuts) < together:
+            writer, reader = order[at]
+            mask[writer, reader] = False
+            if reader not in heard or mask[heard[reader]].any():
+                cuts.append(at)
+                masks.append(mask.clone())
+            at += 1
+        changes = state.changes.clone()
+        for cut, after, value in zip(cuts, masks, metrics(masks) if masks else [], strict=True):
+            changes[order[cut]] = value - now
+            verdicts += 1
+            if now - value >= tau:  # put it back; what was measured behind it does not hold
+                at, mask = cut + 1, after
+                mask[order[cut]] = True
+                refused += 1
+                break
+            now = value
+        state = _State(at, mask, changes)
+        yield state
+
+
+def _heard(sites: Sites) -> dict[int, list[int]]:
+    """For each reader the writers through which it is heard; `logits.in` always is."""
+    writers = {w: i for i, w in enumerate(sites.writers)}
+    found: dict[int, list[int]] = {}
+    for r, reader in enumerate(sites.readers):
+        owner, _ = Component.of_reader(reader)
+        names: tuple[str, ...] = (owner.name,)
+        if owner.kind == "logits":
+            continue
+        if owner.kind == "kv":
+            block = sites.blocks[owner.layer]
+            group = block.heads // block.kv_heads
+            names = block.head_names[owner.head * group : (owner.head + 1) * group]
+        found[r] = [writers[name] for name in names]
+    return found

@@ -1,0 +1,281 @@
+"""The graph files of EAP-IG and of MIB's circuit track, both ways.
+
+    to_mib(assemble(edges), "ioi_gpt2/importances.json", model)
+    graph = from_mib("ioi_gpt2/importances.json", model)
+
+The format, Graph.to_json of github.com/hannamw/EAP-IG 2.0 (MIB: hannamw/MIB-circuit-track), is
+
+    {"cfg": {"n_layers": 12, "n_heads": 12, "parallel_attn_mlp": false, "d_model": 768},
+     "nodes": {"input": {"in_graph": true}, "a0.h0": …, "m0": …, "logits": …},
+     "edges": {"input->a0.h0<q>": {"score": 0.1, "in_graph": true}, …, "m11->logits": …}}
+
+and holds every edge of the model. A submission to MIB is one folder per task and model, named
+`ioi_gpt2`, with one such file of all edges' scores, or nine whose `in_graph` marks circuits of
+at most .1 .2 .5 1 2 5 10 20 50 % of the edges.
+
+* Sign: positive means that the edge helps the clean behaviour, as MIB writes scores (its metric is
+  a loss); its evaluation ranks by the score itself unless told otherwise. So scores in the
+  direction `noise` are negated. EAP-IG itself writes the sign of whatever metric it was given.
+* Grouped-query attention: there every query head has k and v edges of its own, here they are edges
+  of the key/value head. Scores are first-order effects, and patching the key/value head's edge is
+  patching those of all its query heads: so reading adds them up, and writing gives each an equal
+  share. All sums, such as a node's score, are the same on both sides, and what is ranked there is
+  the score per edge counted there. In a circuit the k and v of the query heads that it has are
+  marked; on reading, one marked edge of a group is enough.
+* Heads and the MLP of a parallel block: such edges do not exist, there or in the model. Here they
+  have score 0 and are left out.
+
+Labels that the format has no place for (model, task, rules, direction, metric) stand under a key
+`relp`, which EAP-IG skips. EAP-IG's .pt files are pickles and are not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import networkx as nx
+import torch
+
+from circuits.graph import GRAPH, assemble, check_circuit, real_edges
+from circuits.prune import keep
+from relp.scores import Scores, written_whole
+from relp.sites import Sites
+
+__all__ = ["from_mib", "to_mib"]
+
+_LABELS = {n: k for n, k in GRAPH.items() if n not in ("level", "total_edges", "positions")}
+
+
+class _Edge(NamedTuple):
+    """An edge of the format."""
+
+    name: str
+    writer: str
+    reader: str
+    """Ours; the one of the key/value head, if the edge is into a head's k or v."""
+    node: str
+    """Ours, that the edge leads to: a query head, MLP or `logits`."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the format knows of a model, and how many query heads share a key/value head."""
+
+    layers: int
+    heads: int
+    d_model: int
+    parallel: bool
+    group: int = 1
+
+    @classmethod
+    def of(cls, model: Any) -> _Shape:
+        blocks = Sites.of(model).blocks
+        one = blocks[0]
+        return cls(
+            len(blocks), one.heads, int(model.cfg.d_model), one.parallel, one.heads // one.kv_heads
+        )
+
+    @classmethod
+    def read(cls, cfg: dict[str, Any]) -> _Shape:
+        return cls(
+            int(cfg["n_layers"]),
+            int(cfg["n_heads"]),
+            int(cfg["d_model"]),
+            bool(cfg["parallel_attn_mlp"]),
+        )
+
+    @property
+    def cfg(self) -> dict[str, int | bool]:
+        return {
+            "n_layers": self.layers,
+            "n_heads": self.heads,
+            "parallel_attn_mlp": self.parallel,
+            "d_model": self.d_model,
+        }
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """From our names to theirs, in the order of a forward pass."""
+        names = {"embed": "input"}
+        for layer in range(self.layers):
+            names |= {f"L{layer}H{h}": f"a{layer}.h{h}" for h in range(self.heads)}
+            names[f"L{layer}.mlp"] = f"m{layer}"
+        return names | {"logits": "logits"}
+
+    def edges(self) -> Iterator[_Edge]:
+        """All edges of the model; the k and v of a group of query heads have one reader."""
+        names, stream = self.nodes, ["embed"]
+
+        def into(node: str, reader: str, writers: list[str], slot: str = "") -> Iterator[_Edge]:
+            return (_Edge(f"{names[w]}->{names[node]}{slot}", w, reader, node) for w in writers)
+
+        for layer in range(self.layers):
+            heads = [f"L{layer}H{h}" for h in range(self.heads)]
+            for h, head in enumerate(heads):
+                source = head if self.group == 1 else f"L{layer}KV{h // self.group}"
+                for slot, owner in (("q", head), ("k", source), ("v", source)):
+                    yield from into(head, f"{owner}.{slot}", stream, f"<{slot}>")
+            mlp = f"L{layer}.mlp"
+            yield from into(mlp, f"{mlp}.in", stream if self.parallel else stream + heads)
+            stream = [*stream, *heads, mlp]
+        yield from into("logits", "logits.in", stream)
+
+
+def to_mib(
+    graph: nx.MultiDiGraph,
+    path: str | Path,
+    model: Any,
+    *,
+    circuit: nx.MultiDiGraph | None = None,
+) -> Path:
+    """Writes the scores of `graph` as EAP-IG and MIB read them; the file appears whole.
+
+    Args:
+        graph: whose scores are written. For a submission of importances the full graph; an edge
+            that it lacks is written with score 0.
+        path: a .json file; an existing one is replaced.
+        model: the `TransformerBridge` that the graph is about, for its shape.
+        circuit: the edges and nodes to mark as `in_graph`; `graph` itself if None.
+
+    Raises:
+        TypeError: `graph` or `circuit` is no circuit.
+        ValueError: the suffix is not .json, scores are by position or not finite, or an edge is
+            none of the model's (of mixers, for instance, which the format does not know).
+        OSError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"the suffix must be .json; got {path.name!r}; choose another name")
+    shape = _Shape.of(model)
+    known = {(e.writer, e.reader) for e in shape.edges()}
+    scores = _scores(check_circuit(graph), known)
+    marked = graph if circuit is None else check_circuit(circuit)
+    chosen = set(_scores(marked, known))
+    sign = -1 if graph.graph["direction"] == "noise" else 1
+    edges = {}
+    for e in shape.edges():
+        share = sign * scores.get((e.writer, e.reader), 0.0)
+        if e.reader.endswith((".k", ".v")):
+            share /= shape.group
+        inside = (e.writer, e.reader) in chosen and e.node in marked
+        edges[e.name] = {"score": share, "in_graph": inside}
+    nodes = {theirs: {"in_graph": ours in marked} for ours, theirs in shape.nodes.items()}
+    labels = {name: graph.graph[name] for name in _LABELS}
+    data = {"cfg": shape.cfg, "nodes": nodes, "edges": edges, "relp": labels}
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(data), encoding="utf-8", newline="\n")
+    return path
+
+
+def _scores(graph: nx.MultiDiGraph, known: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """The scores by (writer, reader)."""
+    if graph.graph["positions"]:
+        raise ValueError(
+            "edges must be summed over positions in this format; these are by position; use "
+            "attribute(level='edge') without positions=True"
+        )
+    scores = {(u, data["reader"]): data["score"] for u, _, _, data in real_edges(graph)}
+    for (writer, reader), score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(
+                f"scores must be finite; {writer!r} -> {reader!r} has {score}; replace it"
+            )
+        if (writer, reader) not in known and score != 0:
+            raise ValueError(
+                f"every edge must be one of the model's; {writer!r} -> {reader!r} is not; give "
+                "the model that the graph is about (the format knows heads and MLPs only)"
+            )
+    return {edge: score for edge, score in scores.items() if edge in known}
+
+
+def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> nx.MultiDiGraph:
+    """Reads a graph that EAP-IG, MIB's code or `to_mib` wrote.
+
+    Args:
+        path: a .json file of that format.
+        model: the `TransformerBridge` that it is about. Needed to have key/value heads as nodes,
+            as the model's own circuits have under grouped-query attention: the file does not know
+            about them. Without it each query head has its own k and v.
+        in_graph: give only the edges that the file marks so, instead of all edges.
+
+    Returns:
+        A circuit with the file's scores, `direction` `"denoise"` (positive helps the clean
+        behaviour) and labels `"unknown"`, unless `to_mib` wrote them into the file.
+
+    Raises:
+        ValueError: the file is not of that format, or is about a model of another shape.
+        OSError: the file does not exist or cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`path` must be a graph's file; there is no file {str(path)!r}; check the name"
+        )
+    if path.suffix == ".pt":
+        raise ValueError(
+            f"the file must be .json; {path.name!r} is pickled, and reading it could run code; "
+            "convert it with EAP-IG: Graph.from_pt(path).to_json(path)"
+        )
+    shape = None if model is None else _Shape.of(model)
+    try:
+        graph, chosen = _graph(json.loads(path.read_text(encoding="utf-8")), shape)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} must be a graph in EAP-IG's JSON, of the model if one is given; it is "
+            f"not ({type(error).__name__}: {error}); for files of circuits.save use circuits.load"
+        ) from error
+    return keep(graph, chosen) if in_graph else graph
+
+
+def _graph(
+    data: dict[str, Any], shape: _Shape | None
+) -> tuple[nx.MultiDiGraph, set[tuple[str, str, str]]]:
+    """The full graph, and the edges that the file marks."""
+    theirs = _Shape.read(data["cfg"])
+    shape = shape or theirs
+    if shape.cfg != theirs.cfg:
+        raise ValueError(f"the file has {theirs.cfg}, the model {shape.cfg}")
+    entries = {n: (float(d["score"]), d["in_graph"]) for n, d in data["edges"].items()}
+    terms, chosen = defaultdict(list), set()
+    for e in shape.edges():
+        score, marked = entries.pop(e.name, (0.0, False))
+        terms[e.writer, e.reader].append(score)
+        if marked:
+            owner, _, slot = e.reader.rpartition(".")
+            chosen.add((e.writer, owner, slot))
+    if entries:
+        raise ValueError(f"a model with {shape.cfg} has no edge {next(iter(entries))!r}")
+
+    writers = {w: i for i, w in enumerate(dict.fromkeys(w for w, _ in terms))}
+    readers = {r: i for i, r in enumerate(dict.fromkeys(r for _, r in terms))}
+    table = torch.zeros(len(writers), len(readers), dtype=torch.float64)
+    labels: dict[str, Any] = {
+        n: "unknown" if kind is str else kind() for n, kind in _LABELS.items()
+    }
+    labels |= {"direction": "denoise"} | data.get("relp", {})
+    sign = -1 if labels["direction"] == "noise" else 1
+    for (writer, reader), scores in terms.items():
+        table[writers[writer], readers[reader]] = sign * math.fsum(scores)
+    graph = assemble(
+        Scores(
+            model=labels["model"],
+            task=labels["task"],
+            rules=labels["rules"],
+            direction=labels["direction"],
+            metric=labels["metric"],
+            clean=torch.zeros(1),
+            corrupt=torch.zeros(1),
+            lengths=torch.ones(1, dtype=torch.long),
+            writers=tuple(writers),
+            readers=tuple(readers),
+            edges=table,
+        )
+    )
+    graph.graph.update(labels)
+    return check_circuit(graph), chosen

@@ -1,0 +1,173 @@
+"""ACDC against a slow loop in the published order, and interrupted searches.
+
+Where nothing depends on the model, a toy stands for it: the search sees it through masks alone.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_task
+from test_graph import make_scores, names
+from torch import Tensor
+
+from circuits import acdc, assemble, top
+from circuits.faithfulness import circuit_masks, circuit_metrics
+from circuits.graph import all_edges, real_edges, size
+from relp import GRADIENT, attribute
+from relp.sites import Sites
+from tasks.metrics import KLDivergence
+
+MODULE = import_module("circuits.acdc")  # the package has a function of that name
+
+
+def toy(sites: Sites, seed: int) -> Callable[..., Tensor]:
+    """A model of one number per component, written as a function of masks: `[circuit, 1]`."""
+    row = {w: i for i, w in enumerate(sites.writers)}
+    column = {r: i for i, r in enumerate(sites.readers)}
+    layers = [
+        (
+            [
+                (row[head], *(column[r] for r in (f"{head}.q", f"{kv}.k", f"{kv}.v")))
+                for h, head in enumerate(b.head_names)
+                for kv in [b.kv_names[h * b.kv_heads // b.heads]]
+            ],
+            (row[f"L{b.layer}.mlp"], column[f"L{b.layer}.mlp.in"]),
+        )
+        for b in sites.blocks
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(len(row), len(column), generator=generator) ** 3
+
+    def metrics(_: Sites, task: Any, masks: Tensor) -> Tensor:
+        kept = weights * masks[:, 0]
+        values = torch.zeros(len(masks), len(row))
+        values[:, 0] = 1.0
+
+        def into(reader: int) -> Tensor:
+            return (kept[:, :, reader] * values).sum(1)
+
+        for heads, (mlp, mlp_in) in layers:
+            new = [torch.sigmoid(into(q) * into(k)) * torch.tanh(into(v)) for _, q, k, v in heads]
+            for (head, *_), value in zip(heads, new, strict=True):
+                values[:, head] = value
+            values[:, mlp] = torch.tanh(into(mlp_in))
+        return into(column["logits.in"])[:, None]
+
+    return metrics
+
+
+def slowly(
+    metrics: Callable[..., Tensor], sites: Sites, task: Any, tau: float, mask: Tensor
+) -> dict[tuple[str, str], float]:
+    """Algorithm 1 of the paper, one edge after the other: what stays, and what its cut changed."""
+    order = ["logits.in"]
+    for block in reversed(sites.blocks):
+        order.append(f"L{block.layer}.mlp.in")
+        if block.kv_heads == block.heads:
+            order += [f"{h}.{slot}" for h in reversed(block.head_names) for slot in "qkv"]
+        else:
+            order += [f"{h}.q" for h in reversed(block.head_names)]
+            order += [f"{h}.{slot}" for h in reversed(block.kv_names) for slot in "kv"]
+    readers, writers = list(sites.readers), list(sites.writers)
+    assert sorted(order) == sorted(readers)
+    mask, kept = mask.clone(), {}
+    now = float(metrics(sites, task, mask[None, None]).double().mean())
+    for reader in order:
+        for writer in reversed(writers):
+            at = writers.index(writer), readers.index(reader)
+            if not mask[at]:
+                continue
+            mask[at] = False
+            then = float(metrics(sites, task, mask[None, None]).double().mean())
+            if now - then < tau:
+                now = then
+            else:
+                mask[at] = True
+                kept[writer, reader] = then - now
+    return kept
+
+
+def found(circuit) -> dict[tuple[str, str], float]:
+    return {(u, d["reader"]): d["score"] for u, _, _, d in real_edges(circuit)}
+
+
+@pytest.fixture
+def task(tiny):
+    return random_task(tiny, pairs=2, length=4)
+
+
+@pytest.mark.parametrize("tau", [0.003, 0.05])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
+    sites, rows = Sites.of(tiny), []
+    model = toy(sites, seed)
+
+    def counted(sites, task, masks):
+        rows.append(len(masks))
+        return model(sites, task, masks)
+
+    monkeypatch.setattr(MODULE, "circuit_metrics", counted)
+    circuit = acdc(tiny, task, tau=tau, progress=False)
+    expected = slowly(model, sites, task, tau, all_edges(sites))
+    assert found(circuit) == pytest.approx(expected, abs=1e-5) and len(expected) > 2
+    assert max(found(circuit).values()) <= -tau
+    assert circuit.graph["direction"] == "noise" and circuit.graph["rules"] == f"ACDC tau={tau:g}"
+    assert "acdc_next" not in circuit.graph
+    assert len(rows) < circuit.graph["total_edges"] / 2
+
+
+def best(model: Any, task: Any, edges: int):
+    """A circuit that does something of what the model does."""
+    scores = attribute(model, task, rules=GRADIENT, level="edge", progress=False)
+    return top(assemble(scores), edges=edges, signed=True)
+
+
+def test_on_a_model(tiny, task):
+    graph, sites = best(tiny, task, 10), Sites.of(tiny)
+    mask = circuit_masks(sites, task, graph)[0, 0]
+    expected = slowly(circuit_metrics, sites, task, 0.05, mask)
+    circuit = acdc(tiny, task, tau=0.05, graph=graph, progress=False)
+    assert found(circuit) == pytest.approx(expected, abs=1e-5)
+    assert 0 < len(expected) < size(graph) and names(circuit) < names(graph)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_an_interrupted_search_goes_on(tiny, task, stop, monkeypatch):
+    model, calls = toy(Sites.of(tiny), 0), []
+
+    def interrupted(sites, task, masks):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return model(sites, task, masks)
+
+    monkeypatch.setattr(MODULE, "circuit_metrics", interrupted)
+    with pytest.warns(UserWarning, match="give it as `graph` to go on"):
+        part = acdc(tiny, task, tau=0.05, progress=False)
+    rest = acdc(tiny, task, tau=0.05, graph=part, progress=False)
+    whole = acdc(tiny, task, tau=0.05, progress=False)
+    assert "acdc_next" in part.graph and names(whole) < names(part)
+    assert found(rest) == pytest.approx(found(whole), abs=1e-5) and rest.graph == whole.graph
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_the_metric_may_be_the_divergence_from_the_model(tiny, task):
+    divergence = task.with_metric(KLDivergence.of(tiny, task))
+    graph = best(tiny, task, 6)
+    circuit = acdc(tiny, divergence, tau=1e-9, graph=graph, progress=False)
+    assert size(circuit) > 0 and circuit.graph["metric"] == "KLDivergence"
+    assert circuit.graph["metric_clean"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_what_cannot_be_searched(tiny, task):
+    for tau in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`tau` must be above 0"):
+            acdc(tiny, task, tau=tau)
+    with pytest.raises(ValueError, match="these are by position"):
+        acdc(tiny, task, tau=1.0, graph=assemble(make_scores(positions=4)))
+    with pytest.raises(ValueError, match="is not one of"):
+        acdc(tiny, task, tau=1.0, graph=assemble(make_scores(layers=4)))
