@@ -3,9 +3,10 @@
 A site is a hook point of the bridge, used through plain torch hooks, so that the tensors seen are
 the ones on the path (`HookPoint.add_hook` converts shapes, and gradients of converted copies are
 zero). Names of sites: `L3.resid` (entering block 3), `L3.q` `L3.k` `L3.v` (before rotary and
-QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.attn` and `L3.mlp` (what is added to the
-residual stream), `final` (the residual stream that the final norm reads), `unembed` (what the
-unembedding reads; here positions may be left out, before it some models restore the shape).
+QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.neurons` (what the MLP's last matrix
+reads), `L3.attn` and `L3.mlp` (what is added to the residual stream), `final` (the residual stream
+that the final norm reads), `unembed` (what the unembedding reads; here positions may be left out,
+before it some models restore the shape).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Block:
     """The MLP reads the block's input, not what the block's heads wrote."""
     post_norm: bool
     """What attention and MLP add passes through a norm first (Gemma-2, OLMo-2)."""
+    neurons: int
+    """Neurons of the MLP; 0 where it is no single one (mixture of experts)."""
 
     def name(self, part: str) -> str:
         """`L3.mlp` for part `mlp`."""
@@ -50,6 +53,11 @@ class Block:
     def head_names(self) -> tuple[str, ...]:
         """`L3H0`, `L3H1`, …"""
         return tuple(f"L{self.layer}H{h}" for h in range(self.heads))
+
+    @property
+    def neuron_names(self) -> tuple[str, ...]:
+        """`L3N0`, `L3N1`, …"""
+        return tuple(f"L{self.layer}N{n}" for n in range(self.neurons))
 
     @property
     def kv_names(self) -> tuple[str, ...]:
@@ -127,6 +135,7 @@ class Sites:
             heads = int(model.cfg.n_heads)
             parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
             norm = getattr(block, "ln1", None)  # OLMo-2 norms only what it adds
+            down = getattr(block.mlp, "out", None)
             blocks.append(
                 Block(
                     layer=layer,
@@ -140,6 +149,7 @@ class Sites:
                     o=o,
                     parallel=parallel,
                     post_norm=hasattr(block, "ln1_post") or hasattr(block, "ln2_post"),
+                    neurons=0 if down is None else weight(down).shape[1],
                 )
             )
             points |= {
@@ -152,6 +162,8 @@ class Sites:
                 f"L{layer}.mlp_in": block.mlp.hook_in,
                 f"L{layer}.mlp": block.hook_mlp_out,
             }
+            if down is not None:
+                points[f"L{layer}.neurons"] = down.hook_in
             if not parallel:
                 # without a norm before it (OLMo-2) the MLP reads the stream itself
                 points[f"L{layer}.mid"] = getattr(block, "ln2", block.mlp).hook_in
