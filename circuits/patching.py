@@ -576,11 +576,11 @@ def _begun(path: Path | None, labels: Mapping[str, str], pairs: int, cells: int)
             f"`resume` must be a file that an interrupted sweep wrote; {str(path)!r} is not "
             f"({error}); choose another name"
         ) from error
-    if other := [name for name in labels if found.get(name) != labels[name]]:
-        was, now = found.get(other[0]), labels[other[0]]
+    if differing := [name for name in labels if found.get(name) != labels[name]]:
+        was, now = found.get(differing[0]), labels[differing[0]]
         raise ValueError(
-            f"`resume` must be the file of the same sweep; {str(path)!r} has another {other[0]} "
-            f"({was!r}, now {now!r}); choose another name, or delete it"
+            f"`resume` must be the file of the same sweep; {str(path)!r} differs in "
+            f"{differing[0]}: {was!r}, now {now!r}; choose another name, or delete it"
         )
     return sweep
 
