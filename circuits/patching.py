@@ -18,7 +18,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
 
-BATCH_BYTES = 96 << 20
+BATCH_BYTES = 24 << 20
 """Activations of one batch on a CPU, where larger ones were not faster; elsewhere memory is what
 the device has, and a batch that does not fit is made smaller."""
 DEVICE_BYTES = 4 << 30
@@ -359,14 +358,27 @@ class _Part:
         todo = sorted(
             ((self.spots[i].layer, -pos, i) for i, pos in first.items() if pos is not None)
         )
-        for layer, group in groupby(todo, key=lambda item: item[0]):
-            same, size = list(group), max(1, prompts // pairs)
-            for at in range(0, len(same), size):
-                batch = [i for *_, i in same[at : at + size]]
-                start = self.rerun.start(-same[at : at + size][-1][1])
-                edits = self._edits(batch, start)
-                effects = self.rerun(edits, copies=len(batch), layer=layer, start=start)
-                yield batch, effects.T.float().cpu()
+        for batch in self._batches(todo, prompts):
+            layer, earliest, _ = batch[-1]
+            numbers, start = [number for *_, number in batch], self.rerun.start(-earliest)
+            edits = self._edits(numbers, start)
+            effects = self.rerun(edits, copies=len(batch), layer=layer, start=start)
+            yield numbers, effects.T.float().cpu()
+
+    def _batches(
+        self, todo: Sequence[tuple[int, int, int]], prompts: int
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """Cells `(layer, -first position, number)` of one layer, as many as fit."""
+        pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
+        batch: list[tuple[int, int, int]] = []
+        for cell in todo:
+            runs = (len(batch) + 1) * pairs * (length - self.rerun.start(-cell[1]))
+            if batch and (cell[0] != batch[0][0] or runs > prompts * length):
+                yield batch
+                batch = []
+            batch.append(cell)
+        if batch:
+            yield batch
 
     def _first(self, number: int) -> int | None:
         """The first position that a cell changes; None if it changes nothing."""

@@ -94,48 +94,34 @@ def entries(sites: Sites) -> tuple[str, ...]:
 # -- skipping positions ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Past:
-    """One block's keys and values of the positions left out, as a cache layer of transformers.
-
-    Nothing is added to it, so that runs can share it.
-    """
-
-    keys: Float[Tensor, "pair head past d_head"]
-    values: Float[Tensor, "pair head past d_head"]
-    is_initialized = True
-    is_sliding = False
-    is_compileable = False
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions, from those of the positions that run."""
-        repeats = (len(keys) // len(self.keys), 1, 1, 1)
-        return (
-            torch.cat([self.keys.repeat(repeats), keys], -2),
-            torch.cat([self.values.repeat(repeats), values], -2),
-        )
-
-    def get_seq_length(self) -> int:
-        """Positions left out."""
-        return self.keys.shape[-2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys, and the position of the first."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-
 def _cache(past: tuple[tuple[Tensor, Tensor], ...], start: int) -> dict[str, Any]:
     """The argument that makes a model run from `start` on."""
     if not past:
         return {}
     from transformers import Cache
 
-    layers = [_Past(k[:, :, :start], v[:, :, :start]) for k, v in past]
-    return {"past_key_values": Cache(layers=layers)}
+    return {
+        "past_key_values": Cache(layers=[_layer(k[:, :, :start], v[:, :, :start]) for k, v in past])
+    }
+
+
+def _layer(
+    keys: Float[Tensor, "pair head past d_head"], values: Float[Tensor, "pair head past d_head"]
+) -> Any:
+    """One block's part of a cache: every copy of the pairs has the same past, and none is kept."""
+    from transformers.cache_utils import DynamicLayer
+
+    def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        copies = (len(new_keys) // len(keys), 1, 1, 1)
+        return (
+            torch.cat([keys.repeat(copies), new_keys], -2),
+            torch.cat([values.repeat(copies), new_values], -2),
+        )
+
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values, layer.update = keys, values, update
+    return layer
 
 
 def _keys_values(
