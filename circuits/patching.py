@@ -101,7 +101,8 @@ def patch(
             positions (`"mean"`) or at the same one (`"mean_per_position"`).
         resume: a `.safetensors` file that keeps finished cells. If it exists, the sweep goes on
             from there; it must be of the same sweep.
-        batch_size: prompts per forward pass at most; by default as many as fit the memory.
+        batch_size: prompts of full length per forward pass at most, or as many tokens of runs that
+            start later; by default as many as fit the memory, and fewer if it runs out.
         progress: show a bar.
 
     Returns:

@@ -47,12 +47,12 @@ class Rerun:
         with _output_shapes(sites) as outputs:
             values, metric = observe(sites, task, names, side=side)
         tokens = getattr(task, side).to(sites.device)
-        past = _keys_values(sites, tokens, values["final"])
+        past = _keys_values(sites, task, tokens, values["final"])
         return cls(sites, task, side, values, metric, outputs, past)
 
     def start(self, first: int) -> int:
         """Where a run must start if nothing before position `first` changes."""
-        return first if self.past and self.task.metric.reads_answer_only else 0
+        return first if self.past else 0
 
     def __call__(
         self, edits: Mapping[str, Edit], *, copies: int, layer: int, start: int
@@ -77,6 +77,8 @@ class Rerun:
             entry: lambda _: change(stream.repeat(copies, 1, 1)),
             **answers_only(self.sites, self.task, copies, start),
         }
+        if self.past and layer < len(self.sites.blocks) - 1:
+            every |= _last_mlp(self.sites, self.task, copies, start)
         with torch.no_grad(), _skipping(self.sites, layer, self.outputs):
             with editing(self.sites, every):
                 logits = self.sites.model(tokens.repeat(copies, 1), **_cache(self.past, start))
@@ -124,15 +126,29 @@ def _layer(
     return layer
 
 
-def _keys_values(
-    sites: Sites, tokens: Tensor, final: Float[Tensor, "pair pos d_model"]
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Keys and values of each block, or nothing if the second half does not come out of them.
+def _last_mlp(sites: Sites, task: Any, copies: int, start: int) -> dict[str, Edit]:
+    """The last MLP gets the answer position alone, and what it adds is broadcast.
 
-    It does not in models that read both ways, and in those whose state is no keys and values.
+    Right at the answer position, the only one that is read. Not in parallel blocks, some of which
+    add attention to the MLP's output in place.
+    """
+    last = sites.blocks[-1]
+    pick = answers_only(sites, task, copies, start)["unembed"]
+    return {} if last.parallel else {last.name("mlp_in"): pick}
+
+
+def _keys_values(
+    sites: Sites, task: Any, tokens: Tensor, final: Float[Tensor, "pair pos d_model"]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values of each block, or nothing if the run cannot be continued from its middle.
+
+    It cannot if the metric reads all positions, in models that read both ways, and in those whose
+    state is no keys and values.
     """
     from transformers import DynamicCache
 
+    if not task.metric.reads_answer_only:
+        return ()
     cache, middle = DynamicCache(), tokens.shape[1] // 2
     try:
         with torch.no_grad():
@@ -140,11 +156,15 @@ def _keys_values(
             past = tuple((layer.keys, layer.values) for layer in cache.layers)
             if len(past) != len(sites.blocks):
                 return ()
-            with reading(sites, ("final",)) as values:
+            edits = _last_mlp(sites, task, 1, middle)
+            with editing(sites, edits), reading(sites, ("final",)) as values:
                 sites.model(tokens[:, middle:], **_cache(past, middle))
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return ()  # the model takes no such cache
-    found, expected = values["final"], final[:, middle:]
+    pick = answers_only(sites, task, 1, middle)["unembed"]
+    found, expected = pick(values["final"]), pick(final[:, middle:])
     tolerance = max(1e-4, 8 * torch.finfo(final.dtype).eps) * expected.abs().max()
     return past if bool((found - expected).abs().max() <= tolerance) else ()
 

@@ -157,6 +157,19 @@ def test_equals_transformer_lens(tiny: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_positions_before_a_cell_do_not_run(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, starts = Rerun.__call__, []
+
+    def call(self: Rerun, *args: Any, start: int, **kwargs: Any) -> Tensor:
+        starts.append(start)
+        return inner(self, *args, start=start, **kwargs)
+
+    monkeypatch.setattr(Rerun, "__call__", call)
+    task = random_task(tiny, pairs=2, length=4)
+    patch(tiny, task, components=["L1.mlp"], batch_size=2, progress=False)
+    assert starts == [2, 1, 0]  # the last two positions together are as long as one prompt
+
+
 # -- edges -----------------------------------------------------------------------------------------
 
 
