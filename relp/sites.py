@@ -7,8 +7,9 @@ QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.heads` (their sum, w
 reads it), `L3.attn` and `L3.mlp` (what is added to the residual stream), `L3.mid` (the stream
 between the two), `L3.mlp_in`, `L3.neurons` (what the MLP's last matrix reads), `final` (the
 residual stream that the final norm reads), `unembed` (what the unembedding reads; here positions
-may be left out, before it some models restore the shape). Where heads cannot be told apart (multi-head latent attention, state-space models) a block
-has a mixer: `L3.mixer_in` and `L3.mixer` take the places of q, k, v and z, attn.
+may be left out, before it some models restore the shape). Where heads cannot be told apart
+(multi-head latent attention, state-space models) a block has a mixer: `L3.mixer_in` and `L3.mixer`
+take the places of q, k, v and z, attn.
 """
 
 from __future__ import annotations
