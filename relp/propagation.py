@@ -112,7 +112,7 @@ class Propagation:
         self._suspects: dict[int, tuple[Tensor, str]] = {}
         self._numbers: dict[tuple[int, str, int], int] = {}
         self._frames: list[_Frame] = []
-        self._in_reference = False
+        self._in_reference = self._referenced = False
         # results that came about under our eyes, or that nothing had to explain
         self._explained: set[Any] = set()
         self._first_node = 0
@@ -122,7 +122,7 @@ class Propagation:
         self._inside = 0
         self._modules: list[tuple[Tensor | None, formulas.Reference | None, Any]] = []
         self._attached: set[tuple[str, str]] = set()
-        self._mode = _Mode(self)
+        self._mode = _Mode()
         self._stack: ExitStack | None = None
 
     @property
@@ -162,6 +162,7 @@ class Propagation:
             self._opening.clear()
             self._suspects.clear()
             self._stopped.clear()
+            self._mode.owner = None
             self._inside = 0
 
         stack.callback(clear)
@@ -172,6 +173,7 @@ class Propagation:
         stack.callback(before.remove)
         after = register_module_forward_hook(cast(Any, self._leave_module), with_kwargs=True)
         stack.callback(after.remove)
+        self._mode.owner = self
         stack.enter_context(self._mode)
 
     @contextmanager
@@ -182,7 +184,9 @@ class Propagation:
             ValueError: the run performs other operations than the first did, or takes another
                 branch outside of any module.
         """
-        self._in_reference = True
+        if self._referenced:
+            raise RuntimeError("a reference run can be made once; call propagate(rules) again")
+        self._in_reference = self._referenced = True
         try:
             with ExitStack() as stack, torch.no_grad():
                 self._start(stack)
@@ -204,6 +208,9 @@ class Propagation:
                 )
         finally:
             self._in_reference = False
+            # from here on they belong to the graph, and go when that goes
+            self._slots.clear()
+            self._branches.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -921,14 +928,14 @@ class Propagation:
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, owner: Propagation) -> None:
-        super().__init__()
-        self._owner = owner
+    owner: Propagation | None = None
+    """Set while a run lasts, so that no cycle keeps its tensors alive afterwards."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._owner._operation(Call.of(func, args, kwargs or {}))
+        assert self.owner is not None
+        return self.owner._operation(Call.of(func, args, kwargs or {}))
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from relp import (
 )
 from relp.attribution import node_sites
 from relp.capture import capture
+from relp.rules import Reference
 from relp.sites import Sites
 from tasks import ioi
 
@@ -478,3 +481,30 @@ def test_wrong_rules_are_refused() -> None:
     # the type checker of the tests would refuse it first
     with pytest.raises(TypeError, match=r"turn a name into rules with relp\.preset"):
         inspect.unwrap(propagate)("RELP")  # type: ignore[arg-type]
+
+
+def test_nothing_of_two_runs_outlives_their_graph() -> None:
+    """Not even until the garbage collector comes: activations of both runs are large."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), Function(attend), nn.LayerNorm(4))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with propagate(DEEPLIFT, root=model) as report:
+            y = model(x)
+        with report.reference():
+            model(torch.randn(2, 3, 4))
+        kept = [weakref.ref(slot) for slot in gc.get_objects() if type(slot) is Reference]
+        assert kept
+        torch.autograd.grad(y.sum(), x)
+        del y
+        assert not [slot for slot in kept if slot() is not None]
+        assert report.remainder().empty
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="a reference run can be made once"), report.reference():
+        pass
+
+
+def attend(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x)
