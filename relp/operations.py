@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ SOURCES = frozenset(
 ACTIVATIONS = frozenset(
     """
     gelu silu relu relu6 leaky_relu elu selu celu tanh sigmoid expit logsigmoid log_sigmoid
-    hardswish hardsigmoid hardtanh mish softsign softshrink hardshrink prelu rrelu threshold erf abs
+    hardswish hardsigmoid hardtanh mish softsign softshrink hardshrink prelu threshold erf abs
     clamp clip clamp_min clamp_max sin cos atan arctan asinh sinh log1p
     """.split()
 )
@@ -75,9 +76,19 @@ ORDERED = frozenset(["topk", "sort", "kthvalue", "median", "mode", "cummax", "cu
 """Give `(values, indices)` along one axis."""
 
 RANDOM = frozenset(
-    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout "
-    "rrelu".split()
+    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout "
+    "feature_alpha_dropout".split()
 )
+ATTRIBUTES = frozenset(
+    """
+    shape dtype device ndim layout is_leaf requires_grad grad_fn grad is_cuda is_cpu is_sparse
+    is_nested is_quantized is_meta itemsize nbytes output_nr names _backward_hooks _version _base
+    size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex
+    storage_offset data_ptr element_size len hash repr format register_hook
+    """.split()
+)
+"""What is asked of a tensor without reading its values."""
+
 CONSTRUCTORS = frozenset(
     """
     zeros_like ones_like full_like empty_like rand_like randn_like randint_like new new_empty
@@ -90,7 +101,8 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     # operands that callers like to name, in their order
     **dict.fromkeys(["mul", "multiply", "div", "divide", "true_divide", "matmul"],
                     ("input", "other")),
-    **dict.fromkeys(["maximum", "minimum", "fmax", "fmin"], ("input", "other")),
+    **dict.fromkeys(["max", "min", "maximum", "minimum", "fmax", "fmin"], ("input", "other")),
+    "where": ("condition", "input", "other"),
     **dict.fromkeys(["bmm", "mm"], ("input", "mat2")),
     **dict.fromkeys(["linear", *(n for n in PRODUCTS if n.startswith("conv"))],
                     ("input", "weight", "bias")),
@@ -151,22 +163,27 @@ class Call:
         a, b = self.args[:2]
         return (b, a) if self.name == "rdiv" else (a, b)
 
+    def overwrites(self) -> bool:
+        """True if the call works in place on what carries relevance."""
+        return carries(self.args[:1]) and self.out_of_place() is not None
+
     def out_of_place(self) -> Call | None:
         """The call that computes on a copy what this one overwrites; None if it does not."""
         spelled = getattr(self.func, "__name__", "")
         first = self.args[0] if self.args else None
         if not isinstance(first, Tensor):
             return None
-        copied = (first.clone(), *self.args[1:])
         if (spelled.endswith("_") and not spelled.endswith("__")) or spelled[:3] == "__i":
-            return replace(self, func=getattr(torch.Tensor, self.name), args=copied)
+            plain = getattr(torch.Tensor, self.name, None) or getattr(F, self.name)
+            return replace(self, func=plain, args=(first.clone(), *self.args[1:]))
         if self.kwargs.get("inplace"):
+            copied = (first.clone(), *self.args[1:])
             return replace(self, args=copied, kwargs={**self.kwargs, "inplace": False})
         if isinstance(self.func, FunctionType) and any(a is True for a in self.args):
             given = inspect.signature(self.func).bind(*self.args, **self.kwargs).arguments
             if given.get("inplace"):
                 return replace(
-                    self, args=copied[:1], kwargs={**_but_first(given), "inplace": False}
+                    self, args=(first.clone(),), kwargs={**_but_first(given), "inplace": False}
                 )
         return None
 
@@ -289,6 +306,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(v)
     elif isinstance(value, dict):
         yield from tensors(tuple(value.values()))
+    elif isinstance(value, slice):
+        yield from tensors((value.start, value.stop, value.step))
 
 
 def swapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -299,6 +318,8 @@ def swapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return {k: swapped(v, change) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(swapped(v, change) for v in value)
+    if isinstance(value, slice):
+        return slice(*(swapped(v, change) for v in (value.start, value.stop, value.step)))
     if isinstance(value, tuple):  # torch's own, such as (values, indices)
         return type(value)([swapped(v, change) for v in value])
     return value
@@ -466,11 +487,11 @@ _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations"
 # (Softplus is elementwise, but its rule is that of an exponent, as for the function)
 _NOT_ELEMENTWISE = (
     nn.Softplus, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU,
-    nn.MultiheadAttention,
+    nn.MultiheadAttention, nn.RReLU,
 )  # fmt: skip
-_BY_CLASS: dict[type, bool] = {}
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _NORM = re.compile(r"norm(1d|2d|3d|alizationbridge)?$")
-_NORMS: dict[type, bool] = {}
+_NORMS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -479,7 +500,7 @@ def is_activation(module: nn.Module) -> bool:
     Written out in Python (`NewGELUActivation`), its inner products would meet the gate's rule.
     """
     kind = type(module)
-    known = _BY_CLASS.get(kind)
+    known = _KNOWN.get(module)
     if known is None:
         # models that bring their own (`BloomGelu`) call it what it is and give it no weights
         own = kind.__name__.lower().endswith(("gelu", "silu", "relu", "swish"))
@@ -488,18 +509,17 @@ def is_activation(module: nn.Module) -> bool:
             and not issubclass(kind, _NOT_ELEMENTWISE)
             and not (own and next(module.children(), None) is not None)
         )
-        _BY_CLASS[kind] = known
+        _KNOWN[module] = known
     return known
 
 
 def is_norm(module: nn.Module) -> bool:
     """True if all that the module does is to normalise: its inner products are no gates."""
-    kind = type(module)
-    known = _NORMS.get(kind)
+    known = _NORMS.get(module)
     if known is None:
         names = [type(m).__name__.lower() for m in module.modules()]
         known = bool(_NORM.search(names[0])) and all(_NORM.search(n) or "hook" in n for n in names)
-        _NORMS[kind] = known
+        _NORMS[module] = known
     return known
 
 
@@ -514,20 +534,24 @@ def fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
 # -- one's own -------------------------------------------------------------------------------------
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
-REGISTERED: dict[Any, str | Formula] = {}
+REGISTERED: dict[Any, list[str | Formula]] = {}
+"""By name or class; the last counts."""
 
 
 class Registration:
     """What `register` gives back; `remove()` undoes it, and so does leaving a `with` block."""
 
-    def __init__(self, key: Any, before: str | Formula | None) -> None:
-        self._key, self._before = key, before
+    def __init__(self, key: Any, rule: str | Formula) -> None:
+        self._key, self._rule = key, rule
+        REGISTERED.setdefault(key, []).append(rule)
 
     def remove(self) -> None:
-        """The operation or module has the rule that it had before."""
-        REGISTERED.pop(self._key, None)
-        if self._before is not None:
-            REGISTERED[self._key] = self._before
+        """The operation or module has the rule that it would have without this registration."""
+        rules = REGISTERED.get(self._key, [])
+        if self._rule in rules:
+            rules.remove(self._rule)
+        if not rules:
+            REGISTERED.pop(self._key, None)
 
     def __enter__(self) -> Registration:
         return self
@@ -577,6 +601,4 @@ def register(what: Callable[..., Any], rule: str | Formula) -> Registration:
             f"`what` must be a function or a class of modules; got {type(what).__name__}; "
             "pass the class, not an instance"
         )
-    registration = Registration(key, REGISTERED.get(key))
-    REGISTERED[key] = rule
-    return registration
+    return Registration(key, rule)

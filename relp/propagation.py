@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from relp import rules as formulas
 from relp.operations import (
     ACTIVATIONS,
+    ATTRIBUTES,
     CONSTRUCTORS,
     EXPONENTS,
     EXTREMES,
@@ -54,6 +55,7 @@ from relp.operations import (
     fused,
     is_activation,
     is_norm,
+    name_of,
     swapped,
     tensors,
 )
@@ -102,7 +104,7 @@ class Propagation:
         self._slots: dict[Key, formulas.Reference] = {}
         self._branches: dict[Key, Any] = {}
         self._remainders: dict[int, tuple[formulas.Remainder, list[int]]] = {}
-        self._performed: set[Key] = set()
+        self._performed: dict[Key, list[torch.Size]] = {}
         self._repeated: set[Key] = set()
         # detached activations, whose difference between the runs no coefficient can explain, and
         # what the first run had where they meet what carries relevance
@@ -120,7 +122,7 @@ class Propagation:
         self._key: Key = (0, "", 0)
         # > 0 inside an activation module or a pause: operations are not looked at
         self._inside = 0
-        self._modules: list[tuple[Tensor | None, formulas.Reference | None, Any]] = []
+        self._modules: list[tuple[Any, ...]] = []
         self._attached: set[tuple[str, str]] = set()
         self._mode = _Mode()
         self._stack: ExitStack | None = None
@@ -171,7 +173,10 @@ class Propagation:
         # torch's annotation forgets that a hook may return new arguments
         before = register_module_forward_pre_hook(cast(Any, self._enter_module))
         stack.callback(before.remove)
-        after = register_module_forward_hook(cast(Any, self._leave_module), with_kwargs=True)
+        # (always: a module may raise, and the model go on)
+        after = register_module_forward_hook(
+            cast(Any, self._leave_module), with_kwargs=True, always_call=True
+        )
         stack.callback(after.remove)
         self._mode.owner = self
         stack.enter_context(self._mode)
@@ -293,8 +298,8 @@ class Propagation:
             raise UnknownOperationError(
                 f"every operation that carries relevance must have a rule; {name!r} before or in "
                 f"{where} hides its operations (a custom autograd function, TorchScript, a "
-                "compiled module); run the plain implementation, register the module that holds "
-                "it with relp.register, or pass strict=False"
+                "compiled module, a full backward hook); run the plain implementation, register "
+                "the module that holds it with relp.register, or pass strict=False"
             )
         raise UnknownOperationError(
             f"every operation that carries relevance must have a rule; {name!r} in {where} has "
@@ -331,11 +336,15 @@ class Propagation:
         with _plain_torch():
             return self._entered(module, args)
 
-    def _leave_module(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         with _plain_torch():
-            return self._left(module, args, kwargs, output)
+            if len(rest) == 2:
+                return self._left(module, args, *rest)
+            # it raised: torch calls without the keywords then, and the model may go on
+            if _as_one(module) is not None:
+                self._inside -= 1
+                self._modules.pop()
+            self._frames.pop()
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         name = self._names.get(id(module)) or type(module).__name__
@@ -357,11 +366,10 @@ class Propagation:
             elif torch.is_grad_enabled() and carries(x):
                 slot = self._record(type(module).__name__)
                 x = x.clone() if getattr(module, "inplace", False) else x
-        self._modules.append((x, slot, args))
-        if slot is None or self._in_reference:
-            return None
         # without a graph inside: the rule is attached to the module's result
-        return (args[0].detach(), *args[1:])
+        handed = None if slot is None or self._in_reference else args[0].detach()
+        self._modules.append((x, slot, args, handed))
+        return None if handed is None else (handed, *args[1:])
 
     def _left(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -371,6 +379,8 @@ class Propagation:
         if kind is not None:
             self._inside -= 1
             replaced = self._leave_one(module, kind, (args, kwargs), output)
+        elif not self._inside and not self._in_reference:
+            self.must_have_seen(output)
         frame = self._frames.pop()
         if replaced is None and not self._inside:
             replaced = self._settle(frame, module, args, kwargs, output)
@@ -381,7 +391,14 @@ class Propagation:
     ) -> Any:
         """A module that counts as one operation: gives its result the rule."""
         name = type(module).__name__
-        x, slot, before = self._modules.pop()
+        x, slot, before, handed = self._modules.pop()
+        if handed is not None and not (given[0] and given[0][0] is handed):
+            raise UnknownOperationError(
+                "a module that counts as one operation must be run on the input it is given; a "
+                f"pre-hook of {name} in {self._where!r} replaces it; hook the module before it"
+            )
+        if self._suspects:
+            self._use((given,))
         if slot is not None and (in_place := getattr(module, "inplace", False)):
             output = output.clone()
         key = self._key = (self._frames[-1].number, name, -1)
@@ -390,13 +407,16 @@ class Propagation:
                 slot.fill(cast(Tensor, x), output)
             return self._led(key, name, output) if key in self._branches else None
         rule = self._rule_of(kind) if not self._inside else "derivative"
+        if slot is not None and carries((given[0][1:], given[1])):
+            raise UnknownOperationError(_ONE_OPERAND.format(name))
         if slot is not None:
             x, y = cast(Tensor, x), output
             self._count(name, kind if isinstance(kind, str) else "registered", _word(rule))
             if callable(rule):
                 replaced = formulas.own(x, y, rule)
             else:
-                replaced = self._elementwise_rule(x, y, fused(module), slot, rule)
+                uniform = next(module.parameters(), None) is None
+                replaced = self._elementwise_rule(x, y, fused(module), slot, rule, uniform)
             if in_place:
                 replaced = before[0].copy_(replaced)
             return self._explain(replaced)
@@ -409,8 +429,8 @@ class Propagation:
                 )
             self._count(name, kind if isinstance(kind, str) else "registered", "derivative")
             self._explain(output)
-        elif not self._inside and carries(given):  # inside a no_grad of the model
-            self._branch(name, output)
+        elif not self._inside and (carries(given) or self._follows(given)):
+            self._branch(name, output)  # of a detached activation, or inside a no_grad
         return None
 
     def _rule_of(self, kind: str | Formula) -> str | Formula:
@@ -443,11 +463,17 @@ class Propagation:
         if name in ORDERED | EXTREMES and isinstance(out, tuple):
             self._stopped |= {id(out[0]): out[0]} if not carries(out[0]) else {}
             out = out[1]
+        if name in ("numpy", "array"):
+            raise UnknownOperationError(
+                "activations must stay with torch under rules that compare two runs; "
+                f"{name!r} in {self._where!r} takes them out; compute with torch"
+            )
         found = list(tensors(out))
-        if name in _VALUES or any(not t.is_floating_point() for t in found):
+        if (name in _VALUES and not found) or any(not t.is_floating_point() for t in found):
             self._branches[self._key] = swapped(out, _copied)
             self._frames[-1].branched = True
         else:
+            found += [t._base for t in found if t._base is not None]  # written through a view
             self._stopped |= {id(t): t for t in found}
 
     def _meets(self, call: Call) -> dict[int, Tensor]:
@@ -455,18 +481,22 @@ class Propagation:
         if not self._stopped:
             return {}
         given = enumerate(tensors((call.args, call.kwargs)))
-        return {place: _copied(t) for place, t in given if id(t) in self._stopped}
+        return {p: _copied(t) for p, t in given if id(t) in self._stopped and not carries(t)}
 
-    def _watched(self, name: str, met: dict[int, Tensor], out: Any) -> Any:
+    def _follows(self, given: Any) -> bool:
+        """True if a detached activation goes in."""
+        return bool(self._stopped) and any(id(t) in self._stopped for t in tensors(given))
+
+    def _watched(self, key: Key, met: dict[int, Tensor], out: Any) -> Any:
         """Operands that were detached differ between the runs: what that adds is a remainder."""
         parts = list(tensors(out))
         if not parts or not all(t.is_floating_point() for t in parts):
             raise UnknownOperationError(
                 "an activation that was detached must not be assigned in place under rules that "
-                f"compare two runs; {name!r} in {self._where!r} does; write y = f(x)"
+                f"compare two runs; {key[1]!r} in {self._where!r} does; write y = f(x)"
             )
         remainder = formulas.Remainder(self._where)
-        self._meetings[self._key] = met, remainder
+        self._meetings[key] = met, remainder
         watched = iter(remainder.watch(parts))
         return self._explain(swapped(out, lambda _: next(watched)))
 
@@ -487,6 +517,11 @@ class Propagation:
         if not found:  # a plain number or truth value is used already
             self._frames[-1].differing.append(name)
         return type(out)((out[0], own)) if chosen else own
+
+    def _use(self, given: Any) -> None:
+        """Notes which decisions of the first run, in place of other ones, make a difference."""
+        used = [self._suspects.get(id(t)) for t in tensors(given)]
+        self._frames[-1].differing += [found[1] for found in used if found]
 
     def _settle(self, frame: _Frame, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Ends a branch at the first module around it whose outputs are activations only."""
@@ -543,21 +578,28 @@ class Propagation:
         if self._in_reference:
             return self._replay(key, handler, call)
         if handler is not None:
-            self._performed.add(key)
+            self._performed[key] = _shapes(call)
         met = self._meets(call)
         if not call.carries():
             out = self._begins(call, call.plainly())
             if met:
-                self._branch(call.name, out)
+                self._branch(call.name, call.args[0] if out is None else out)
             return out
         self.must_have_seen((call.args, call.kwargs))
+        if met and handler is None and call.out_of_place() is not None:
+            handler = Propagation._linear
         if handler is not None and torch.is_grad_enabled():
             copy = call.out_of_place()
             out = self._explain(handler(self, copy or call))
-            out = self._watched(call.name, met, out) if met and carries(out) else out
+            out = self._watched(key, met, out) if met and carries(out) else out
             if copy is not None:
                 out = self._explain(call.args[0].copy_(out))
             return out
+        if not torch.is_grad_enabled() and self._rules.needs_reference and call.overwrites():
+            raise UnknownOperationError(
+                "an activation must not be overwritten inside no_grad under rules that compare two "
+                f"runs; {call.name!r} in {self._where!r} does; write y = f(x)"
+            )
         out = call.plainly()
         if not carries(out) and out is not None:
             self._branch(call.name, out)
@@ -567,7 +609,7 @@ class Propagation:
             self._refuse(call.name, "unknown")
         self._explain(call.args[:1] if out is None else out)  # x[i] = y gives nothing back
         used = met and (carries(out) or (out is None and carries(call.args[:1])))
-        return self._watched(call.name, met, out) if used else out
+        return self._watched(key, met, out) if used else out
 
     def _replay(self, key: Key, handler: Any, call: Call) -> Any:
         """An operation in the reference run."""
@@ -578,12 +620,17 @@ class Propagation:
                 "one run"
             )
         if self._suspects:
-            used = [self._suspects.get(id(t)) for t in tensors((call.args, call.kwargs))]
-            self._frames[-1].differing += [found[1] for found in used if found]
+            self._use((call.args, call.kwargs))
         slot = self._slots.get(key)
+        if slot is not None and _shapes(call) != self._performed[key]:
+            raise ValueError(
+                "the reference run must have the shapes of the first run; "
+                f"{call.name!r} in {self._where!r} got {list(map(list, _shapes(call)))}, first "
+                f"{list(map(list, self._performed[key]))}; compare inputs of one shape"
+            )
         before = call if slot is None else call.out_of_place() or call
         if key in self._meetings:
-            return self._met(key, slot, before)
+            return self._met(key, slot, call)
         out = call.plainly()
         if slot is not None:
             slot.fill(*slot.keep(before, out))
@@ -595,12 +642,13 @@ class Propagation:
         places = iter(range(sys.maxsize))
         args, kwargs = swapped((call.args, call.kwargs), lambda t: own.get(next(places), t))
         led = replace(call, args=args, kwargs=kwargs)
+        led = led.out_of_place() or led
         forced = led.plainly()
         if slot is not None:
             slot.fill(*slot.keep(led, forced))
-        real = call.plainly()
+        real = (call.out_of_place() or call).plainly()
         remainder.fill([call.name], list(zip(tensors(real), tensors(forced), strict=True)))
-        return real
+        return call.args[0].copy_(real) if call.out_of_place() else real
 
     def _begins(self, call: Call, out: Any) -> Any:
         """A weight computed from parameters would look like an activation from here on."""
@@ -644,10 +692,12 @@ class Propagation:
                 f"a module must run in eval mode under rules; {call.name!r} in {self._where!r} "
                 "mixes the rows of a batch; call model.eval()"
             )
+        if carries(call.args[1:]) or carries(call.kwargs):
+            self._refuse(f"{call.name} with dependent weights", "unknown")
         return self._linear(call)
 
     def _registered(self, call: Call) -> Any:
-        rule = REGISTERED[call.name]
+        rule = REGISTERED[call.name][-1]
         if rule == "linear":
             return self._linear(call)
         if isinstance(rule, str):
@@ -655,6 +705,8 @@ class Propagation:
         if self.rules.only_derivatives:
             self._count(call.name, "registered", "derivative")
             return call.plainly()
+        if carries(call.args[1:]) or carries(call.kwargs):
+            raise UnknownOperationError(_ONE_OPERAND.format(call.name))
         self._count(call.name, "registered", _word(rule))
         return formulas.own(call.args[0], call.value(), rule)
 
@@ -665,13 +717,15 @@ class Propagation:
         if rule == "derivative":
             return call.plainly()
         if carries(call.args[1:]) or carries(call.kwargs):
-            raise UnknownOperationError(
-                f"an elementwise operation must depend on the input by one operand; {call.name!r} "
-                "does by several; write it as products and differences"
-            )
+            raise UnknownOperationError(_ONE_OPERAND.format(call.name))
         slot = self._record(call.name, lambda other, out: (other.args[0], out))
         return self._elementwise_rule(
-            call.args[0], call.value(), lambda t: cast(Tensor, call.on({0: t})), slot, rule
+            call.args[0],
+            call.value(),
+            lambda t: cast(Tensor, call.on({0: t})),
+            slot,
+            rule,
+            not any(True for _ in tensors((call.args[1:], call.kwargs))),
         )
 
     @staticmethod
@@ -681,11 +735,12 @@ class Propagation:
         function: Callable[[Tensor], Tensor],
         slot: formulas.Reference,
         rule: str,
+        uniform: bool,
     ) -> Tensor:
         if rule == "constant":
             return y.detach()
         if rule == "identity":
-            return formulas.identity(x, y, function)
+            return formulas.identity(x, y, function, uniform=uniform)
         return formulas.rescale(x, y, function, slot)
 
     def _extreme(self, call: Call) -> Any:
@@ -820,6 +875,12 @@ class Propagation:
         if rule == "epsilon":
             return formulas.epsilon(call.plainly(), self.rules.epsilon)
         if rule == "gamma":
+            operands = [i for i, a in enumerate(call.args) if isinstance(a, Tensor)]
+            if len([i for i in operands if i not in beside]) != 2:
+                raise UnknownOperationError(
+                    f"the γ-rule needs a product of two operands; {call.name!r} in {self._where!r} "
+                    "has another number; write it as products of two"
+                )
             return self._gamma(call, factors[0])
         a, b = (call.args[i] for i in factors)
         slot = self._record(call.name, lambda other, out: tuple(other.args[i] for i in factors))
@@ -935,6 +996,8 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         assert self.owner is not None
+        if name_of(func) in ATTRIBUTES:
+            return func(*args, **(kwargs or {}))
         return self.owner._operation(Call.of(func, args, kwargs or {}))
 
 
@@ -1072,7 +1135,11 @@ _VIEWS = (
     "SplitWithSizes", "ViewAs", "Swapaxes",
     "Unfold", "AccumulateGrad",
 )  # fmt: skip
-_VALUES = frozenset("item tolist bool int float index equal allclose is_nonzero".split())
+_ONE_OPERAND = (
+    "an elementwise operation must depend on the input by one operand; {!r} does by several; write "
+    "it as products and differences"
+)
+_VALUES = frozenset("item tolist bool int float index equal allclose is_nonzero contains".split())
 
 
 def _as_one(module: nn.Module) -> str | Formula | None:
@@ -1080,7 +1147,7 @@ def _as_one(module: nn.Module) -> str | Formula | None:
     if REGISTERED:
         for kind in type(module).__mro__:
             if kind in REGISTERED:
-                return REGISTERED[kind]
+                return REGISTERED[kind][-1]
     return "activation" if is_activation(module) else None
 
 
@@ -1101,6 +1168,10 @@ def _parts(output: Any) -> tuple[Any, ...]:
 
 def _copied(t: Tensor) -> Tensor:
     return t.detach().clone()
+
+
+def _shapes(call: Call) -> list[torch.Size]:
+    return [a.shape for a in call.args if isinstance(a, Tensor)]
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cached_property, lru_cache
 
 __all__ = [
     "CP_LRP",
@@ -132,13 +132,13 @@ class Rules:
         name = name or f"{self.name}({module}: {_listed(changes)})"
         return replace(self, name=name, places=(*self.places, (module, tuple(changes.items()))))
 
-    @cache  # noqa: B019 (a few presets times the modules of a model)
+    @lru_cache(maxsize=4096)  # noqa: B019 (some presets times the modules of a model)
     def within(self, module: str) -> Rules:
         """The rules that hold in the module of that name, the same everywhere inside."""
         changes = {k: v for _, k, v in self.deciding(module)}
         return replace(self, places=(), **changes)  # type: ignore[arg-type]
 
-    @cache  # noqa: B019
+    @lru_cache(maxsize=256)  # noqa: B019
     def inside_norm(self) -> Rules:
         """The rules for operations that are steps of a norm: all follow the norm's own rule."""
         if self.norm == "constant":  # the statistic does not carry relevance: nothing to follow
@@ -146,6 +146,7 @@ class Rules:
         steps = GRADIENT if self.norm == "derivative" else DEEPLIFT
         return replace(self, gate=steps.gate, activation=steps.activation, bilinear=steps.bilinear)
 
+    @lru_cache(maxsize=4096)  # noqa: B019
     def deciding(self, module: str) -> tuple[tuple[str, str, str | float], ...]:
         """`(pattern, kind, rule)` of every change that holds in the module of that name."""
         parts = module.split(".")
@@ -162,12 +163,12 @@ class Rules:
         local = [rule for _, changes in self.places for k, rule in changes if k == kind]
         return any(rule in rules for rule in (getattr(self, kind), *local))
 
-    @property
+    @cached_property
     def only_derivatives(self) -> bool:
         """True if nothing differs from plain gradients."""
         return not any(self.uses(kind, *known[1:]) for kind, known in KINDS.items())
 
-    @property
+    @cached_property
     def needs_reference(self) -> bool:
         """True if some coefficient depends on both runs (secants and midpoints)."""
         return any(self.uses(kind, "secant", "midpoint") for kind in KINDS)

@@ -47,13 +47,15 @@ class _Attach(torch.autograd.Function):
         return (None, None, None, *grads, *[None] * len(saved))
 
 
-FUNCTION = _Attach.__name__
-
-
 def attach(
     value: Tensor, pull_back: PullBack, inputs: Sequence[Tensor], saved: Sequence[Tensor] = ()
 ) -> Tensor:
     """`value`, differentiable: `pull_back(g, *saved)` gives a coefficient for each of `inputs`."""
+    if any(t.is_complex() for t in inputs):
+        raise ValueError(
+            "a rule is for real numbers; an operation got complex ones that carry relevance; write "
+            "it with their real and imaginary parts"
+        )
     kept = [t.detach() for t in saved]
     return _Attach.apply(value.detach(), pull_back, len(inputs), *inputs, *kept)
 
@@ -162,16 +164,18 @@ def gamma(
 # -- activation: one input, elementwise ------------------------------------------------------------
 
 
-def identity(x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Coefficient (y - f(0)) / x, at x = 0 its limit f'(0).
+def identity(
+    x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], *, uniform: bool = True
+) -> Tensor:
+    """Coefficient (y - f(0)) / x, at x = 0 its limit f'(0). `uniform`: f is the same everywhere.
 
     f(0) is 0 for GELU, SiLU, ReLU and tanh; elsewhere (sigmoid) it acts as a bias, which carries
     no relevance. Source: Jafari et al. 2024, arXiv:2406.07592 (Identity-rule).
     """
 
     def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
-        at_zero, slope = _at_zero(function, x)
-        if at_zero != 0:  # a difference of rounded numbers
+        at_zero, slope = _at_zero(function, x.new_zeros(1) if uniform else x)
+        if bool((at_zero != 0).any()):  # a difference of rounded numbers
             zero = torch.zeros_like(x)
             return (g * _secant(zero, x, at_zero.expand_as(x), y, function),)
         # below this |x| the quotient of two rounded numbers says nothing; the limit does
@@ -223,12 +227,12 @@ def derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def _at_zero(function: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """f(0) and f'(0), as scalars of the type of `like`."""
+    """f(0) and f'(0), in the shape of `like`."""
     with torch.enable_grad():
-        zero = torch.zeros(1, dtype=like.dtype, device=like.device, requires_grad=True)
+        zero = torch.zeros_like(like).requires_grad_()
         value = function(zero)
         (slope,) = torch.autograd.grad(value.sum(), zero)
-    return value.detach()[0], slope[0]
+    return value.detach(), slope
 
 
 # -- products: gate and bilinear -------------------------------------------------------------------
@@ -532,9 +536,13 @@ class Remainder:
         self.module = module
         self.operations: tuple[str, ...] = ()
         """Which operations chose differently."""
-        self.total = 0.0
-        """In units of the result that was differentiated."""
         self._jumps: tuple[Tensor, ...] = ()
+        self._shares: dict[int, float] = {}
+
+    @property
+    def total(self) -> float:
+        """In units of the result that was differentiated last."""
+        return float(sum(self._shares.values()))
 
     def watch(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The same outputs, whose coefficients are multiplied by the jump when they come."""
@@ -542,7 +550,7 @@ class Remainder:
         def watched(place: int, y: Tensor) -> Tensor:
             def pull_back(g: Tensor) -> tuple[Tensor]:
                 if self._jumps:
-                    self.total += float((g * self._jumps[place]).sum())
+                    self._shares[place] = float((g * self._jumps[place]).sum())
                 return (g,)
 
             return attach(y, pull_back, (y,))
