@@ -251,12 +251,12 @@ class _Run:
     sites: Sites
     base: Mapping[str, Tensor]
     """The corrupt run of the pairs."""
-    masks: Bool[Tensor, "circuit #pos writer reader"]
+    masks: Bool[Tensor, "circuit pos writer reader"]
     rows: Mapping[str, int]
     """Place of each writer."""
     columns: Mapping[str, int]
     """Place of each reader."""
-    change: Float[Tensor, "writer row pos d_model"]
+    change: Float[Tensor, "writer row length d_model"]
     """What each writer adds now, minus what it added in the corrupt run."""
     projected: dict[str, Tensor] = field(default_factory=dict)
     """A block's q, k and v, until the model comes to them."""
@@ -266,7 +266,7 @@ class _Run:
         cls,
         sites: Sites,
         base: Mapping[str, Tensor],
-        masks: Bool[Tensor, "circuit #pos writer reader"],
+        masks: Bool[Tensor, "circuit pos writer reader"],
     ) -> _Run:
         pairs, *shape = base["final"].shape
         return cls(
