@@ -131,7 +131,9 @@ def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Te
 
     Raises:
         ValueError: the two do not differ, so that there is nothing to recover.
-        RuntimeError: all edges together do not give the clean run, on the first pair.
+        RuntimeError: all edges together do not give the clean run, on the first pair. What breaks
+            it (a hook, a part of the model without edges) breaks it on every pair, and trying all
+            would take a single circuit half as long again.
     """
     metrics = {side: torch.zeros(len(task)) for side in ("clean", "corrupt")}
     for side, values in metrics.items():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from architectures import ARCHITECTURES
 from conftest import boot, save_tokenizer
 from test_export import same
 from test_graph import make_scores, names
@@ -166,6 +167,12 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, gpt2_folder):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="'n_layers': 1"):
         from_mib(write(tmp_path / "c.json", BY_HAND), model)
+
+
+def test_a_model_without_heads_is_refused(tmp_path):
+    mamba = ARCHITECTURES["Mamba"].build(tmp_path)
+    with pytest.raises(ValueError, match=r"blocks of heads and an MLP only; .* has others"):
+        from_mib(write(tmp_path / "graph.json", BY_HAND), mamba)
 
 
 @pytest.mark.parametrize(
