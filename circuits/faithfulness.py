@@ -4,6 +4,8 @@ The run is the clean one. What a reader gets is the corrupt residual stream plus
 whose edge to it is in the circuit, what that writer adds differently now. All edges give the clean
 run, none the corrupt run. Many circuits are rows of one batch, and an edge that lies on no path
 from the embedding to the logits changes nothing: what it would carry is the corrupt run's anyway.
+Where heads add to the stream through a norm (post-norm), the exact difference of the norm's output
+is split over them, as `DEEPLIFT` does.
 """
 
 from __future__ import annotations
