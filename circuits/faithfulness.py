@@ -4,11 +4,15 @@ The run is the clean one. What a reader gets is the corrupt residual stream plus
 whose edge to it is in the circuit, what that writer adds differently now. All edges give the clean
 run, none the corrupt run. Many circuits are rows of one batch, and an edge that lies on no path
 from the embedding to the logits changes nothing: what it would carry is the corrupt run's anyway.
+Where heads add to the stream through a norm (post-norm), the exact difference of the norm's output
+is split over them, as `DEEPLIFT` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -16,13 +20,16 @@ import pandas as pd
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from circuits.graph import all_edges, check_circuit, real_edges
 from relp.attribution import head_outputs
 from relp.capture import ROOT, answers_only, observe
-from relp.sites import Block, Sites, bias, editing, weight
+from relp.norms import NormMap
+from relp.rulebook import DEEPLIFT
+from relp.scores import Component
+from relp.sites import Block, Edit, Sites, bias, editing, weight
 
 __all__ = [
     "circuit_masks",
@@ -59,8 +66,8 @@ def faithfulness(
         A float, or a list of floats for a sequence.
 
     Raises:
-        ValueError: an edge of the circuit is not one of the model, the metric has no gap between
-            clean and corrupt prompts, or the model normalises what its blocks add (post-norm).
+        ValueError: an edge of the circuit is not one of the model, or the metric has no gap
+            between clean and corrupt prompts.
         RuntimeError: all edges together do not give the clean run.
     """
     sites = Sites.of(model)
@@ -126,7 +133,9 @@ def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Te
 
     Raises:
         ValueError: the two do not differ, so that there is nothing to recover.
-        RuntimeError: all edges together do not give the clean run, on the first pair.
+        RuntimeError: all edges together do not give the clean run, on the first pair. What breaks
+            it (a hook, a part of the model without edges) breaks it on every pair, and trying all
+            would take a single circuit half as long again.
     """
     metrics = {side: torch.zeros(len(task)) for side in ("clean", "corrupt")}
     for side, values in metrics.items():
@@ -207,28 +216,18 @@ def circuit_metrics(
     """The task's metric of each circuit alone.
 
     Each batch of pairs takes one corrupt run, however many circuits there are.
-
-    Raises:
-        ValueError: the model normalises what its blocks add (post-norm).
     """
-    if any(b.post_norm for b in sites.blocks):
-        raise ValueError(
-            "edge ablation needs heads and MLPs that add to the residual stream directly; "
-            f"{sites.model_name!r} normalises what they add (post-norm)"
-        )
-    entries = [*(b.name(p) for b in sites.blocks for p in ("resid", "z", "mlp")), "final"]
-    entries += [b.name("mid") for b in sites.blocks if not b.parallel]
     rows = _rows(sites, task)
     found = torch.zeros(len(masks), len(task))
     with tqdm(total=found.numel(), desc="circuits", unit="run", disable=not progress,
               leave=False) as bar:  # fmt: skip
         for index, batch in task.buckets(rows):
-            base, _ = observe(sites, batch, tuple(entries), side="corrupt")
+            base, _ = observe(sites, batch, _kept(sites), side="corrupt")
             together = max(1, rows // len(batch))
             for at in range(0, len(masks), together):
-                metric = _run(sites, batch, base, masks[at : at + together])
-                found[at : at + together, index] = metric.float().cpu()
-                bar.update(metric.numel())
+                run = _Run.of(sites, base, masks[at : at + together])
+                found[at : at + together, index] = run.metric(batch).float().cpu()
+                bar.update(len(run.masks) * len(batch))
     return found
 
 
@@ -241,109 +240,140 @@ def _rows(sites: Sites, task: Any) -> int:
     return max(1, BATCH_BYTES // (4 * int(task.lengths.max()) * values))
 
 
-def _run(
-    sites: Sites,
-    task: Any,
-    base: dict[str, Tensor],
-    masks: Bool[Tensor, "circuit pos writer reader"],
-) -> Float[Tensor, "circuit pair"]:
-    """The metric of a few circuits on the clean prompts of a few pairs of one length."""
-    count, device = len(masks), sites.device
-    masks = masks.to(device)
-    writers = {w: i for i, w in enumerate(sites.writers)}
-    readers = {r: i for i, r in enumerate(sites.readers)}
-    # what each writer adds now, minus what it added in the corrupt run
-    change = torch.zeros(count, len(writers), *base["final"].shape, device=device)
+def _kept(sites: Sites) -> tuple[str, ...]:
+    """The sites of the corrupt run: what writers write, and the stream where readers read it."""
+    resid = [b.name("resid") for b in sites.blocks]
+    middle = [b.name("mid") for b in sites.blocks if b.mlp and not b.parallel]
+    heads = [b.name("heads") for b in sites.blocks if b.attn_post is not None]
+    return (*sites.written, *resid, *middle, *heads, "final")
 
-    def note(first: int, value: Float[Tensor, "circuit writer pair pos d_model"]) -> None:
-        change[:, first : first + value.shape[1]] = value
 
-    def by_circuit(value: Tensor) -> Tensor:
-        return value.unflatten(0, (count, -1))
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A few circuits on the clean prompts of a few pairs of one length: the rows of one batch."""
 
-    def inputs(
-        circuit: int, names: Sequence[str], entry: str, known: int
-    ) -> tuple[Float[Tensor, "row pair pos d_model"], Int[Tensor, " reader"]]:
-        """What readers of one circuit get, and each reader's row: those who hear the same share it.
+    sites: Sites
+    base: Mapping[str, Tensor]
+    """The corrupt run of the pairs."""
+    masks: Bool[Tensor, "circuit pos writer reader"]
+    rows: Mapping[str, int]
+    """Place of each writer."""
+    columns: Mapping[str, int]
+    """Place of each reader."""
+    change: Float[Tensor, "writer row length d_model"]
+    """What each writer adds now, minus what it added in the corrupt run."""
+    projected: dict[str, Tensor] = field(default_factory=dict)
+    """A block's q, k and v, until the model comes to them."""
 
-        `entry` is where they read the residual stream, `known` how many writers come before them.
-        """
-        keep = masks[circuit, :, :known, [readers[n] for n in names]]
-        keep, row = torch.unique(keep, dim=2, return_inverse=True)
-        if len(keep) == 1:
-            heard = einsum(keep[0].float(), change[circuit, :known], "w r, w p t d -> r p t d")
-        else:
-            heard = einsum(keep.float(), change[circuit, :known], "t w r, w p t d -> r p t d")
-        residual = base[entry]
-        return (residual.float() + heard.to(residual.device)).to(residual.dtype), row
-
-    def input_of(name: str, entry: str, known: int) -> Tensor:
-        """What one reader gets in every circuit."""
-        return torch.cat([inputs(c, (name,), entry, known)[0][0] for c in range(count)])
-
-    edits: dict[str, Callable[[Tensor], Tensor]] = answers_only(sites, task, count)
-
-    def attention(block: Block) -> None:
-        """Rebuilds q, k and v from each head's own input when the first of them is passed."""
-        rebuilt: dict[str, Tensor] = {}
-
-        def rebuild() -> None:
-            known = writers[block.head_names[0]]
-            parts: dict[str, list[Tensor]] = {site: [] for site, _, _ in block.attention_readers}
-            for circuit in range(count):
-                x, row = inputs(circuit, block.readers[:-1], block.name("resid"), known)
-                assert block.norm is not None  # post-norm models were refused
-                x = block.norm(x)
-                for site, projection, heads in block.attention_readers:
-                    mine, row = x[row[:heads]], row[heads:]
-                    w = rearrange(weight(projection), "(h d) m -> h d m", h=heads).to(x.dtype)
-                    parts[site].append(torch.einsum("hptm,hdm->pthd", mine, w).flatten(2))
-            for site, projection, _ in block.attention_readers:
-                offset = bias(projection)
-                rebuilt[site] = torch.cat(parts[site]) + (0 if offset is None else offset)
-
-        def give(site: str) -> Callable[[Tensor], Tensor]:
-            def edit(_: Tensor) -> Tensor:
-                if not rebuilt:
-                    rebuild()
-                return rebuilt.pop(site)
-
-            return edit
-
-        edits.update({site: give(site) for site, _, _ in block.attention_readers})
-
-    def listen(block: Block) -> None:
-        """Notes what heads and MLP add, and rebuilds what the MLP reads."""
-        first, mlp = writers[block.head_names[0]], writers[block.name("mlp")]
-
-        def heads(z: Tensor) -> Tensor:
-            step = by_circuit(z) - base[block.name("z")]
-            added = head_outputs(block, step.flatten(0, 1))
-            note(first, rearrange(added, "h (c p) t d -> c h p t d", c=count))
-            return z
-
-        def mlp_in(_: Tensor) -> Tensor:
-            entry, known = ("resid", first) if block.parallel else ("mid", mlp)
-            assert block.mlp_norm is not None
-            return block.mlp_norm(input_of(f"{block.name('mlp')}.in", block.name(entry), known))
-
-        def mlp_out(value: Tensor) -> Tensor:
-            note(mlp, (by_circuit(value).float() - base[block.name("mlp")].float())[:, None])
-            return value
-
-        edits.update(
-            {block.name("z"): heads, block.name("mlp_in"): mlp_in, block.name("mlp"): mlp_out}
+    @classmethod
+    def of(
+        cls,
+        sites: Sites,
+        base: Mapping[str, Tensor],
+        masks: Bool[Tensor, "circuit pos writer reader"],
+    ) -> _Run:
+        pairs, *shape = base["final"].shape
+        return cls(
+            sites,
+            base,
+            masks.to(sites.device),
+            {w: i for i, w in enumerate(sites.writers)},
+            {r: i for i, r in enumerate(sites.readers)},
+            torch.zeros(len(sites.writers), len(masks) * pairs, *shape, device=sites.device),
         )
 
-    def embed(value: Tensor) -> Tensor:
-        note(0, (by_circuit(value).float() - base[ROOT].float())[:, None])
+    def metric(self, task: Any) -> Float[Tensor, "circuit pair"]:
+        edits: dict[str, Edit] = answers_only(self.sites, task, len(self.masks))
+        edits[ROOT] = partial(self.note, "embed", ROOT)
+        for b in self.sites.blocks:
+            edits |= {site: partial(self.project, b, site) for site, _, _ in b.attention_readers}
+            if b.heads:
+                edits[b.name("z")] = partial(self.note_heads, b)
+            else:
+                mixer = b.name("mixer")
+                edits[b.name("mixer_in")] = partial(self.read, f"{mixer}.in")
+                edits[mixer] = partial(self.note, mixer, mixer)
+            if b.mlp:
+                mlp = b.name("mlp")
+                edits[b.name("mlp_in")] = partial(self.read, f"{mlp}.in")
+                edits[mlp] = partial(self.note, mlp, mlp)
+        edits["final"] = partial(self.read, "logits.in")
+        tokens = task.clean.to(self.sites.device).repeat(len(self.masks), 1)
+        with torch.no_grad(), editing(self.sites, edits):
+            logits = self.sites.model(tokens)
+        return torch.stack([task.metric(part) for part in logits.split(len(task))])
+
+    # what writers add
+
+    def note(self, writer: str, site: str, value: Tensor) -> Tensor:
+        """Notes what one writer adds differently; the model goes on with it."""
+        self.change[self.rows[writer]] = self.step(site, value)
         return value
 
-    edits[ROOT] = embed
-    for block in sites.blocks:
-        attention(block)
-        listen(block)
-    edits["final"] = lambda _: input_of("logits.in", "final", len(writers))
-    with torch.no_grad(), editing(sites, edits):
-        logits = sites.model(task.clean.to(device).repeat(count, 1))
-    return torch.stack([task.metric(part) for part in logits.split(len(task))])
+    def note_heads(self, block: Block, z: Tensor) -> Tensor:
+        """Notes what each head adds differently; a norm behind them is split exactly."""
+        added = head_outputs(block, self.step(block.name("z"), z))
+        if block.attn_post is not None:
+            own = self.base[block.name("heads")].repeat(len(self.masks), 1, 1)
+            added = NormMap.of(block.attn_post, own, own + added.sum(0), DEEPLIFT).push(added)
+        first = self.rows[block.writers[0]]
+        self.change[first : first + block.heads] = added
+        return z
+
+    def step(self, site: str, value: Tensor) -> Tensor:
+        """A site's value minus that of the corrupt run."""
+        return value.float() - self.base[site].float().repeat(len(self.masks), 1, 1)
+
+    # what readers get
+
+    def read(self, reader: str, _: Tensor) -> Tensor:
+        """What one reader gets in every circuit."""
+        return torch.cat([self.inputs(c, (reader,))[0][0] for c in range(len(self.masks))])
+
+    def project(self, block: Block, site: str, _: Tensor) -> Tensor:
+        """The queries, keys or values of each head's own input; all are made at the first site."""
+        if not self.projected:
+            circuits = [self.inputs(c, block.readers) for c in range(len(self.masks))]
+            first = 0
+            for name, projection, heads in block.attention_readers:
+                w = rearrange(weight(projection), "(h d) m -> h d m", h=heads)
+                parts = [
+                    torch.einsum("hptm,hdm->pthd", x[row[first : first + heads]], w.to(x.dtype))
+                    for x, row in circuits
+                ]
+                offset = bias(projection)
+                found = torch.cat(parts).flatten(2)
+                self.projected[name] = found if offset is None else found + offset
+                first += heads
+        return self.projected.pop(site)
+
+    def inputs(
+        self, circuit: int, readers: Sequence[str]
+    ) -> tuple[Float[Tensor, "row pair pos d_model"], Int[Tensor, " reader"]]:
+        """What readers of one place get in one circuit, behind their norm, and each reader's row:
+        those who hear the same share it."""
+        entry, known, norm = self.stream(readers[0])
+        keep = self.masks[circuit, :, :known, [self.columns[r] for r in readers]]
+        keep, row = torch.unique(keep, dim=2, return_inverse=True)
+        residual = self.base[entry]
+        mine = slice(circuit * len(residual), (circuit + 1) * len(residual))
+        change = self.change[:known, mine]
+        if len(keep) == 1:
+            heard = einsum(keep[0].float(), change, "w r, w p t d -> r p t d")
+        else:
+            heard = einsum(keep.float(), change, "t w r, w p t d -> r p t d")
+        x = (residual.float() + heard.to(residual.device)).to(residual.dtype)
+        return x if norm is None else norm(x), row
+
+    def stream(self, reader: str) -> tuple[str, int, nn.Module | None]:
+        """Where a reader reads the residual stream, how many have written there, and its norm."""
+        owner, _ = Component.of_reader(reader)
+        if owner.kind == "logits":
+            return "final", len(self.rows), None
+        block = self.sites.blocks[owner.layer]
+        first = self.rows[block.writers[0]]
+        if owner.kind != "mlp":
+            return block.name("resid"), first, block.norm
+        if block.parallel:
+            return block.name("resid"), first, block.mlp_norm
+        return block.name("mid"), self.rows[owner.name], block.mlp_norm

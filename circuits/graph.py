@@ -151,10 +151,11 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
 
 
 def all_edges(layout: Any) -> Bool[Tensor, "writer reader"]:
-    """Which edges the model has, for anything with `writers` and `readers` (`Scores`, `Sites`)."""
+    """Which edges the model has, for what has `writers`, `readers` and `parallel` (`Scores`)."""
     writers = [Component.parse(w) for w in layout.writers]
     readers = [Component.of_reader(r)[0] for r in layout.readers]
-    return torch.tensor([[precedes(w, r) for r in readers] for w in writers])
+    exists = [[precedes(w, r, parallel=layout.parallel) for r in readers] for w in writers]
+    return torch.tensor(exists)
 
 
 def real_edges(graph: nx.MultiDiGraph) -> Iterator[tuple[str, str, str, dict[str, Any]]]:

@@ -22,8 +22,6 @@ at most .1 .2 .5 1 2 5 10 20 50 % of the edges.
   share. All sums, such as a node's score, are the same on both sides, and what is ranked there is
   the score per edge counted there. In a circuit the k and v of the query heads that it has are
   marked; on reading, one marked edge of a group is enough.
-* Heads and the MLP of a parallel block: such edges do not exist, there or in the model. Here they
-  have score 0 and are left out.
 
 Labels that the format has no place for (model, task, rules, direction, metric) stand under a key
 `relp`, which EAP-IG skips. EAP-IG's .pt files are pickles and are not read.
@@ -75,7 +73,13 @@ class _Shape:
 
     @classmethod
     def of(cls, model: Any) -> _Shape:
-        blocks = Sites.of(model).blocks
+        sites = Sites.of(model)
+        blocks = sites.blocks
+        if not all(b.heads and b.mlp for b in blocks):
+            raise ValueError(
+                "the format knows blocks of heads and an MLP only; "
+                f"{sites.model_name!r} has others; write the graph with circuits.save"
+            )
         one = blocks[0]
         return cls(
             len(blocks), one.heads, int(model.cfg.d_model), one.parallel, one.heads // one.kv_heads
@@ -186,12 +190,12 @@ def _scores(graph: nx.MultiDiGraph, known: set[tuple[str, str]]) -> dict[tuple[s
             raise ValueError(
                 f"scores must be finite; {writer!r} -> {reader!r} has {score}; replace it"
             )
-        if (writer, reader) not in known and score != 0:
+        if (writer, reader) not in known:
             raise ValueError(
                 f"every edge must be one of the model's; {writer!r} -> {reader!r} is not; give "
                 "the model that the graph is about (the format knows heads and MLPs only)"
             )
-    return {edge: score for edge, score in scores.items() if edge in known}
+    return scores
 
 
 def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> nx.MultiDiGraph:
@@ -272,6 +276,7 @@ def _graph(
             clean=torch.zeros(1),
             corrupt=torch.zeros(1),
             lengths=torch.ones(1, dtype=torch.long),
+            parallel=shape.parallel,
             writers=tuple(writers),
             readers=tuple(readers),
             edges=table,

@@ -261,27 +261,24 @@ def _visiting(sites: Sites, visits: Mapping[str, Edit]) -> Iterator[None]:
     def begin(_: nn.Module, __: Any, value: Tensor) -> None:
         shape[:] = value.shape[:2]
 
-    def visit(name: str, function: Edit) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, __: Any, value: Tensor) -> Tensor:
-            if value.dim() == 2 and len(value) == math.prod(shape):
-                # OPT's MLP works on merged pairs and positions
-                return function(value.unflatten(0, shape)).flatten(0, 1)
-            if value.dim() != 3:
-                raise ValueError(
-                    f"a site must hold [pair, pos, d]; {name!r} holds {list(value.shape)}; "
-                    "use relp.propagate on this architecture"
-                )
-            return function(value)
-
-        return hook
+    def visit(name: str, _: nn.Module, __: Any, value: Tensor) -> Tensor:
+        if value.dim() == 2 and len(value) == math.prod(shape):
+            # OPT's MLP works on merged pairs and positions
+            return visits[name](value.unflatten(0, shape)).flatten(0, 1)
+        if value.dim() != 3:
+            raise ValueError(
+                f"a site must hold [pair, pos, d]; {name!r} holds {list(value.shape)}; "
+                "use relp.propagate on this architecture"
+            )
+        return visits[name](value)
 
     with ExitStack() as stack:
         for block in sites.blocks:  # any may be the first that runs
             entry = sites.points[block.name("resid")]
             stack.callback(entry.register_forward_hook(begin).remove)
-        for name, function in visits.items():
-            hook = visit(name, function)
-            stack.callback(sites.points[name].register_forward_hook(hook).remove)
+        for name in visits:
+            hook = sites.points[name].register_forward_hook(partial(visit, name))
+            stack.callback(hook.remove)
         yield
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import random_task
 from test_graph import make_scores, names
 from torch import Tensor
@@ -65,8 +66,11 @@ def slowly(
     """Algorithm 1 of the paper, one edge after the other: what stays, and what its cut changed."""
     order = ["logits.in"]
     for block in reversed(sites.blocks):
-        order.append(f"L{block.layer}.mlp.in")
-        if block.kv_heads == block.heads:
+        if block.mlp:
+            order.append(f"L{block.layer}.mlp.in")
+        if not block.heads:
+            order.append(f"L{block.layer}.mixer.in")
+        elif block.kv_heads == block.heads:
             order += [f"{h}.{slot}" for h in reversed(block.head_names) for slot in "qkv"]
         else:
             order += [f"{h}.q" for h in reversed(block.head_names)]
@@ -132,6 +136,17 @@ def test_on_a_model(tiny, task):
     circuit = acdc(tiny, task, tau=0.05, graph=graph, progress=False)
     assert found(circuit) == pytest.approx(expected, abs=1e-5)
     assert 0 < len(expected) < size(graph) and names(circuit) < names(graph)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Olmo2"])
+def test_on_other_blocks(name, tmp_path):
+    model = ARCHITECTURES[name].build(tmp_path)
+    task, sites = random_task(model, pairs=2, length=3), Sites.of(model)
+    graph = best(model, task, 12)
+    mask = circuit_masks(sites, task, graph)[0, 0]
+    expected = slowly(circuit_metrics, sites, task, 0.01, mask)
+    circuit = acdc(model, task, tau=0.01, graph=graph, progress=False)
+    assert found(circuit) == pytest.approx(expected, abs=1e-5) and expected
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])

@@ -27,9 +27,10 @@ def evaluation(metric: torch.Tensor, sizes: tuple[float, ...]) -> Evaluation:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("positions", [False, True])
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(
+    ("positions", "signed", "direction"),
+    [(False, False, "noise"), (True, True, "denoise"), (True, True, "noise")],
+)
 def test_equals_single_circuits(tiny: Any, positions: bool, signed: bool, direction: str) -> None:
     task = random_task(tiny, pairs=2, length=3)
     scores = attribute(tiny, task, level="edge", positions=positions, direction=direction)

@@ -9,7 +9,9 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import boot, random_task
+from test_edges import MODELS, Reference, build
 from torch import Tensor
 from transformer_lens.tools.analysis import attribution_patching as lens
 
@@ -22,7 +24,7 @@ from circuits import (
     random,
     top,
 )
-from circuits.faithfulness import circuit_masks, circuit_metrics
+from circuits.faithfulness import circuit_masks, circuit_metrics, endpoints
 from circuits.graph import all_edges, real_edges, size
 from relp import RELP, Component, attribute
 from relp.sites import Sites
@@ -90,12 +92,13 @@ def test_minimality_cuts_one_edge_at_a_time(tiny: Any, positions: bool) -> None:
     assert len(table) == size(circuit)
     assert table["contribution"].is_monotonic_decreasing
     found = {(r.writer, r.reader, r.pos): r.contribution for r in table.itertuples()}
-    whole = faithfulness(tiny, task, circuit)
-    for u, v, key, data in real_edges(circuit):
-        without = circuit.copy()
+    edges = list(real_edges(circuit))
+    circuits = [circuit.copy() for _ in (None, *edges)]
+    for without, (u, v, key, _) in zip(circuits[1:], edges, strict=True):
         without.remove_edge(u, v, key)
-        lost = whole - faithfulness(tiny, task, without)
-        assert found[u, data["reader"], data["pos"]] == pytest.approx(lost, abs=1e-5)
+    whole, *shares = faithfulness(tiny, task, circuits, progress=False)
+    for (u, _, _, data), share in zip(edges, shares, strict=True):
+        assert found[u, data["reader"], data["pos"]] == pytest.approx(whole - share, abs=1e-5)
 
 
 def test_loose_ends_change_nothing(tiny: Any) -> None:
@@ -108,7 +111,7 @@ def test_loose_ends_change_nothing(tiny: Any) -> None:
 
 
 def mixed_lengths(model: Any) -> Task:
-    one, two = random_task(model, pairs=3, length=4), random_task(model, pairs=2, length=6, seed=1)
+    one, two = random_task(model, pairs=2, length=4), random_task(model, pairs=1, length=6, seed=1)
     return Task.from_tokens(
         [*one.clean, *two.clean], [*one.corrupt, *two.corrupt],
         torch.cat([one.answers, two.answers]), torch.cat([one.foils, two.foils]),
@@ -118,31 +121,29 @@ def mixed_lengths(model: Any) -> Task:
 def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task, sites = mixed_lengths(tiny), Sites.of(tiny)
     generator = torch.Generator().manual_seed(0)
-    masks = torch.rand(3, 1, len(sites.writers), len(sites.readers), generator=generator) < 0.5
+    masks = torch.rand(2, 1, len(sites.writers), len(sites.readers), generator=generator) < 0.5
     together = circuit_metrics(sites, task, masks)
-    monkeypatch.setattr(sys.modules["circuits.faithfulness"], "BATCH_BYTES", 1)
-    torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
     # entries that are no edge of the model do not matter
     torch.testing.assert_close(circuit_metrics(sites, task, masks & all_edges(sites)), together)
-    by_position = masks.expand(-1, 4, -1, -1)
-    short = task.select([0, 1, 2])
-    torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :3])
+    by_position, short = masks.expand(-1, 4, -1, -1), task.select([0, 1])
+    torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
+    monkeypatch.setattr(sys.modules["circuits.faithfulness"], "BATCH_BYTES", 1)
+    torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
 
 
 def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
     task, sites = random_task(tiny), Sites.of(tiny)
     runs: list[int] = []
 
-    def note(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+    def note(_: Any, __: Any, output: Tensor) -> None:
         runs.append(len(output))
 
-    handle = tiny.original_model.register_forward_hook(note, with_kwargs=True)
+    handle = sites.points["final"].register_forward_hook(note)
     try:
         metrics = circuit_metrics(sites, task, all_edges(sites).repeat(6, 1, 1, 1))
     finally:
         handle.remove()
-    assert metrics.shape == (6, len(task))
-    assert len(runs) in (0, 2)
+    assert metrics.shape == (6, len(task)) and runs == [len(task), 6 * len(task)]
 
 
 def test_masks_are_in_the_layout_of_scores(tiny: Any) -> None:
@@ -158,3 +159,84 @@ def test_masks_are_in_the_layout_of_scores(tiny: Any) -> None:
         circuit_masks(sites, task, [])
     with pytest.raises(ValueError, match=r"has lengths \[4, 6\]; use a task of one length"):
         circuit_masks(sites, mixed_lengths(tiny), circuit)
+
+
+# -- other blocks than the tiny models' ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GPTNeoX", "GPTJ", "OPT", "Qwen3", "Gemma2", "Gemma3", "Olmo2", "Mixtral", "DeepseekV3",
+     "Mamba", "Mamba2"],
+)  # fmt: skip
+def test_all_edges_are_the_clean_run_and_none_the_corrupt(name: str, tmp_path: Path) -> None:
+    model = ARCHITECTURES[name].build(tmp_path)
+    task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
+    every = all_edges(sites)
+    found = circuit_metrics(sites, task, torch.stack([every, torch.zeros_like(every)])[:, None])
+    torch.testing.assert_close(found, torch.stack(endpoints(sites, task)), atol=1e-4, rtol=1e-4)
+
+
+def split(norm: Any, before: Tensor, parts: Tensor) -> Tensor:
+    """What each part that is added to `before` adds behind an RMS norm, in the order of none.
+
+    x·r changes by r̄·Δx + x̄·Δr, and r = s^-½ by Δr = Δs·(Δr/Δs) with Δs = 2·mean(x̄·Δx).
+    """
+    eps = norm.config.eps
+    gain = norm(torch.ones_like(before)) * (1 + eps) ** 0.5
+    after = before + parts.sum(0)
+    s, t = (x.square().mean(-1, keepdim=True) + eps for x in (before, after))
+    slope = (t**-0.5 - s**-0.5) / (t - s)
+    moved = ((before + after) * parts).mean(-1, keepdim=True) * slope
+    return gain * ((s**-0.5 + t**-0.5) * parts + (before + after) * moved) / 2
+
+
+def alone(reference: Reference, kept: set[tuple[str, str]]) -> Tensor:
+    """The metric of the edges `kept`: each reader's input is rebuilt, block after block."""
+    model, corrupt = reference.model, reference.corrupt
+    edits: dict[str, Tensor] = {}
+    added = {"embed": reference.clean["0.in"] - corrupt["0.in"]}
+
+    def hear(reader: str) -> None:
+        move = torch.zeros_like(corrupt["0.in"])
+        for writer, change in added.items():
+            move += change * ((writer, reader) in kept)
+        for site, value in reference.read(*Component.of_reader(reader), move).items():
+            # the heads of a site come one after the other, each in its own part of it
+            edits[site] = edits.get(site, corrupt[site]) + value - corrupt[site]
+
+    for i, block in enumerate(Sites.of(model).blocks):
+        names, module = block.writers, model.blocks[i]
+        for reader in block.readers[: len(block.readers) - block.mlp]:
+            hear(reader)
+        now = reference.run("clean", edits)
+        if block.heads:
+            z = (now[f"{i}.z"] - corrupt[f"{i}.z"]).chunk(block.heads, -1)
+            o = module.attn.o.original_component.weight.chunk(block.heads, -1)
+            parts = torch.stack([part @ w.T for part, w in zip(z, o, strict=True)])
+            if hasattr(module, "ln1_post"):
+                parts = split(module.ln1_post, corrupt[f"{i}.mixer"], parts)
+            added |= zip(names, parts, strict=False)
+        else:
+            added[names[0]] = now[f"{i}.mixer"] - corrupt[f"{i}.mixer"]
+        if block.mlp:
+            hear(block.readers[-1])
+            mlp = reference.run("clean", edits)[f"{i}.mlp"]
+            added[names[-1]] = mlp - corrupt[f"{i}.mlp"]
+    hear("logits.in")
+    return reference.run("clean", edits)["metric"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["GPTNeoX", "Gemma2", "Olmo2", "DeepseekV3", "Mamba"])
+def test_equals_a_slow_run_on_other_blocks(name: str, tmp_path: Path) -> None:
+    model = build(name, tmp_path, MODELS)
+    task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
+    generator = torch.Generator().manual_seed(0)
+    every = all_edges(sites)
+    masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
+    found = circuit_metrics(sites, task, masks[:, None])
+    reference = Reference(model, task)
+    for mask, metric in zip(masks, found, strict=True):
+        kept = {(sites.writers[w], sites.readers[r]) for w, r in mask.nonzero().tolist()}
+        torch.testing.assert_close(metric, alone(reference, kept).float(), atol=1e-4, rtol=1e-4)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from architectures import ARCHITECTURES
 from conftest import boot, save_tokenizer
 from test_export import same
 from test_graph import make_scores, names
@@ -78,7 +79,8 @@ def test_parallel_blocks_have_no_edge_from_their_heads_to_their_mlp(tmp_path):
         from_mib(write(tmp_path / "graph.json", parallel))
     parallel["edges"] = {k: v for k, v in BY_HAND["edges"].items() if k[-4:] != "->m0"}
     graph = from_mib(write(tmp_path / "graph.json", parallel))
-    assert graph.edges["L0H1", "L0.mlp", "in"]["score"] == 0.0
+    assert size(graph) == graph.graph["total_edges"] == len(BY_HAND["edges"]) - 2
+    assert not graph.has_edge("L0H1", "L0.mlp")
     assert graph.edges["L0H1", "logits", "in"]["score"] == 2.0
 
 
@@ -165,6 +167,12 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, gpt2_folder):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="'n_layers': 1"):
         from_mib(write(tmp_path / "c.json", BY_HAND), model)
+
+
+def test_a_model_without_heads_is_refused(tmp_path):
+    mamba = ARCHITECTURES["Mamba"].build(tmp_path)
+    with pytest.raises(ValueError, match=r"blocks of heads and an MLP only; .* has others"):
+        from_mib(write(tmp_path / "graph.json", BY_HAND), mamba)
 
 
 @pytest.mark.parametrize(
