@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import tasks
 from tasks import zoo
 
 TASKS: dict[str, Callable[..., tasks.Task]] = {"ioi": tasks.ioi}
 SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
-"""The presets that tables compare."""
+"""The presets that `discover` compares."""
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -102,26 +102,28 @@ def compare(
     seed: Seed = 0,
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
-    from circuits import assemble, faithfulness, patch, top
-    from circuits.graph import size
+    from circuits import evaluate, patch
     from relp import PRESETS, attribute
 
     with _one_line_errors():
         make = _task(task)
         bridge, name = _boot(model)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
+        others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
         _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
-        scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
+        scores = [attribute(bridge, prompts, rules=r) for r in PRESETS.values()]
         console.print(_agreement_table(scores, patch(bridge, prompts)))
-
-        shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+        edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
+        found = evaluate(bridge, others, edges)
+        shown = [i for i, size in enumerate(found.sizes) if 0.002 <= size <= 0.05]
         table = Table(
-            "rules", *(f"{s:.0%}" for s in shares), title="faithfulness by share of edges"
-        )
-        for r in SHOWN:
-            graph = assemble(attribute(bridge, prompts, rules=PRESETS[r], level="edge"))
-            circuits = [top(graph, edges=round(s * size(graph))) for s in shares]
-            table.add_row(r, *(f"{f:.3f}" for f in faithfulness(bridge, prompts, circuits)))
+            Column("rules", no_wrap=True), "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown),
+            title=f"faithfulness by share of edges, on the pairs of seed {seed + 1}",
+        )  # fmt: skip
+        areas = found.areas().set_index("rules")
+        for rules, row in zip(found.rules, found.faithfulness.tolist(), strict=True):
+            both = (f"{areas.loc[rules, name]:.3f}" for name in ("CPR", "CMD"))
+            table.add_row(rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown))
         console.print(table)
 
 
@@ -260,8 +262,8 @@ def _agreement_table(scores: Sequence[Any], effect: Any) -> Table:
 
     frame = agreement(scores, effect)
     table = Table(
-        "component",
-        *SHOWN,
+        "kind",
+        *(s.rules for s in scores),
         title="agreement with exact patching: Pearson r per pair (relative error)",
     )
     for kind in dict.fromkeys(frame["kind"]):
@@ -269,7 +271,7 @@ def _agreement_table(scores: Sequence[Any], effect: Any) -> Table:
         cells = (
             f"{'–' if rows.loc[r, 'pairs'] == 0 else format(rows.loc[r, 'pearson'], '.3f')} "
             f"({rows.loc[r, 'relative_error']:.2f})"
-            for r in SHOWN
+            for r in (s.rules for s in scores)
         )
         table.add_row(kind, *cells)
     return table

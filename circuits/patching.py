@@ -1,58 +1,86 @@
-"""Exact activation patching: the ground truth that scores are judged by.
+"""Exact effects: the ground truth that scores are judged by.
 
-A cell is one component at one position. Cells of a layer share forward passes (they are rows of
-one batch), the blocks before that layer are skipped, and logits are computed only where a built-in
-metric reads them. A cell that holds the same values in both runs (all that comes before the first
-token that differs) has no effect and is not run.
+A cell is one thing to change in one run: a component, or what one reader hears of one writer, at
+one position or at all. Cells are independent of each other: `measure` takes a list of them, runs
+those that start in the same block as rows of one batch, and can be interrupted. A cell that
+changes nothing (all that comes before the first token that differs) is not run.
+
+A node's cell overwrites the component's value, and everything after it is computed anew. An edge's
+cell (path patching, arXiv:2304.05969) leaves the writer's value alone: one reader's input is
+rebuilt as the own residual stream plus what the writer would add differently, and everything after
+that reader is computed anew. It is what an edge score estimates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import find_executable_batch_size
+from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from relp.attribution import OWN, node_sites, provenance
-from relp.capture import ROOT, answers_only, observe
-from relp.scores import Component, Effects
-from relp.sites import Block, Sites, editing
+from circuits.rerun import Rerun, entries
+from relp.attribution import OWN, edge_sites, head_outputs, provenance
+from relp.capture import ROOT, observe
+from relp.scores import Component, Effects, precedes, written_whole
+from relp.sites import Edit, Sites, bias, weight
 
-__all__ = ["patch"]
+__all__ = ["Cell", "measure", "patch"]
 
-BATCH_BYTES = 96 << 20
-"""Activations of one batch of cells; larger batches were not faster on a CPU."""
+BATCH_BYTES = 24 << 20
+"""Activations of one batch on a CPU, where larger ones were not faster; elsewhere memory is what
+the device has, and a batch that does not fit is made smaller."""
+DEVICE_BYTES = 4 << 30
+PAIR_BYTES = 512 << 20
+"""Activations of both runs that are kept for the pairs at work."""
+SECONDS = 5.0
+"""How much work an interrupted sweep may lose."""
+ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
+EVERYWHERE = -1
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One thing to patch: a component at a position."""
+class Cell(NamedTuple):
+    """One thing to change in one run."""
 
-    component: Component
-    row: int
-    """Its place on the component axis of the result."""
-    pos: int
+    component: str
+    """A component's name; a writer's if there is a reader."""
+    reader: str = ""
+    """Who hears the change; everything after the component if empty."""
+    pos: int = EVERYWHERE
+    """At which position; all of them if -1."""
 
 
 def patch(
     model: Any,
     task: Any,
     *,
+    level: str = "node",
     components: Sequence[str] | None = None,
+    edges: Sequence[tuple[str, str]] | None = None,
+    positions: bool | None = None,
     direction: str = "denoise",
+    ablation: str = "patch",
+    resume: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
-    """Measures what patching each component at each position does to the metric.
+    """Measures what patching each component or edge does to the metric.
 
     >>> effect = patch(model, task)            # nodes [pair, component, pos], as attribute's
-    >>> effect = patch(model, task, components=["head", "L3.mlp"])
+    >>> effect = patch(model, task, components=["head", "L3.mlp", "L3N17"])
+    >>> effect = patch(model, task, level="edge", edges=[("L5H5", "L9H6.q")])
 
     `denoise`: the clean value is put into the corrupt run and the effect is the metric minus that
     of the corrupt run; `noise`: the other way round.
@@ -60,198 +88,551 @@ def patch(
     Args:
         model: a `TransformerBridge` in eval mode. It is the same afterwards.
         task: a `tasks.Task`.
-        components: names (`L3H1`) or kinds (`resid`, `attn`, `mlp`, `head`, `embed`); all if None.
+        level: `"node"` or `"edge"`.
+        components: at node level, names (`L3H1`, neurons `L3N17`) or kinds (`resid`, `attn`, `mlp`,
+            `head`, `embed`, `neuron`); all but neurons if None.
+        edges: at edge level, `(writer, reader)` names; all if None, which are many. Edges that
+            were not asked for are NaN in the result.
+        positions: one cell per position, or one for all positions at once. If None, nodes are
+            patched by position and edges are not, as `attribute` gives them.
         direction: `"denoise"` or `"noise"`.
-        batch_size: cells per forward pass; by default as many as fit a fixed amount of memory.
+        ablation: what replaces a value: that of the other run (`"patch"`), zero (`"zero"`), or a
+            mean over what the component holds in the other runs of all pairs of the task, at all
+            positions (`"mean"`) or at the same one (`"mean_per_position"`).
+        resume: a `.safetensors` file that keeps finished cells. If it exists, the sweep goes on
+            from there; it must be of the same sweep.
+        batch_size: prompts of full length per forward pass at most, or as many tokens of runs that
+            start later; by default as many as fit the memory, and fewer if it runs out.
         progress: show a bar.
 
     Returns:
-        Effects in the unit of the metric, in the layout of `attribute(level="node")`.
+        Effects in the unit of the metric, in the layout of `attribute`'s scores. With
+        `positions=False` the position axis of nodes has length 1.
 
     Raises:
-        ValueError: an argument is wrong, or the model is in train mode.
+        ValueError: an argument is wrong, the model is in train mode, or `resume` is the file of
+            another sweep.
+        RuntimeError: edges were asked for, and what heads and MLPs add is not all that the
+            residual stream gets.
+    """
+    if level not in ("node", "edge"):
+        raise ValueError(f"`level` must be 'node' or 'edge'; got {level!r}; choose one of them")
+    if (components if level == "edge" else edges) is not None:
+        raise ValueError(
+            "`components` is for nodes and `edges` for edges; got the other one with "
+            f"level={level!r}; choose the level that you want"
+        )
+    sites = Sites.of(model)
+    by_position = level == "node" if positions is None else positions
+    places = range(int(task.lengths.max())) if by_position else [EVERYWHERE]
+    names = _components(sites, components) if level == "node" else ()
+    pairs = _edges(sites, edges) if level == "edge" else ()
+    cells = [Cell(n, pos=p) for n in names for p in places]
+    cells += [Cell(w, r, p) for w, r in pairs for p in places]
+    sweep = measure(model, task, cells, direction=direction, ablation=ablation, resume=resume,
+                    batch_size=batch_size, progress=progress)  # fmt: skip
+    labels = provenance(sites, task, direction, {"clean": sweep.clean, "corrupt": sweep.corrupt})
+    labels["rules"] = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
+    if level == "node":
+        nodes = sweep.effects.unflatten(1, (len(names), len(places)))
+        labels["tokens"] = labels["tokens"] if by_position else ("all positions",)
+        return Effects(components=names, nodes=nodes, **labels)
+    table = _unmeasured(sites, len(places))
+    rows = torch.tensor([sites.writers.index(w) for w, _ in pairs])
+    columns = torch.tensor([sites.readers.index(r) for _, r in pairs])
+    table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(pairs), len(places))).T
+    table = table if by_position else table[0]
+    return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """What is measured of a list of cells; NaN is what is not yet."""
+
+    effects: Float[Tensor, "pair cell"]
+    clean: Float[Tensor, " pair"]
+    corrupt: Float[Tensor, " pair"]
+
+
+def measure(
+    model: Any,
+    task: Any,
+    cells: Sequence[Cell],
+    *,
+    direction: str = "denoise",
+    ablation: str = "patch",
+    resume: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """The effect of each cell on each pair; arguments and errors as for `patch`.
+
+    A cell's effect depends on nothing but the cell: any split of the list over processes or
+    machines gives the same numbers.
     """
     if direction not in OWN:
         raise ValueError(
             f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
             "values into the corrupt run"
         )
+    if ablation not in ABLATIONS:
+        raise ValueError(
+            f"`ablation` must be one of {ABLATIONS}; got {ablation!r}; 'patch' takes the value of "
+            "the other run"
+        )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
+    resume = None if resume is None else Path(resume)
+    if resume is not None and resume.suffix != ".safetensors":
+        raise ValueError(
+            f"`resume` must be a .safetensors file; got {resume.name!r}; change the suffix"
+        )
     sites = Sites.of(model)
-    names = _chosen(sites.components, components)
     own = OWN[direction]
     other = "corrupt" if own == "clean" else "clean"
-    width = int(task.lengths.max())
-    effects = torch.zeros(len(task), len(names), width)
-    metrics = {s: torch.zeros(len(task)) for s in ("clean", "corrupt")}
-    buckets = list(task.buckets())
-    total = sum(len(names) * int(b.lengths[0]) for _, b in buckets)
-    with tqdm(total=total, desc="exact patching", unit="cell", disable=not progress,
-              leave=False) as bar:  # fmt: skip
-        for index, bucket in buckets:
-            with _output_shapes(sites) as outputs:
-                base, own_metric = observe(sites, bucket, node_sites(sites), side=own)
-            source, other_metric = observe(sites, bucket, node_sites(sites), side=other)
-            metrics[own][index] = own_metric.float().cpu()
-            metrics[other][index] = other_metric.float().cpu()
-            run = _Runs(sites, bucket, own, base, source, outputs)
-            cells = _cells(names, int(bucket.lengths[0]))
-            changed = [c for c in cells if run.changes(c)]
-            bar.update(len(cells) - len(changed))
-            for batch in _batches(changed, bucket, sites, batch_size):
-                values = run.patched(batch) - own_metric
-                for cell, effect in zip(batch, values.float().cpu(), strict=True):
-                    effects[index, cell.row, cell.pos] = effect
-                bar.update(len(batch))
-    labels = provenance(sites, task, direction, metrics)
-    return Effects(rules="exact", components=names, nodes=effects, **labels)
+    cells = tuple(cells)
+    labels = _labels(sites, task, cells, direction, ablation)
+    sweep = _begun(resume, labels, len(task), len(cells))
+    metrics = {"clean": sweep.clean, "corrupt": sweep.corrupt}
+    with _kept(sweep, resume, labels) as keep, tqdm(
+        total=sweep.effects.numel(), initial=int((~sweep.effects.isnan()).sum()),
+        desc="exact effects", unit="run", disable=not progress, leave=False,
+    ) as bar:  # fmt: skip
+
+        def run(prompts: int) -> None:
+            # called again with fewer prompts if memory runs out; what is finished stays finished
+            means = _means(sites, task, cells, other, ablation, prompts)
+            for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
+                part = _Part.of(sites, pairs, cells, own, ablation, means)
+                _note(metrics[own], index, part.rerun.metric)
+                _note(metrics[other], index, part.metric)
+                missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()
+                for batch, effects in part.run(missing, prompts):
+                    sweep.effects[index[:, None], torch.tensor(batch)] = effects
+                    bar.update(effects.numel())
+                    keep()
+
+        find_executable_batch_size(run, starting_batch_size=batch_size or _prompts(sites, task))()
+    return sweep
+
+
+# -- where cells write -----------------------------------------------------------------------------
+
+
+class Spot(NamedTuple):
+    """One of `parts` equal parts of what a site holds, and the first block that must run."""
+
+    layer: int
+    site: str
+    number: int = 0
+    parts: int = 1
+
+    def part(self, width: int) -> slice:
+        """Which entries of a site of this width."""
+        size = width // self.parts
+        return slice(self.number * size, (self.number + 1) * size)
+
+
+def _written(sites: Sites, component: str) -> Spot:
+    """Where a component's value is."""
+    _, kind, layer, number = Component.parse(component)
+    if kind == "embed":
+        return Spot(0, ROOT)
+    block = sites.blocks[layer]
+    if kind == "head":
+        return Spot(layer, block.name("z"), number, block.heads)
+    if kind == "neuron":
+        return Spot(layer, block.name("neurons"), number, block.neurons)
+    return Spot(layer, block.name(kind))
+
+
+def _read(sites: Sites, reader: str) -> Spot:
+    """Where what a reader gets is, as far as it is its own."""
+    (_, kind, layer, number), slot = Component.of_reader(reader)
+    if kind == "logits":
+        return Spot(len(sites.blocks), "final")
+    block = sites.blocks[layer]
+    if kind == "mlp":
+        return Spot(layer, block.name("mlp_in"))
+    return Spot(layer, block.name(slot), number, block.heads if slot == "q" else block.kv_heads)
+
+
+def _components(sites: Sites, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the chosen components, in the order of the model."""
+    if wanted is None:
+        return sites.components
+    chosen = {wanted} if isinstance(wanted, str) else set(wanted)
+    kinds = {name: Component.parse(name).kind for name in sites.components}
+    kinds |= {name: "neuron" for b in sites.blocks for name in b.neuron_names}
+    unknown = chosen - kinds.keys() - set(kinds.values())
+    if unknown or not chosen:
+        raise ValueError(
+            f"`components` must be names such as {sites.components[1]!r} or kinds out of "
+            f"{sorted(set(kinds.values()))}; got {min(unknown, default='none')!r}; see "
+            "Scores.components"
+        )
+    return tuple(name for name, kind in kinds.items() if name in chosen or kind in chosen)
+
+
+def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
+    """The chosen edges of the model as `(writer, reader)`."""
+    writers = [Component.parse(w) for w in sites.writers]
+    readers = [(r, Component.of_reader(r)[0]) for r in sites.readers]
+    known = tuple((w.name, r) for r, target in readers for w in writers if precedes(w, target))
+    if wanted is None:
+        return known
+    chosen = tuple(dict.fromkeys((w, r) for w, r in wanted))
+    unknown = [edge for edge in chosen if edge not in set(known)] if chosen else ["none"]
+    if unknown:
+        raise ValueError(
+            f"`edges` must be pairs (writer, reader) such as {known[-1]}; got {unknown[0]!r}; see "
+            "Scores.writers and Scores.readers, and let the writer come before the reader"
+        )
+    return chosen
+
+
+def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]:
+    """NaN for every edge, 0 where there is none."""
+    edges = set(_edges(sites, None))
+    exists = torch.tensor([[(w, r) in edges for r in sites.readers] for w in sites.writers])
+    return torch.where(exists, torch.nan, 0.0).repeat(places, 1, 1)
+
+
+# -- some pairs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
-    """Patched runs of one bucket of pairs."""
+class _Part:
+    """Some pairs of one length: their own run, what replaces its values, and the cells."""
 
-    sites: Sites
-    task: Any
-    own: str
-    base: dict[str, Tensor]
-    source: dict[str, Tensor]
-    outputs: dict[int, int]
+    rerun: Rerun
+    metric: Float[Tensor, " pair"]
+    """The metric of the other run."""
+    instead: Mapping[str, Tensor]
+    """What replaces the own values, by site."""
+    cells: tuple[Cell, ...]
+    spots: tuple[Spot, ...]
+    """Where each cell writes."""
+    changes: Mapping[str, Tensor]
+    """What each writer would add differently `[pair, pos, d_model]`; empty without edges."""
+    changed: Mapping[str, tuple[int, ...]]
+    """At which positions replacing a component's value is any change."""
 
-    def patched(self, cells: Sequence[Cell]) -> Float[Tensor, "cell pair"]:
-        """The metric with each cell patched; all cells are of one layer."""
-        layer = max(cells[0].component.layer, 0)
-        pairs, count = len(self.task), len(cells)
-        tokens = getattr(self.task, self.own).to(self.sites.device).repeat(count, 1)
+    @classmethod
+    def of(
+        cls, sites: Sites, task: Any, cells: tuple[Cell, ...], own: str, ablation: str,
+        means: Mapping[str, Tensor],
+    ) -> _Part:  # fmt: skip
+        """Runs both sides."""
+        written = {c.component: _written(sites, c.component) for c in cells}
+        names = tuple(dict.fromkeys(spot.site for spot in written.values()))
+        readers = tuple(dict.fromkeys(c.reader for c in cells if c.reader))
+        rerun = Rerun.of(sites, task, (*names, *(edge_sites(sites) if readers else ())), side=own)
+        other = "corrupt" if own == "clean" else "clean"
+        instead, metric = observe(sites, task, names if ablation == "patch" else (), side=other)
+        for name in names if ablation != "patch" else ():
+            value = rerun.values[name]
+            mean = means.get(name, torch.zeros(1, 1, device=value.device))[: value.shape[1]]
+            instead[name] = mean.to(value.dtype).expand_as(value)
+        changed = {}
+        for component, spot in written.items():
+            value = rerun.values[spot.site]
+            part = spot.part(value.shape[-1])
+            differs = (value[..., part] != instead[spot.site][..., part]).any(-1).any(0)
+            changed[component] = tuple(differs.nonzero().flatten().tolist())
+        changes = {}
+        if readers:
+            _must_be_known(sites, rerun.values, readers)
+            changes = _writer_changes(sites, rerun.values, instead, written)
+        spots = tuple(_read(sites, c.reader) if c.reader else written[c.component] for c in cells)
+        return cls(rerun, metric, instead, cells, spots, changes, changed)
 
-        def start(_: Tensor) -> Tensor:
-            return self.base[f"L{layer}.resid"].repeat(count, 1, 1)
+    def run(
+        self, numbers: Sequence[int], prompts: int
+    ) -> Iterator[tuple[list[int], Float[Tensor, "pair cell"]]]:
+        """Effects of the cells with these numbers, some at a time, in batches of that size."""
+        first = {i: self._first(i) for i in numbers}
+        pairs = len(self.metric)
+        if idle := [i for i, pos in first.items() if pos is None]:
+            yield idle, torch.zeros(pairs, len(idle))
+        # late positions first: those that run in one batch then start near each other
+        todo = sorted(
+            ((self.spots[i].layer, -pos, i) for i, pos in first.items() if pos is not None)
+        )
+        for batch in self._batches(todo, prompts):
+            layer, earliest, _ = batch[-1]
+            numbers, start = [number for *_, number in batch], self.rerun.start(-earliest)
+            edits = self._edits(numbers, start)
+            effects = self.rerun(edits, copies=len(batch), layer=layer, start=start)
+            yield numbers, effects.T.float().cpu()
 
-        edits: dict[str, Callable[[Tensor], Tensor]] = {f"L{layer}.resid": start}
-        for site in dict.fromkeys(self._site(c) for c in cells):
-            before = edits.get(site)
-            edits[site] = self._writer(site, cells, before)
-        edits |= answers_only(self.sites, self.task, count)
-        skipping = _skipping(self.sites, layer, self.outputs)
-        with torch.no_grad(), skipping, editing(self.sites, edits):
-            logits = self.sites.model(tokens)
-        return torch.stack([self.task.metric(part) for part in logits.split(pairs)])
+    def _batches(
+        self, todo: Sequence[tuple[int, int, int]], prompts: int
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """Cells `(layer, -first position, number)` of one layer, as many as fit."""
+        pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
+        batch: list[tuple[int, int, int]] = []
+        for cell in todo:
+            runs = (len(batch) + 1) * pairs * (length - self.rerun.start(-cell[1]))
+            if batch and (cell[0] != batch[0][0] or runs > prompts * length):
+                yield batch
+                batch = []
+            batch.append(cell)
+        if batch:
+            yield batch
 
-    def changes(self, cell: Cell) -> bool:
-        """False if the cell holds the very same values in both runs."""
-        site, part = self._site(cell), self._part(cell)
-        one, two = self.base[site], self.source[site]
-        return not torch.equal(one[:, cell.pos, part], two[:, cell.pos, part])
+    def _first(self, number: int) -> int | None:
+        """The first position that a cell changes; None if it changes nothing."""
+        cell, spot = self.cells[number], self.spots[number]
+        changed = self.changed[cell.component]
+        if cell.reader and spot.site.endswith("mlp_in"):
+            writer = Component.parse(cell.component)
+            if writer.layer == spot.layer and self.rerun.sites.blocks[spot.layer].parallel:
+                return None  # the MLP does not hear the heads beside it
+        if cell.pos == EVERYWHERE:
+            return changed[0] if changed else None
+        return cell.pos if cell.pos in changed else None
 
-    def _part(self, cell: Cell) -> slice:
-        """Which entries of its site belong to the cell."""
-        if cell.component.kind != "head":
-            return slice(None)
-        block = self.sites.blocks[cell.component.layer]
-        size = self.base[block.name("z")].shape[-1] // block.heads
-        return slice(cell.component.head * size, (cell.component.head + 1) * size)
+    def _edits(self, batch: Sequence[int], start: int) -> dict[str, Edit]:
+        """Each cell of the batch writes into its own rows."""
+        edits: dict[str, Edit] = {}
+        for site in dict.fromkeys(self.spots[i].site for i in batch):
+            rows = [row for row, i in enumerate(batch) if self.spots[i].site == site]
+            edits[site] = self._edit([batch[row] for row in rows], rows, len(batch), start)
+        return edits
 
-    def _site(self, cell: Cell) -> str:
-        kind, layer = cell.component.kind, cell.component.layer
-        if kind == "embed":
-            return ROOT
-        return f"L{layer}.{'z' if kind == 'head' else kind}"
-
-    def _writer(
-        self, site: str, cells: Sequence[Cell], before: Callable[[Tensor], Tensor] | None
-    ) -> Callable[[Tensor], Tensor]:
-        """Overwrites the cells' own rows at one site."""
-        pairs, source = len(self.task), self.source[site]
+    def _edit(self, numbers: Sequence[int], rows: Sequence[int], copies: int, start: int) -> Edit:
+        values = self._values(numbers)
 
         def write(value: Tensor) -> Tensor:
-            value = (value if before is None else before(value)).clone()
-            for i, cell in enumerate(cells):
-                if self._site(cell) == site:
-                    rows, part = slice(i * pairs, (i + 1) * pairs), self._part(cell)
-                    value[rows, cell.pos, part] = source[:, cell.pos, part]
-            return value
+            runs = value.clone().unflatten(0, (copies, -1))
+            for row, number, new in zip(rows, numbers, values, strict=True):
+                pos = self.cells[number].pos
+                at = slice(start, None) if pos == EVERYWHERE else slice(pos, pos + 1)
+                here = slice(at.start - start, None if at.stop is None else at.stop - start)
+                runs[row, :, here, self.spots[number].part(value.shape[-1])] = new[:, at]
+            return runs.flatten(0, 1)
 
         return write
 
-
-def _chosen(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    if wanted is None:
-        return known
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    kinds = {Component.parse(n).kind for n in known}
-    for name in wanted:
-        if name not in known and name not in kinds:
-            raise ValueError(
-                f"`components` must be names such as {known[1]!r} or kinds out of "
-                f"{sorted(kinds)}; got {name!r}; see Scores.components"
-            )
-    return tuple(n for n in known if n in wanted or Component.parse(n).kind in wanted)
+    def _values(self, numbers: Sequence[int]) -> Iterable[Float[Tensor, "pair pos part"]]:
+        """What cells that write at one site write there, at all positions."""
+        cells, spots = [self.cells[i] for i in numbers], [self.spots[i] for i in numbers]
+        if not cells[0].reader:
+            value = self.instead[spots[0].site]
+            return [value[..., spot.part(value.shape[-1])] for spot in spots]
+        sites, own = self.rerun.sites, self.rerun.values
+        heard = torch.stack([self.changes[c.component] for c in cells])
+        stream = own[_entry(sites, spots[0])]
+        return _received(sites, spots, stream + heard.to(stream))
 
 
-def _cells(names: tuple[str, ...], length: int) -> list[Cell]:
-    """All cells, those of one layer after those of the layer before."""
-    parsed = [(row, Component.parse(n)) for row, n in enumerate(names)]
-    parsed.sort(key=lambda item: max(item[1].layer, 0))
-    return [Cell(c, row, pos) for row, c in parsed for pos in range(length)]
+# -- edges -----------------------------------------------------------------------------------------
 
 
-def _batches(
-    cells: Sequence[Cell], task: Any, sites: Sites, batch_size: int | None
-) -> Iterator[list[Cell]]:
-    """Cells of one layer at a time, as many as one forward pass should hold."""
-    cfg = sites.model.cfg
-    if batch_size is None:
-        values = 12 * int(cfg.d_model)
-        if not task.metric.reads_answer_only:
-            values += int(cfg.d_vocab)
-        batch_size = max(1, BATCH_BYTES // (4 * len(task) * int(task.lengths[0]) * values))
-    for _, group in groupby(cells, key=lambda c: max(c.component.layer, 0)):
-        same_layer = list(group)
-        for at in range(0, len(same_layer), batch_size):
-            yield same_layer[at : at + batch_size]
+def _entry(sites: Sites, spot: Spot) -> str:
+    """The residual stream that a reader reads."""
+    if spot.layer == len(sites.blocks):
+        return "final"
+    block = sites.blocks[spot.layer]
+    middle = spot.site == block.name("mlp_in") and not block.parallel
+    return block.name("mid" if middle else "resid")
 
 
-# -- skipping blocks -------------------------------------------------------------------------------
+def _received(
+    sites: Sites, spots: Sequence[Spot], streams: Float[Tensor, "reader pair pos d_model"]
+) -> Float[Tensor, "reader pair pos part"]:
+    """What readers at one site get when each reads a stream of its own."""
+    layer, site, _, heads = spots[0]
+    if layer == len(sites.blocks):
+        return streams
+    block = sites.blocks[layer]
+    assert block.norm is not None and block.mlp_norm is not None  # post-norm models were refused
+    norm = block.mlp_norm if site == block.name("mlp_in") else block.norm
+    with torch.no_grad():
+        x = norm(streams.flatten(0, 1)).unflatten(0, (len(streams), -1))
+    projection = {name: module for name, module, _ in block.attention_readers}.get(site)
+    if projection is None:
+        return x
+    at = [spot.number for spot in spots]
+    w = rearrange(weight(projection), "(h d) m -> h d m", h=heads)[at]
+    x = torch.einsum("rptm,rdm->rptd", x, w.to(x.dtype))
+    offset = bias(projection)
+    return x if offset is None else x + rearrange(offset, "(h d) -> h 1 1 d", h=heads)[at]
 
 
-@contextmanager
-def _output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
-    """Notes how each block returns: 0 for a bare tensor, else the length of the tuple."""
-    seen: dict[int, int] = {}
+def _writer_changes(
+    sites: Sites, own: Mapping[str, Tensor], instead: Mapping[str, Tensor], writers: Iterable[str]
+) -> dict[str, Float[Tensor, "pair pos d_model"]]:
+    """What writers would add to the residual stream, less what they add."""
+    changes: dict[str, Tensor] = {}
+    by_site: dict[str, list[str]] = {}
+    for writer in writers:
+        by_site.setdefault(_written(sites, writer).site, []).append(writer)
+    for site, names in by_site.items():
+        step = instead[site] - own[site]
+        if Component.parse(names[0]).kind != "head":
+            changes[names[0]] = step
+            continue
+        added = head_outputs(sites.blocks[Component.parse(names[0]).layer], step)
+        changes |= {name: added[_written(sites, name).number] for name in names}
+    return changes
 
-    def note(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[layer] = len(output) if isinstance(output, tuple) else 0
 
-        return hook
+def _must_be_known(sites: Sites, own: Mapping[str, Tensor], readers: Iterable[str]) -> None:
+    """Edges are rebuilt outside the model, so its own run must come out of the same parts."""
+    if any(b.post_norm for b in sites.blocks):
+        raise ValueError(
+            "edge effects need heads and MLPs that add to the residual stream directly; "
+            f"{sites.model_name!r} normalises what they add (post-norm); use level='node'"
+        )
+    for block, after in zip(sites.blocks, entries(sites)[1:], strict=True):
+        added = head_outputs(block, own[block.name("z")]).sum(0) + own[block.name("mlp")]
+        offset = bias(block.o)
+        added = added if offset is None else added + offset
+        _must_equal(own[block.name("resid")] + added, own[after], f"what block {block.layer} adds")
+    for reader in readers:
+        spot = _read(sites, reader)
+        found = _received(sites, [spot], own[_entry(sites, spot)][None])[0]
+        value = own[spot.site]
+        _must_equal(found, value[..., spot.part(value.shape[-1])], f"what {reader} reads")
 
-    with ExitStack() as stack:
-        for block in sites.blocks:
-            module = sites.model.blocks[block.layer]
-            stack.callback(module.register_forward_hook(note(block.layer)).remove)
-        yield seen
+
+def _must_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    error = float((found - expected).abs().max())
+    scale = float(expected.abs().max())
+    if error > max(1e-3, 8 * torch.finfo(expected.dtype).eps) * max(scale, 1e-6):
+        raise RuntimeError(
+            f"{what} must be what the model computes; rebuilt it misses by {error:.2g} of "
+            f"{scale:.2g}; remove hooks that change activations, or use level='node' for this model"
+        )
 
 
-@contextmanager
-def _skipping(sites: Sites, layer: int, outputs: dict[int, int]) -> Iterator[None]:
-    """Blocks before `layer` hand their input on, in the form in which they return."""
+# -- memory ----------------------------------------------------------------------------------------
 
-    def hand_on(size: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, *[None] * (size - 1)) if size else hidden
 
-        return forward
+def _prompts(sites: Sites, task: Any) -> int:
+    """Prompts in one forward pass."""
+    values = 12 * int(sites.model.cfg.d_model)
+    if not task.metric.reads_answer_only:
+        values += int(sites.model.cfg.d_vocab)
+    memory = BATCH_BYTES if sites.device.type == "cpu" else DEVICE_BYTES
+    return max(1, memory // (4 * int(task.lengths.max()) * values))
 
-    skipped: list[Block] = [b for b in sites.blocks if b.layer < layer]
+
+def _pairs_kept(sites: Sites, task: Any, cells: Sequence[Cell]) -> int:
+    """Pairs whose activations are kept at a time."""
+    edges = any(c.reader for c in cells)
+    values = (20 * len(sites.blocks) + len(sites.writers) * edges) * int(sites.model.cfg.d_model)
+    return max(1, PAIR_BYTES // (4 * int(task.lengths.max()) * values))
+
+
+def _means(
+    sites: Sites, task: Any, cells: Sequence[Cell], side: str, ablation: str, prompts: int
+) -> dict[str, Float[Tensor, "#pos d"]]:
+    """What replaces a value in a mean ablation, by site: means over one side of all pairs."""
+    if ablation not in ("mean", "mean_per_position"):
+        return {}
+    names = tuple(dict.fromkeys(_written(sites, c.component).site for c in cells))
+    width = int(task.lengths.max())
+    totals: dict[str, Tensor] = {}
+    for _, pairs in task.buckets(prompts):
+        for name, value in observe(sites, pairs, names, side=side)[0].items():
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            if name not in totals:
+                totals[name] = torch.zeros(width, value.shape[-1], dtype=dtype, device=value.device)
+            totals[name][: value.shape[1]] += value.to(dtype).sum(0)
+    counts = (task.lengths[:, None] > torch.arange(width)).sum(0)[:, None]
+    if ablation == "mean":
+        return {n: t.sum(0, keepdim=True) / counts.sum().to(t) for n, t in totals.items()}
+    return {n: t / counts.to(t) for n, t in totals.items()}
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _labels(
+    sites: Sites, task: Any, cells: Sequence[Cell], direction: str, ablation: str
+) -> dict[str, str]:
+    """What makes a sweep the same sweep; weights are told by the metrics."""
+    prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
+    return {
+        "model": sites.model_name,
+        "task": task.name,
+        "metric": task.metric.name,
+        "direction": direction,
+        "ablation": ablation,
+        "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
+        "cells": _digest(json.dumps(cells)),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _begun(path: Path | None, labels: Mapping[str, str], pairs: int, cells: int) -> Sweep:
+    """The sweep that the file holds, or a new one.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if path is None or not path.exists():
+        metrics = torch.full((2, pairs), torch.nan)
+        return Sweep(torch.full((pairs, cells), torch.nan), *metrics)
     try:
-        for block in skipped:
-            # an attribute of the instance hides the method of its class until it is deleted;
-            # a bridge's own __setattr__ would set it on the module that it wraps
-            module = sites.model.blocks[block.layer]
-            object.__setattr__(module, "forward", hand_on(outputs[block.layer]))
-        yield
+        with safe_open(str(path), framework="pt") as file:
+            found = json.loads((file.metadata() or {})["relp.sweep"])
+            sweep = Sweep(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"`resume` must be a file that an interrupted sweep wrote; {str(path)!r} is not "
+            f"({error}); choose another name"
+        ) from error
+    if differing := [name for name in labels if found.get(name) != labels[name]]:
+        was, now = found.get(differing[0]), labels[differing[0]]
+        raise ValueError(
+            f"`resume` must be the file of the same sweep; {str(path)!r} differs in "
+            f"{differing[0]}: {was!r}, now {now!r}; choose another name, or delete it"
+        )
+    return sweep
+
+
+@contextmanager
+def _kept(
+    sweep: Sweep, path: Path | None, labels: Mapping[str, str]
+) -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each batch; the file is whole whatever interrupts the work."""
+
+    def save() -> None:
+        assert path is not None
+        with written_whole(path) as temporary:
+            temporary.write_bytes(to_bytes(vars(sweep), {"relp.sweep": json.dumps(labels)}))
+
+    if path is None:
+        yield lambda: None
+        return
+    save()  # a folder that cannot be written is noticed before the work
+    last = monotonic()
+
+    def now_and_then() -> None:
+        nonlocal last
+        if monotonic() - last > SECONDS:
+            save()
+            last = monotonic()
+
+    try:
+        yield now_and_then
     finally:
-        for block in skipped:
-            vars(sites.model.blocks[block.layer]).pop("forward", None)
+        save()
+
+
+def _note(metric: Tensor, index: Tensor, found: Tensor) -> None:
+    """Keeps a metric; in a sweep that goes on it must be what it was."""
+    now = found.float().cpu()
+    if bool(((metric[index] - now).abs() > 1e-3 * (1 + now.abs().max())).any()):
+        raise ValueError(
+            "`resume` must be the file of a sweep of this very model; the metric of its runs is "
+            "another now; choose another name, or load the weights of then"
+        )
+    metric[index] = now

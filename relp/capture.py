@@ -59,14 +59,15 @@ def observe(
     return values, metric
 
 
-def answers_only(sites: Sites, task: Any, copies: int = 1) -> dict[str, Edit]:
+def answers_only(sites: Sites, task: Any, copies: int = 1, start: int = 0) -> dict[str, Edit]:
     """The edit that hands the unembedding each row's answer position alone, `[row, 1, d_model]`.
 
-    Empty if the metric may read other positions. `copies`: how often the batch repeats the pairs.
+    Empty if the metric may read other positions. `copies`: how often the batch repeats the pairs;
+    `start`: the first position in the batch (a pair that ends before it gets that one).
     """
     if not task.metric.reads_answer_only:
         return {}
-    end = task.spans["end"].to(sites.device).repeat(copies)
+    end = (task.spans["end"] - start).clamp(min=0).to(sites.device).repeat(copies)
     return {"unembed": lambda x: x[torch.arange(len(x), device=x.device), end][:, None]}
 
 

@@ -1,8 +1,8 @@
 """The labelled result: scores of nodes or edges, with everything needed to read them.
 
 Names of components: `embed`, head `L9H6`, key/value head `L9KV1` (grouped-query attention),
-`L9.attn`, `L9.mlp`, `L9.mixer`, residual stream entering block 9 `L9.resid`, `logits`. A reader
-adds a slot: `L9H6.q`, `L9KV1.k`, `L3.mlp.in`, `logits.in`.
+MLP neuron `L9N17`, `L9.attn`, `L9.mlp`, `L9.mixer`, residual stream entering block 9 `L9.resid`,
+`logits`. A reader adds a slot: `L9H6.q`, `L9KV1.k`, `L3.mlp.in`, `logits.in`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ __all__ = ["Component", "Effects", "Scores"]
 
 _NAME = re.compile(
     r"(?P<plain>embed|logits)"
-    r"|L(?P<layer>\d+)(?:H(?P<head>\d+)|KV(?P<kv>\d+)|\.(?P<kind>attn|mlp|mixer|resid))"
+    r"|L(?P<layer>\d+)(?:H(?P<head>\d+)|KV(?P<kv>\d+)|N(?P<neuron>\d+)"
+    r"|\.(?P<kind>attn|mlp|mixer|resid))"
 )
 _SLOTS = ("q", "k", "v", "in")
 
@@ -40,9 +41,10 @@ class Component(NamedTuple):
 
     name: str
     kind: str
-    """embed, head, kv, attn, mlp, mixer, resid or logits."""
+    """embed, head, kv, neuron, attn, mlp, mixer, resid or logits."""
     layer: int
     head: int
+    """Number of the head, key/value head or neuron in its layer."""
 
     @classmethod
     def parse(cls, name: str) -> Component:
@@ -60,10 +62,9 @@ class Component(NamedTuple):
         if match["plain"]:
             return cls(name, match["plain"], -1, -1)
         layer = int(match["layer"])
-        if match["head"] is not None:
-            return cls(name, "head", layer, int(match["head"]))
-        if match["kv"] is not None:
-            return cls(name, "kv", layer, int(match["kv"]))
+        for kind in ("head", "kv", "neuron"):
+            if match[kind] is not None:
+                return cls(name, kind, layer, int(match[kind]))
         return cls(name, match["kind"], layer, -1)
 
     @staticmethod

@@ -5,10 +5,11 @@ the ones on the path (`HookPoint.add_hook` converts shapes, and gradients of con
 zero). Names of sites: `L3.resid` (entering block 3), `L3.q` `L3.k` `L3.v` (before rotary and
 QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.heads` (their sum, where a post-norm
 reads it), `L3.attn` and `L3.mlp` (what is added to the residual stream), `L3.mid` (the stream
-between the two), `L3.mlp_in`, `final` (the residual stream that the final norm reads), `unembed`
-(what the unembedding reads; here positions may be left out, before it some models restore the
-shape). Where heads cannot be told apart (multi-head latent attention, state-space models) a block
-has a mixer: `L3.mixer_in` and `L3.mixer` take the places of q, k, v and z, attn.
+between the two), `L3.mlp_in`, `L3.neurons` (what the MLP's last matrix reads), `final` (the
+residual stream that the final norm reads), `unembed` (what the unembedding reads; here positions
+may be left out, before it some models restore the shape). Where heads cannot be told apart
+(multi-head latent attention, state-space models) a block has a mixer: `L3.mixer_in` and `L3.mixer`
+take the places of q, k, v and z, attn.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Block:
     """The norm through which the heads' sum is added to the stream (Gemma-2, OLMo-2)."""
     post_norm: bool
     """What attention or MLP add passes through a norm first."""
+    neurons: int
+    """Neurons of the MLP; 0 where it is no single one (mixture of experts)."""
 
     def name(self, part: str) -> str:
         """`L3.mlp` for part `mlp`."""
@@ -65,6 +68,11 @@ class Block:
     def head_names(self) -> tuple[str, ...]:
         """`L3H0`, `L3H1`, …; empty for a mixer."""
         return tuple(f"L{self.layer}H{h}" for h in range(self.heads))
+
+    @property
+    def neuron_names(self) -> tuple[str, ...]:
+        """`L3N0`, `L3N1`, …"""
+        return tuple(f"L{self.layer}N{n}" for n in range(self.neurons))
 
     @property
     def kv_names(self) -> tuple[str, ...]:
@@ -205,6 +213,7 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     norm = parts.get("ln1", parts.get("norm"))  # OLMo-2 norms only what it adds
     mlp = parts.get("mlp")
+    down: Any = None if mlp is None else dict(mlp.named_children()).get("out")
     block = Block(
         layer=layer,
         heads=heads,
@@ -219,6 +228,7 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
         parallel=parallel,
         attn_post=parts.get("ln1_post") if heads else None,
         post_norm="ln1_post" in parts or "ln2_post" in parts,
+        neurons=0 if down is None else weight(down).shape[1],
     )
     points: dict[str, Any] = {"resid": module.hook_in}
     added = module.hook_attn_out if "attn" in parts else mixer.hook_out
@@ -235,6 +245,8 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
         if not parallel:
             # without a norm before it (OLMo-2) the MLP reads the stream itself
             points["mid"] = parts.get("ln2", entry).hook_in
+    if down is not None:
+        points["neurons"] = down.hook_in
     return block, points
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from circuits import load, save
 from circuits.cli import SHOWN, app
 from circuits.graph import size
+from relp import PRESETS
 from tasks import zoo
 
 NUMBER = r"-?\d+\.\d{3}"
@@ -89,7 +90,7 @@ def test_discover_says_what_it_found(discovered: tuple[Result, Path]) -> None:
     for kind in ("embed", "resid", "head", "attn", "mlp"):
         (row,) = [line for line in said.splitlines() if re.search(rf"^\W*{kind}\b", line)]
         assert len(re.findall(rf"(?:–|{NUMBER}) \(\d+\.\d\d\)", row)) == len(SHOWN) == 4
-    assert re.search(r"\W+".join(("component", "GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")), said)
+    assert re.search(r"\W+".join(("kind", "GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")), said)
     circuit = load(out / "ioi.json")
     # 2 layers, 2 heads: q k v of 4 heads read 1 and 4 writers, the MLPs 3 and 6, logits 7
     assert re.search(
@@ -105,12 +106,13 @@ def test_discover_says_what_it_found(discovered: tuple[Result, Path]) -> None:
 def test_compare_gives_both_tables(model: Path) -> None:
     result = relp("compare", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output
-    before, after = result.stdout.split("faithfulness by share of edges")
+    before, after = result.stdout.split("faithfulness by share of edges, on the pairs of seed 1")
     assert "agreement with exact patching" in before
-    assert re.search(r"\W+".join(("rules", "1", "2", "5", "10", "20", "50")), after)
-    for rules in SHOWN:
+    shares = ("0.2", "0.5", "1.0", "2.0", "5.0")
+    assert re.search(r"\W+".join(("rules", "CPR", "CMD", *map(re.escape, shares))), after)
+    for rules in (*PRESETS, "random"):
         (row,) = [line for line in after.splitlines() if re.search(rf"^\W*{rules}\b", line)]
-        assert len(re.findall(NUMBER, row)) == 6
+        assert len(re.findall(NUMBER, row)) == 7
     assert files(Path.cwd()) == []
 
 

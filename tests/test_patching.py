@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import random_task
+from conftest import boot, random_task, save_tokenizer
 from replica import Replica
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformer_lens import patching
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits import agreement, assemble, faithfulness, patch, top
 from circuits.graph import real_edges, size
+from circuits.rerun import Rerun
 from relp import GRADIENT, RELP, Component, Effects, attribute
 from tasks import Task, ioi
 
+EVERYWHERE = slice(None)
 
-def plainly(model: Any, task: Task, name: str, pos: int, own: str) -> Tensor:
+
+def other_run(value: Tensor) -> Tensor:
+    return value
+
+
+def plainly(
+    model: Any,
+    task: Task,
+    name: str,
+    pos: Any,
+    own: str,
+    instead: Callable[[Tensor], Tensor] = other_run,
+) -> Tensor:
     """One component at one position, one hook, the whole model: nothing skipped or batched."""
     component = Component.parse(name)
     block = model.blocks[max(component.layer, 0)]
@@ -26,6 +45,7 @@ def plainly(model: Any, task: Task, name: str, pos: int, own: str) -> Tensor:
         "head": block.attn.o.hook_in,
         "attn": block.attn.hook_out,
         "mlp": block.mlp.hook_out,
+        "neuron": block.mlp.out.hook_in,
     }[component.kind]
     kept: list[Tensor] = []
 
@@ -35,10 +55,10 @@ def plainly(model: Any, task: Task, name: str, pos: int, own: str) -> Tensor:
     def write(_: nn.Module, __: Any, value: Tensor) -> Tensor:
         value = value.clone()
         part = slice(None)
-        if component.kind == "head":
-            size = value.shape[-1] // model.cfg.n_heads
+        if component.kind in ("head", "neuron"):
+            size = value.shape[-1] // model.cfg.n_heads if component.kind == "head" else 1
             part = slice(component.head * size, (component.head + 1) * size)
-        value[:, pos, part] = kept[0][:, pos, part]
+        value[:, pos, part] = instead(kept[0]).expand_as(value)[:, pos, part]
         return value
 
     other = "corrupt" if own == "clean" else "clean"
@@ -88,8 +108,277 @@ def test_chosen_components_and_mixed_lengths(tiny: Any) -> None:
     assert effects.nodes is not None and alone.nodes is not None
     torch.testing.assert_close(effects.nodes[:2, :, :4], alone.nodes)
     assert torch.equal(effects.nodes[:2, :, 4:], torch.zeros(2, 4, 2))
-    with pytest.raises(ValueError, match="got 'neuron'; see Scores.components"):
-        patch(tiny, mixed, components=["neuron"])
+    with pytest.raises(ValueError, match="got 'neurons'; see Scores.components"):
+        patch(tiny, mixed, components=["neurons"])
+
+
+def test_neurons_and_all_positions_at_once(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    asked = ["L1N3", "L2H0", "resid", "L0.mlp"]
+    effects = patch(tiny, task, components=asked, positions=False, progress=False)
+    assert effects.nodes is not None and effects.nodes.shape == (2, 6, 1)
+    assert set(effects.to_dataframe()["token"]) == {"all positions"}
+    for row, name in enumerate(effects.components):
+        expected = plainly(tiny, task, name, EVERYWHERE, "corrupt")
+        torch.testing.assert_close(effects.nodes[:, row, 0], expected, rtol=1e-4, atol=1e-5)
+    every = patch(tiny, task, components=["neuron"], positions=False, progress=False)
+    assert every.nodes is not None and len(every.components) == 3 * tiny.cfg.d_mlp
+    neuron = every.nodes[:, every.components.index("L1N3")]
+    torch.testing.assert_close(neuron, effects.nodes[:, effects.components.index("L1N3")])
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean_per_position"])
+def test_ablations_by_hand(tiny: Any, ablation: str) -> None:
+    task = random_task(tiny, pairs=3, length=4)
+    instead = {
+        "zero": torch.zeros_like,
+        "mean": lambda value: value.mean((0, 1), keepdim=True),
+        "mean_per_position": lambda value: value.mean(0, keepdim=True),
+    }[ablation]
+    asked = ["L0.mlp", "L1H2", "L2.attn"]
+    effects = patch(tiny, task, components=asked, ablation=ablation, batch_size=2, progress=False)
+    assert effects.nodes is not None and effects.rules == f"exact ({ablation} ablation)"
+    for row, name in enumerate(effects.components):
+        for pos in range(4):
+            expected = plainly(tiny, task, name, pos, "corrupt", instead)
+            torch.testing.assert_close(effects.nodes[:, row, pos], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_transformer_lens(tiny: Any) -> None:
+    task = random_task(tiny, pairs=3, length=5)
+    with torch.no_grad():
+        _, cache = tiny.run_with_cache(task.clean)
+        theirs = patching.get_act_patch_attn_head_out_by_pos(
+            tiny, task.corrupt, cache, lambda logits: task.metric(logits).mean()
+        )
+    effects = patch(tiny, task, components=["head"], progress=False)
+    assert effects.nodes is not None
+    ours = (effects.nodes.mean(0) + effects.corrupt.mean()).unflatten(0, (3, 4)).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_positions_before_a_cell_do_not_run(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, starts = Rerun.__call__, []
+
+    def call(self: Rerun, *args: Any, start: int, **kwargs: Any) -> Tensor:
+        starts.append(start)
+        return inner(self, *args, start=start, **kwargs)
+
+    monkeypatch.setattr(Rerun, "__call__", call)
+    task = random_task(tiny, pairs=2, length=4)
+    patch(tiny, task, components=["L1.mlp"], batch_size=2, progress=False)
+    assert starts == [2, 1, 0]  # the last two positions together are as long as one prompt
+
+
+# -- edges -----------------------------------------------------------------------------------------
+
+
+def path_patched(replica: Replica, task: Task, own: str, edge: tuple[str, str], pos: Any) -> Tensor:
+    """The replica with one reader's input rebuilt: float64, the whole model."""
+    other = "corrupt" if own == "clean" else "clean"
+    mine, theirs = replica.run(getattr(task, own)), replica.run(getattr(task, other))
+    writer, reader = edge
+
+    def read(name: str, residual: Tensor) -> Tensor:
+        residual = residual.clone()
+        if name == reader:
+            residual[:, pos] += (theirs.writers[writer] - mine.writers[writer])[:, pos]
+        return residual
+
+    changed = replica.run(getattr(task, own), read=read)
+    return task.metric(changed.logits) - task.metric(mine.logits)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_every_edge_equals_a_slow_run(tiny: Any, direction: str) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    own = {"denoise": "corrupt", "noise": "clean"}[direction]
+    effects = patch(tiny, task, level="edge", direction=direction, progress=False)
+    estimate = attribute(tiny, task, level="edge", direction=direction)
+    assert effects.edges is not None and estimate.edges is not None
+    assert (effects.writers, effects.readers) == (estimate.writers, estimate.readers)
+    assert bool(((estimate.edges != 0) <= (effects.edges != 0)).all())
+    replica = Replica(tiny, GRADIENT)
+    for i, (u, v, _, data) in enumerate(real_edges(assemble(effects))):
+        edge = (u, data["reader"])
+        if i % 7 == 0 or v == "logits":
+            with torch.no_grad():
+                expected = path_patched(replica, task, own, edge, EVERYWHERE).mean()
+            assert data["score"] == pytest.approx(float(expected), abs=1e-5), edge
+
+
+def test_chosen_edges_by_position(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    kv = "L2KV1" if tiny.cfg.n_key_value_heads == 2 else "L2H1"
+    asked = [
+        ("embed", f"{kv}.k"),
+        ("L0H1", "L2H3.q"),
+        ("L1.mlp", "L2.mlp.in"),
+        ("L2H0", "logits.in"),
+    ]
+    effects = patch(tiny, task, level="edge", edges=asked, positions=True, progress=False)
+    assert effects.edges is not None
+    replica = Replica(tiny, GRADIENT)
+    measured = ~effects.edges.isnan() & (effects.edges != 0)
+    for writer, reader in asked:
+        w, r = effects.writers.index(writer), effects.readers.index(reader)
+        for pos in range(4):
+            with torch.no_grad():
+                expected = path_patched(replica, task, "corrupt", (writer, reader), pos).mean()
+            assert float(effects.edges[pos, w, r]) == pytest.approx(float(expected), abs=1e-5)
+        measured[:, w, r] = False
+    assert not bool(measured.any())
+    assert (
+        int(effects.edges[0].isnan().sum())
+        == size(assemble(attribute(tiny, task, level="edge"))) - 4
+    )
+    with pytest.raises(ValueError, match=r"got \('L2H0', 'L1\.mlp\.in'\); see Scores\.writers"):
+        patch(tiny, task, level="edge", edges=[("L2H0", "L1.mlp.in")])
+    with pytest.raises(ValueError, match="got the other one with level='node'"):
+        patch(tiny, task, edges=asked)
+
+
+def test_edges_of_parallel_blocks(tmp_path: Path) -> None:
+    """Attention and MLP read one stream: an MLP hears the heads of earlier blocks alone."""
+    vocabulary = save_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    model = boot(tmp_path)
+    task = random_task(model, pairs=2, length=4)
+    effects = patch(model, task, level="edge", progress=False)
+    assert effects.edges is not None
+    table = dict(zip(effects.writers, effects.edges, strict=True))
+    column = {r: i for i, r in enumerate(effects.readers)}
+    assert bool((table["L1H2"][: column["logits.in"]] == 0).all())
+
+    block, streams, added = model.blocks[1], [], []
+    handles = [
+        block.hook_in.register_forward_hook(lambda *a: streams.append(a[2])),
+        model.blocks[0].mlp.hook_out.register_forward_hook(lambda *a: added.append(a[2])),
+    ]
+    with torch.no_grad():
+        before = task.metric(model(task.corrupt))
+        model(task.clean)
+        for handle in handles:
+            handle.remove()
+        stream = streams[0] + added[1] - added[0]
+        into_mlp, keys = block.ln2(stream), block.attn.k(block.ln1(stream))
+        for reader, point, new, part in (
+            ("L1.mlp.in", block.mlp.hook_in, into_mlp, EVERYWHERE),
+            ("L1H2.k", block.attn.k.hook_out, keys, slice(16, 24)),
+        ):
+
+            def write(_: Any, __: Any, value: Tensor, new: Any = new, part: Any = part) -> Tensor:
+                value = value.clone()
+                value[..., part] = new[..., part]
+                return value
+
+            handle = point.register_forward_hook(write)
+            expected = (task.metric(model(task.corrupt)) - before).mean()
+            handle.remove()
+            found = float(table["L0.mlp"][column[reader]])
+            assert found == pytest.approx(float(expected), abs=1e-6)
+
+
+# -- long sweeps -----------------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    inner, done = Rerun.__call__, []
+
+    def call(self: Rerun, *args: Any, **kwargs: Any) -> Tensor:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(1)
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(Rerun, "__call__", call)
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_an_interrupted_sweep_goes_on(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    task, file = random_task(tiny, pairs=3, length=4), tmp_path / "sweep.safetensors"
+    arguments: dict[str, Any] = {"level": level, "batch_size": 6, "progress": False}
+    arguments |= {"components": ["head"]} if level == "node" else {"edges": some_edges(tiny)}
+    whole = patch(tiny, task, **arguments)
+    with monkeypatch.context() as patched:
+        interrupt(patched, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            patch(tiny, task, resume=file, **arguments)
+    with safe_open(str(file), framework="pt") as kept:
+        done = ~kept.get_tensor("effects").isnan()
+    assert 0 < int(done.sum()) < done.numel()
+    resumed = patch(tiny, task, resume=file, **arguments)
+    name = f"{level}s"
+    torch.testing.assert_close(getattr(resumed, name), getattr(whole, name), equal_nan=True)
+    with monkeypatch.context() as patched:
+        interrupt(patched, after=0)
+        again = patch(tiny, task, resume=file, **arguments)
+    assert torch.equal(getattr(again, name).nan_to_num(), getattr(resumed, name).nan_to_num())
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def some_edges(model: Any) -> list[tuple[str, str]]:
+    last = "L2KV0" if model.cfg.n_key_value_heads == 2 else "L2H0"
+    return [(f"L{i}H{h}", f"{last}.v") for i in range(2) for h in range(4)]
+
+
+def test_the_file_of_another_sweep_is_refused(tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.safetensors"
+    task = random_task(tiny, pairs=2, length=3)
+
+    def sweep(task: Task = task, **arguments: Any) -> Effects:
+        arguments = {"components": ["mlp"], **arguments}
+        return patch(tiny, task, resume=file, progress=False, **arguments)
+
+    sweep()
+    with pytest.raises(ValueError, match=r"differs in direction: 'denoise', now 'noise'; choose"):
+        sweep(direction="noise")
+    with pytest.raises(ValueError, match="differs in ablation"):
+        sweep(ablation="zero")
+    with pytest.raises(ValueError, match="differs in prompts"):
+        sweep(random_task(tiny, pairs=2, length=3, seed=1))
+    with pytest.raises(ValueError, match="differs in metric"):
+        sweep(task.with_metric("probability_difference"))
+    with pytest.raises(ValueError, match="differs in cells"):
+        sweep(components=["L0.mlp"])
+    weight = tiny.blocks[2].mlp.out.original_component.weight
+    with torch.no_grad():
+        weight *= 2
+        with pytest.raises(ValueError, match="the metric of its runs is another now"):
+            sweep()
+        weight /= 2
+    sweep(random_task(tiny, pairs=2, length=3)).save(file)
+    with pytest.raises(ValueError, match="must be a file that an interrupted sweep wrote"):
+        sweep()
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file; got 'sweep\.pt'"):
+        patch(tiny, task, resume="sweep.pt")
+    with pytest.raises(FileNotFoundError, match="must lie in an existing folder"):
+        patch(tiny, task, resume=tmp_path / "none" / "sweep.safetensors", progress=False)
+
+
+def test_smaller_batches_when_memory_runs_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = random_task(tiny, pairs=3, length=4)
+    expected = patch(tiny, task, components=["mlp"], progress=False)
+    inner, sizes = Rerun.__call__, []
+
+    def call(self: Rerun, *args: Any, copies: int, **kwargs: Any) -> Tensor:
+        sizes.append(copies * len(self.task))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(self, *args, copies=copies, **kwargs)
+
+    monkeypatch.setattr(Rerun, "__call__", call)
+    found = patch(tiny, task, components=["mlp"], batch_size=12, progress=False)
+    assert found.nodes is not None and expected.nodes is not None
+    torch.testing.assert_close(found.nodes, expected.nodes)
+    assert max(sizes) == 12 and sizes[-1] <= 2
 
 
 def test_a_metric_that_reads_every_position(tiny: Any) -> None:
