@@ -1,7 +1,7 @@
 """Which scores find the better circuits: CPR and CMD on the models that ship, and the time.
 
-    python tests/benchmarks/evaluation.py
-    python tests/benchmarks/evaluation.py --exact    # and exact edge effects, which take minutes
+python tests/benchmarks/evaluation.py
+python tests/benchmarks/evaluation.py --exact    # and exact edge effects, which take minutes
 """
 
 from __future__ import annotations

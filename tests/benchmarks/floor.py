@@ -39,7 +39,8 @@ def plain_model(layers: int = 12) -> GPT2LMHeadModel:
 def bridge(layers: int = 12) -> Any:
     """The same model as a bridge; the tokenizer is there because a bridge wants one."""
     folder = str(Path(zoo.__file__).parent / "ioi-gpt2")
-    model = TransformerBridge.boot_transformers(folder, device="cpu", hf_model=plain_model(layers))
+    inner = plain_model(layers).requires_grad_()  # as users have it
+    model = TransformerBridge.boot_transformers(folder, device="cpu", hf_model=inner)
     with torch.no_grad():
         model(torch.tensor([[1, 2]]))  # a bridge installs hooks of its own at the first run
     return model.eval()
