@@ -1076,11 +1076,22 @@ def module_names(root: nn.Module) -> dict[int, str]:
     parts, and the shortest (`blocks.1.ln1`, not `blocks.1._original_component.ln_1`).
     """
     names: dict[int, str] = {}
-    for name, module in root.named_modules(remove_duplicate=False):
+
+    def visit(module: nn.Module, name: str) -> None:
         known = names.get(id(module))
-        if known is None or (name.count("._"), len(name)) < (known.count("._"), len(known)):
-            names[id(module)] = name
+        if known is not None and _privacy(known) <= _privacy(name):
+            return
+        names[id(module)] = name
+        children = [(f"{name}.{n}".lstrip("."), child) for n, child in module.named_children()]
+        for child_name, child in sorted(children, key=lambda item: _privacy(item[0])):
+            visit(child, child_name)
+
+    visit(root, "")
     return names
+
+
+def _privacy(name: str) -> tuple[int, int]:
+    return name.count("._"), len(name)
 
 
 def coverage(
