@@ -458,6 +458,20 @@ def _cosine_similarity(a: Tensor, b: Tensor, dim: int = 1, eps: float = 1e-8) ->
     return (unit(a) * unit(b)).sum(dim)
 
 
+def _cross_entropy(
+    x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    if label_smoothing or target.is_floating_point():
+        raise ValueError(
+            "cross entropy must be with class indices and without label smoothing under rules; "
+            "write it as log_softmax and a product"
+        )
+    logarithms = F.log_softmax(x, 1 if x.dim() > 1 else 0)
+    how = ("none", "mean", "sum")[reduction]
+    return F.nll_loss(logarithms, target, weight, ignore_index=ignore_index, reduction=how)
+
+
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "baddbmm": _sum_of_products(torch.bmm),
@@ -477,6 +491,7 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "var": _var,
     "std": lambda *args, **kwargs: _var(*args, **kwargs).sqrt(),
     "cosine_similarity": _cosine_similarity,
+    "cross_entropy_loss": _cross_entropy,
 }
 """The same values (up to rounding) from operations of one kind each."""
 

@@ -109,6 +109,7 @@ class Propagation:
         # detached activations, whose difference between the runs no coefficient can explain, and
         # what the first run had where they meet what carries relevance
         self._stopped: dict[int, Tensor] = {}
+        self._lent: set[int] = set()
         self._meetings: dict[Key, tuple[dict[int, Tensor], formulas.Remainder]] = {}
         # decisions of the first run in place of other ones, kept so that their ids stay theirs
         self._suspects: dict[int, tuple[Tensor, str]] = {}
@@ -164,6 +165,7 @@ class Propagation:
             self._opening.clear()
             self._suspects.clear()
             self._stopped.clear()
+            self._lent.clear()
             self._mode.owner = None
             self._inside = 0
 
@@ -542,12 +544,19 @@ class Propagation:
             self._frames[-1].differing += frame.differing
             return None
         if [a._version for a in args if isinstance(a, Tensor)] != frame.versions:
+            raise ValueError(_OVERWRITES.format(frame.name))
+        given = list(tensors((args, kwargs)))
+        versions = [t._version for t in given]
+        if not _only_tensors((args, kwargs)):
             raise ValueError(
-                "a module that branches must leave its inputs as they are under rules that compare "
-                f"two runs; {frame.name!r} overwrites one; use rules of one run, such as RELP"
+                "a module that branches must be given tensors and plain values under rules that "
+                f"compare two runs, for it is run twice; {frame.name!r} also gets an object that "
+                "may keep state, such as a cache; call the model with use_cache=False"
             )
         with self.paused():
             real = module.forward(*args, **kwargs)
+        if [t._version for t in given] != versions:
+            raise ValueError(_OVERWRITES.format(frame.name))
         remainder, places = self._remainders[frame.number]
         jumps = [(_parts(real)[i], _parts(output)[i]) for i in places]
         if any(a.shape != b.shape for a, b in jumps):
@@ -581,6 +590,8 @@ class Propagation:
             self._performed[key] = _shapes(call)
         met = self._meets(call)
         if not call.carries():
+            if met and _memory(call.args[:1]) & self._lent and call.out_of_place() is not None:
+                raise UnknownOperationError(_NOT_IN_PLACE.format(call.name, self._where))
             out = self._begins(call, call.plainly())
             if met:
                 self._branch(call.name, call.args[0] if out is None else out)
@@ -596,13 +607,12 @@ class Propagation:
                 out = self._explain(call.args[0].copy_(out))
             return out
         if not torch.is_grad_enabled() and self._rules.needs_reference and call.overwrites():
-            raise UnknownOperationError(
-                "an activation must not be overwritten inside no_grad under rules that compare two "
-                f"runs; {call.name!r} in {self._where!r} does; write y = f(x)"
-            )
+            raise UnknownOperationError(_NOT_IN_PLACE.format(call.name, self._where))
         out = call.plainly()
         if not carries(out) and out is not None:
             self._branch(call.name, out)
+            if self._rules.needs_reference:  # x.data: another tensor, the same memory
+                self._lent |= _memory(out) & _memory((call.args, call.kwargs))
         elif call.name in LINEAR:
             self._count(call.name, "linear", "derivative")
         else:
@@ -1146,6 +1156,14 @@ _VIEWS = (
     "SplitWithSizes", "ViewAs", "Swapaxes",
     "Unfold", "AccumulateGrad",
 )  # fmt: skip
+_OVERWRITES = (
+    "a module that branches must leave its inputs as they are under rules that compare two runs; "
+    "{!r} overwrites one; use rules of one run, such as RELP"
+)
+_NOT_IN_PLACE = (
+    "an activation must not be overwritten without gradients (in no_grad, by .data or .detach()) "
+    "under rules that compare two runs; {!r} in {!r} does; write y = f(x)"
+)
 _ONE_OPERAND = (
     "an elementwise operation must depend on the input by one operand; {!r} does by several; write "
     "it as products and differences"
@@ -1179,6 +1197,20 @@ def _parts(output: Any) -> tuple[Any, ...]:
 
 def _copied(t: Tensor) -> Tensor:
     return t.detach().clone()
+
+
+def _memory(value: Any) -> set[int]:
+    """Where the tensors lie."""
+    return {t.untyped_storage().data_ptr() for t in tensors(value)}
+
+
+def _only_tensors(value: Any) -> bool:
+    """True for tensors and plain values, however nested."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_only_tensors, value))
+    if isinstance(value, dict):
+        return all(map(_only_tensors, value.values()))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype))
 
 
 def _shapes(call: Call) -> list[torch.Size]:

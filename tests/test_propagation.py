@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import weakref
@@ -508,3 +509,158 @@ def test_nothing_of_two_runs_outlives_their_graph() -> None:
 
 def attend(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x)
+
+
+LOST: dict[str, tuple[Any, str]] = {
+    "added in place": (lambda x: ((x * 2).add_(x.detach()), "")[0].tanh(), "add"),
+    "multiplied in place": (lambda x: (x * 2).mul_(x.detach()), "mul"),
+    "in attention": (lambda x: F.scaled_dot_product_attention(x, x, x.detach()), ""),
+    "in a composite": (lambda x: torch.addcmul(x, x.detach(), x), ""),
+    "put into a buffer": (lambda x: x * put(torch.zeros_like(x), x.detach()), "mul"),
+    "copied through a view": (lambda x: x * copied(torch.zeros_like(x), x.detach()), "mul"),
+    "through an activation module": (lambda x: x * nn.Sigmoid()(x.detach()), "mul"),
+    "in a slice": (lambda x: x[: int(x.detach()[:, 0].argmax()) + 1].tanh().sum(), ""),
+}
+
+
+def put(buffer: Tensor, value: Tensor) -> Tensor:
+    buffer[0] = value[0]
+    return buffer
+
+
+def copied(buffer: Tensor, value: Tensor) -> Tensor:
+    buffer[0].copy_(value[0])
+    return buffer
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_detached_values_are_followed_wherever_they_go(name: str) -> None:
+    function = Function(LOST[name][0])
+    generator = torch.Generator().manual_seed(4)
+    x, other = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    with propagate(DEEPLIFT) as report:
+        y = function(x)
+    with report.reference():
+        after = function(other)
+    assert torch.equal(after, function(other))
+    (c,) = torch.autograd.grad(y.sum(), x)
+    rest = report.remainder()["remainder"].sum()
+    explained = ((other - x) * c).sum().item()
+    assert explained + rest == pytest.approx((after - y).sum().item(), rel=1e-9)
+
+
+def test_an_activation_that_was_cut_is_a_leaf() -> None:
+    x, other = torch.randn(2, 3, 4, dtype=torch.float64)
+    cut: list[Tensor] = []
+
+    def function(t: Tensor) -> Tensor:
+        h = t.tanh().detach()
+        if t.requires_grad:
+            cut.append(h.requires_grad_())
+        return h.exp() * 2
+
+    with propagate(DEEPLIFT) as report:
+        y = function(x.requires_grad_())
+    with report.reference():
+        after = function(other)
+    (c,) = torch.autograd.grad(y.sum(), cut)
+    total = ((other.tanh() - cut[0]) * c).sum()
+    torch.testing.assert_close(total, (after - y).sum())
+
+
+def in_no_grad(x: Tensor) -> Tensor:
+    h = x * 2
+    with torch.no_grad():
+        h.add_(x.tanh())
+    return h
+
+
+def by_data(x: Tensor) -> Tensor:
+    h = x * 2
+    h.data.add_(x.data)
+    return h
+
+
+@pytest.mark.parametrize("function", [in_no_grad, by_data, lambda x: x * float(x.sum().numpy())])
+def test_what_cannot_be_followed_is_refused(function: Any) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(UnknownOperationError), propagate(DEEPLIFT):
+        function(x) if function in (in_no_grad, by_data) else x.detach().numpy()
+
+
+class Caching(Routed):
+    """Keeps what it has seen."""
+
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        return super().forward(x)
+
+
+class Overwriting(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "message"),
+    [
+        (Caching, {"cache": object()}, "also gets an object that may keep state"),
+        (Overwriting, {}, "must leave its inputs as they are"),
+    ],
+)
+def test_modules_that_cannot_run_twice_are_refused(kind: Any, kwargs: Any, message: str) -> None:
+    torch.manual_seed(0)
+    model = kind("topk")
+    outer = Function(lambda x: model(x=x * 1, **kwargs) if not kwargs else model(x * 1, **kwargs))
+    outer.inner = model
+    x, other = torch.randn(2, 20, 3)
+    with propagate(DEEPLIFT, root=outer) as report:
+        outer(x.requires_grad_())
+    with pytest.raises(ValueError, match=message), report.reference():
+        outer(other)
+
+
+def test_a_caught_exception_leaves_no_trace() -> None:
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fails = nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with contextlib.suppress(TypeError):
+                self.fails("no tensor")
+            return F.gelu(x)
+
+    x = torch.tensor([2.0], requires_grad=True)
+    model = Tries()
+    with propagate(RELP, root=model) as report:
+        y = model(x)
+    torch.testing.assert_close(torch.autograd.grad(y, x)[0], (y / x).detach())
+    assert report.to_dataframe()[["operation", "module"]].values.tolist() == [["gelu", "Tries"]]
+
+
+def test_a_pre_hook_on_an_activation_is_refused() -> None:
+    module = nn.GELU()
+    module.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    with pytest.raises(UnknownOperationError, match="a pre-hook of GELU"), propagate(RELP):
+        module(torch.ones(2, requires_grad=True))
+
+
+def test_a_reference_run_of_another_shape_is_refused() -> None:
+    x = torch.ones(1, 3, requires_grad=True)
+    with propagate(DEEPLIFT) as report:
+        F.gelu(x)
+    with pytest.raises(ValueError, match="must have the shapes of the first"), report.reference():
+        F.gelu(torch.ones(2, 3))
+
+
+def test_functions_with_a_parameter_for_each_entry() -> None:
+    low = torch.tensor([0.5, 0.0])
+    x = torch.tensor([2.0, 2.0], requires_grad=True)
+    with propagate(RELP):
+        y = x.clamp(min=low)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.tensor([0.75, 1.0]))
+    prelu, x = nn.PReLU(2), torch.tensor([[-2.0, -2.0]], requires_grad=True)
+    with propagate(RELP, root=prelu):
+        y = prelu(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.tensor([[0.25, 0.25]]))
