@@ -187,6 +187,9 @@ class Propagation:
     def reference(self) -> Iterator[None]:
         """Runs the same code on the other input, to be compared with; without gradients.
 
+        A module in which the two runs branch differently is run twice: it must not keep state or
+        overwrite its inputs.
+
         Raises:
             ValueError: the run performs other operations than the first did, or takes another
                 branch outside of any module.
@@ -577,10 +580,11 @@ class Propagation:
             opened = None if call.func in self._opening else call.opened()
             if opened is not None:
                 self._opening.append(call.func)
-                with self._mode:
-                    out = opened()
-                self._opening.pop()
-                return out
+                try:
+                    with self._mode:
+                        return opened()
+                finally:
+                    self._opening.pop()
         frame = self._frames[-1]
         key = self._key = (frame.number, call.name, frame.counts[call.name])
         frame.counts[call.name] += 1
