@@ -89,6 +89,12 @@ ATTRIBUTES = frozenset(
 )
 """What is asked of a tensor without reading its values."""
 
+FUSED = frozenset(
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell "
+    "native_multi_head_attention transformer_encoder_layer_fwd".split()
+)
+"""Many operations in one kernel, which no rule can reach."""
+
 CONSTRUCTORS = frozenset(
     """
     zeros_like ones_like full_like empty_like rand_like randn_like randint_like new new_empty

@@ -40,6 +40,7 @@ from relp.operations import (
     CONSTRUCTORS,
     EXPONENTS,
     EXTREMES,
+    FUSED,
     LINEAR,
     ORDERED,
     PRODUCTS,
@@ -302,9 +303,9 @@ class Propagation:
         if kind == "opaque":
             raise UnknownOperationError(
                 f"every operation that carries relevance must have a rule; {name!r} before or in "
-                f"{where} hides its operations (a custom autograd function, TorchScript, a "
-                "compiled module, a full backward hook); run the plain implementation, register "
-                "the module that holds it with relp.register, or pass strict=False"
+                f"{where} hides its operations (a custom autograd function, TorchScript, a fused "
+                "kernel, a full backward hook); run the plain implementation, register the module "
+                "that holds it with relp.register, or pass strict=False"
             )
         raise UnknownOperationError(
             f"every operation that carries relevance must have a rule; {name!r} in {where} has "
@@ -620,7 +621,7 @@ class Propagation:
         elif call.name in LINEAR:
             self._count(call.name, "linear", "derivative")
         else:
-            self._refuse(call.name, "unknown")
+            self._refuse(call.name, "opaque" if call.name in FUSED else "unknown")
         self._explain(call.args[:1] if out is None else out)  # x[i] = y gives nothing back
         used = met and (carries(out) or (out is None and carries(call.args[:1])))
         return self._watched(key, met, out) if used else out

@@ -195,11 +195,26 @@ def test_torchscript_is_opaque() -> None:
         coverage(nn.Sequential(nn.Linear(3, 3), script, nn.Tanh()), torch.ones(1, 3), strict=True)
 
 
-def test_recurrent_layers_of_one_call_are_unknown() -> None:
+def test_recurrent_layers_of_one_call_are_opaque() -> None:
     model = nn.LSTM(3, 3)
-    with pytest.raises(UnknownOperationError, match="'lstm' in 'LSTM' has none"):
+    with pytest.raises(UnknownOperationError, match="'lstm' before or in 'LSTM' hides its operat"):
         coverage(model, torch.ones(2, 1, 3), strict=True)
-    assert "unknown" in set(coverage(model, torch.ones(2, 1, 3))["kind"])
+    frame = coverage(model, torch.ones(2, 1, 3))
+    assert frame.query("kind == 'opaque'")["operation"].tolist() == ["lstm"]
+    coverage(model, torch.ones(2, 1, 3), rules=GRADIENT, strict=True)
+
+
+def test_attention_modules_do_not_take_their_fast_path() -> None:
+    """Without gradients torch would run them in one kernel; the reference run must not."""
+    x, other = (t.detach() for t in both(0))
+    for module in (HEADS, ENCODER):
+        function = (lambda t: HEADS(t, t, t)[0]) if module is HEADS else ENCODER
+        with propagate(DEEPLIFT, root=module) as report:
+            y = function(x.requires_grad_())
+        with report.reference():
+            after = function(other)
+        (c,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(((other - x) * c).sum(), (after - y).sum())
 
 
 def test_views_and_assignments_are_no_mystery() -> None:
