@@ -24,8 +24,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from circuits.agreement import agreement
-from circuits.graph import check_circuit, real_edges, size
-from relp.scores import Component, Scores, precedes
+from circuits.graph import all_edges, check_circuit, real_edges, size
+from relp.scores import Component, Scores
 
 __all__ = ["crossings", "draw", "layout", "routes"]
 
@@ -190,7 +190,7 @@ def _edge_heatmap(scores: Scores) -> go.Figure:
     table = (edges if edges.dim() == 2 else edges.sum(0)).numpy()
     figure = go.Figure(
         _heatmap(
-            np.where(_exists(scores), table, np.nan),  # blank where there can be no edge
+            np.where(all_edges(scores).numpy(), table, np.nan),  # blank where there can be no edge
             _unit(scores),
             x=[plain(reader) for reader in scores.readers],
             y=[plain(writer) for writer in scores.writers],
@@ -253,7 +253,7 @@ def comparison(scores: Scores, effects: Scores) -> dict[str, tuple[float, Tensor
             f"{list(scores.edges.shape)} and {list(effects.edges.shape)}; compute both with the "
             "same options"
         )
-    exists = torch.from_numpy(_exists(scores)).expand(scores.edges.shape)
+    exists = all_edges(scores).expand(scores.edges.shape)
     for slot in ("q", "k", "v", "in"):
         reads = torch.tensor([reader.endswith(f".{slot}") for reader in scores.readers])
         x, y = scores.edges.cpu()[exists & reads], effects.edges.cpu()[exists & reads]
@@ -262,13 +262,6 @@ def comparison(scores: Scores, effects: Scores) -> dict[str, tuple[float, Tensor
             r = float(np.corrcoef(x.numpy(), y.numpy())[0, 1]) if varied else math.nan
             result[slot] = (r, x, y)
     return result
-
-
-def _exists(scores: Scores) -> np.ndarray:
-    """`[writer, reader]`: True where the writer comes before the reader."""
-    writers = [Component.parse(writer) for writer in scores.writers]
-    readers = [Component.of_reader(reader)[0] for reader in scores.readers]
-    return np.array([[precedes(w, r, parallel=scores.parallel) for r in readers] for w in writers])
 
 
 def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:

@@ -61,8 +61,14 @@ PRODUCTS = frozenset(
     "matmul bmm mm mv dot vdot inner outer ger tensordot kron einsum linear bilinear grouped_mm "
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
-SUMS_OF_PRODUCTS = frozenset(["baddbmm", "addmm", "addbmm", "addmv", "addr"])
-"""An addend and a product of the next two operands."""
+SUMS_OF_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "baddbmm": torch.bmm,
+    "addmm": torch.mm,
+    "addmv": torch.mv,
+    "addr": torch.outer,
+    "addbmm": lambda a, b: torch.bmm(a, b).sum(0),
+}
+"""An addend and a product of the next two operands: the product alone."""
 
 EXTREMES = frozenset(
     """
@@ -241,19 +247,12 @@ class Call:
 
     def factors(self) -> tuple[int, int]:
         """Places of the two operands that a product multiplies."""
-        return (1, 2) if self.name in SUMS_OF_PRODUCTS | {"einsum"} else (0, 1)
+        return (1, 2) if self.name in (*SUMS_OF_PRODUCTS, "einsum") else (0, 1)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """The product alone, of other factors: no bias, no addend."""
-        alone: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "baddbmm": torch.bmm,
-            "addmm": torch.mm,
-            "addmv": torch.mv,
-            "addr": torch.outer,
-            "addbmm": lambda a, b: torch.bmm(a, b).sum(0),
-        }
-        if self.name in alone:
-            scaled: Tensor = self.kwargs.get("alpha", 1) * alone[self.name](a, b)
+        if self.name in SUMS_OF_PRODUCTS:
+            scaled: Tensor = self.kwargs.get("alpha", 1) * SUMS_OF_PRODUCTS[self.name](a, b)
             return scaled
         kwargs = {k: v for k, v in self.kwargs.items() if k != "bias"}
         args = list(self.args)
@@ -296,11 +295,7 @@ def carries(value: Any) -> bool:
     """True if a tensor in `value` carries relevance: it requires grad and is not a parameter."""
     if isinstance(value, Tensor):
         return value.requires_grad and not isinstance(value, nn.Parameter)
-    if isinstance(value, (tuple, list)):
-        return any(carries(v) for v in value)
-    if isinstance(value, dict):
-        return any(carries(v) for v in value.values())
-    return False
+    return any(map(carries, tensors(value)))
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -480,11 +475,7 @@ def _cross_entropy(
 
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
-    "baddbmm": _sum_of_products(torch.bmm),
-    "addmm": _sum_of_products(torch.mm),
-    "addmv": _sum_of_products(torch.mv),
-    "addr": _sum_of_products(torch.outer),
-    "addbmm": _sum_of_products(lambda a, b: torch.bmm(a, b).sum(0)),
+    **{name: _sum_of_products(product) for name, product in SUMS_OF_PRODUCTS.items()},
     "linear": _linear,
     "glu": _glu,
     "lerp": _lerp,

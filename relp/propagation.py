@@ -661,9 +661,10 @@ class Propagation:
         forced = led.plainly()
         if slot is not None:
             slot.fill(*slot.keep(led, forced))
-        real = (call.out_of_place() or call).plainly()
+        copy = call.out_of_place()
+        real = (copy or call).plainly()
         remainder.fill([call.name], list(zip(tensors(real), tensors(forced), strict=True)))
-        return call.args[0].copy_(real) if call.out_of_place() else real
+        return real if copy is None else call.args[0].copy_(real)
 
     def _begins(self, call: Call, out: Any) -> Any:
         """A weight computed from parameters would look like an activation from here on."""
@@ -1026,7 +1027,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(["mul", "multiply"], Propagation._multiply),
     **dict.fromkeys(["div", "divide", "true_divide", "rdiv"], Propagation._divide),
     **dict.fromkeys(["pow", "square"], Propagation._power),
-    **dict.fromkeys(PRODUCTS | SUMS_OF_PRODUCTS, Propagation._bilinear),
+    **dict.fromkeys((*PRODUCTS, *SUMS_OF_PRODUCTS), Propagation._bilinear),
     **dict.fromkeys(["layer_norm", "rms_norm"], Propagation._layer_norm),
     "softmax": Propagation._softmax,
     "log_softmax": Propagation._log_softmax,
@@ -1054,7 +1055,8 @@ def propagate(
 
     Args:
         rules: which rule each kind of operation gets.
-        strict: an operation that no rule knows is an error; else its derivative is used.
+        strict: an operation that no rule knows is an error; else its derivative is used, as it
+            is by rules that are derivatives throughout.
         root: the module that is run. Its parameters do not require grad inside the block (the
             backward is much cheaper so), and its names for its parts appear in the report.
 
