@@ -30,7 +30,7 @@ class NormMap:
     scale: Float[Tensor, "*pair_pos 1"]
     """r̄: mean of r over the two runs, or that of the own run."""
     middle: Float[Tensor, "*pair_pos d_model"]
-    """w·c̄."""
+    """c̄: mean of c over the two runs, or that of the own run."""
     slope: Float[Tensor, "*pair_pos d_model"] | None
     """Δr = ⟨slope, Δx⟩; None where r is a constant."""
 
@@ -64,7 +64,7 @@ class NormMap:
         middle, slope = (c + c_) / 2, None
         if rules.norm != "constant":
             slope = STATISTIC_SLOPES["rsqrt"](r, r_) * 2 / x.shape[-1] * middle
-        return cls(weight, parameters.centres, (r + r_) / 2, weight * middle, slope)
+        return cls(weight, parameters.centres, (r + r_) / 2, middle, slope)
 
     def centred(self, x: Tensor) -> Tensor:
         """Without the mean, if the norm takes it off."""
@@ -75,31 +75,31 @@ class NormMap:
     ) -> Float[Tensor, "*pair_pos d_model"]:
         """Coefficients at the input from those at the output."""
         pulled = self.centred(self.weight * coefficients) * self.scale
-        if self.slope is None:
-            return pulled
-        return pulled + self.slope * (self.middle * coefficients).sum(-1, keepdim=True)
+        self._add_slope(pulled)
+        return pulled
+
+    def _add_slope(self, pulled: Float[Tensor, "*head pair pos d_model"]) -> None:
+        """Adds the part of r to what c pulled back: c̄ is centred, so ⟨w·c̄, g⟩ is ⟨c̄, pulled⟩/r̄."""
+        if self.slope is not None:
+            along = (pulled * self.middle).sum(-1, keepdim=True) / self.scale
+            pulled.addcmul_(self.slope, along)
 
     def push(self, changes: Float[Tensor, "*pair_pos d_model"]) -> Tensor:
         """Changes at the output from those at the input: the transposed map."""
         pushed = self.weight * self.centred(changes) * self.scale
         if self.slope is None:
             return pushed
-        return pushed + self.middle * (self.slope * changes).sum(-1, keepdim=True)
+        return pushed + self.weight * self.middle * (self.slope * changes).sum(-1, keepdim=True)
 
     def pull_through(
         self, projection: Float[Tensor, "d_out d_model"], coefficients: Tensor, out: Tensor
     ) -> None:
         """Fills `out` `[head, pair, pos, d_model]` from coefficients `[pair, pos, d_out]` behind
         a projection of that many heads: the norm is folded into the projection."""
-        heads = len(out)
-        folded = self.centred(self.weight * projection).chunk(heads)
-        scaled = (coefficients * self.scale).chunk(heads, -1)
-        for into, c, w in zip(out, scaled, folded, strict=True):
-            torch.matmul(c, w, out=into)
-        if self.slope is not None:
-            along = coefficients * (self.middle @ projection.T)
-            for into, part in zip(out, along.chunk(heads, -1), strict=True):
-                into.addcmul_(self.slope, part.sum(-1, keepdim=True))
+        folded = self.centred(self.weight * projection).unflatten(0, (len(out), -1))
+        scaled = (coefficients * self.scale).flatten(0, 1).unflatten(-1, (len(out), -1))
+        torch.bmm(scaled.transpose(0, 1), folded, out=out.flatten(1, 2))
+        self._add_slope(out)
 
 
 def _centred(x: Tensor, eps: float, centres: bool) -> tuple[Tensor, Tensor]:
