@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from circuits.graph import all_edges, check_circuit, real_edges
-from relp.scores import Component, Scores
+from relp.scores import ALL_POSITIONS, Component, Scores
 
 __all__ = ["agreement", "auroc"]
 
@@ -25,7 +26,8 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
 
     >>> agreement(attribute(model, task), patch(model, task))
 
-    Node scores are compared within each pair, by kind of component. Edge scores, which are means
+    Node scores are compared within each pair, by kind of component; summed over positions if the
+    effects are of all positions at once (`patch(positions=False)`). Edge scores, which are means
     over pairs already, are compared over all edges (kind `edge`) and by the slot that reads (`q`,
     `k`, `v`, `in`). The effects may be of fewer components, and NaN where edges were not measured.
 
@@ -46,6 +48,7 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     many = [scores] if isinstance(scores, Scores) else list(scores)
     rows = []
     for s in many:
+        s = in_layout(s, effect)
         _must_correspond(s, effect)
         points = _node_points if s.level == "node" else _edge_points
         for kind, samples in points(s, effect):
@@ -100,6 +103,14 @@ def auroc(
                 area = (ranks[found].sum() - n * (n + 1) / 2) / (n * m)
                 rows.append((s.rules, kind, float(area), n, m))
     return pd.DataFrame(rows, columns=["rules", "kind", "auroc", "known", "others"])
+
+
+def in_layout(scores: Scores, effect: Scores) -> Scores:
+    """The scores, summed over positions if the effects are of all positions at once."""
+    if scores.nodes is None or effect.tokens != ALL_POSITIONS:
+        return scores
+    together = scores.nodes.sum(-1, keepdim=True)
+    return replace(scores, nodes=together, tokens=ALL_POSITIONS)
 
 
 def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:

@@ -23,7 +23,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from circuits.agreement import agreement
+from circuits.agreement import agreement, in_layout
 from circuits.graph import all_edges, check_circuit, real_edges, size
 from relp.scores import Component, Scores
 
@@ -235,9 +235,11 @@ def comparison(scores: Scores, effects: Scores) -> dict[str, tuple[float, Tensor
                 "scores and effects must be of the same pairs; got lengths "
                 f"{scores.lengths.tolist()} and {effects.lengths.tolist()}; use one task for both"
             )
+        nodes = in_layout(scores, effects).nodes
+        assert nodes is not None
         for row in agreement(scores, effects).itertuples():
             names, measured = effects.of_kind(row.kind)
-            estimated = scores.nodes[:, [scores.components.index(name) for name in names]]
+            estimated = nodes[:, [scores.components.index(name) for name in names]]
             # [pair, component, pos]: True where the pair has a token.
             real = (torch.arange(measured.shape[-1]) < effects.lengths.cpu()[:, None])[:, None]
             real = real.expand(measured.shape)
