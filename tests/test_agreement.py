@@ -94,6 +94,13 @@ def test_effects_of_all_positions_are_compared_with_sums(tiny: Any) -> None:
     np.testing.assert_allclose(points.y, x.flatten(), rtol=1e-5)
 
 
+def test_effects_that_are_all_equal_have_no_correlation() -> None:
+    effect = nodes([[2.0, 2.0 + 1e-6, 2.0, 9.0]])
+    (row, _) = agreement(nodes([[1.0, 2.0, 3.0, 9.0]]), effect).itertuples()
+    assert np.isnan(row.pearson) and row.pairs == 0
+    assert row.relative_error == pytest.approx(np.sqrt(2 / 12), rel=1e-5)
+
+
 def test_scores_of_different_shapes_are_refused(tiny: Any) -> None:
     task = random_task(tiny, length=3)
     edges = attribute(tiny, task, level="edge")
