@@ -25,7 +25,7 @@ from circuits.agreement import agreement, points
 from circuits.graph import all_edges, check_circuit, real_edges, size
 from relp.scores import ALL_POSITIONS, Component, Scores
 
-__all__ = ["crossings", "draw", "layout", "routes"]
+__all__ = ["crossings", "draw", "layout", "lined_up", "node_positions", "routes"]
 
 POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#b2182b", "#8c959f"
 """The hues of plotly's RdBu, and that of edges without a score."""
@@ -125,7 +125,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
     names, _ = scores.of_kind(kind)
-    scores = _lined_up(scores)
+    scores = lined_up(scores)
     parsed = [Component.parse(name) for name in names]
     at = [scores.components.index(name) for name in names]
     mean = scores.mean[at].double().numpy()  # [component, pos]
@@ -154,9 +154,10 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
             ygap=1 if z.shape[0] <= 64 else 0,
         )
     )
+    sums = {kind: ", summed over positions", "span": "; other: the sum over all other positions"}
     figure.update_layout(
         title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(scores.clean)} pairs"
-        f"{', summed over positions' if x_title == kind else ''}</sup>",
+        f"{sums.get(x_title, '')}</sup>",
         template="plotly_white",
         height=max(340, 200 + 26 * len(rows)),
     )
@@ -172,7 +173,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     return figure
 
 
-def _lined_up(scores: Scores) -> Scores:
+def lined_up(scores: Scores) -> Scores:
     """By span if pairs have a span at different positions: a mean by position would smear it."""
     apart = any(len(at.unique()) > 1 for at in scores.spans.values())
     return scores.by_span() if apart and scores.tokens != ALL_POSITIONS else scores
