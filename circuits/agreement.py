@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from circuits.graph import all_edges, check_circuit, real_edges
-from relp.scores import Component, Scores
+from relp.scores import ALL_POSITIONS, Component, Scores
 
 __all__ = ["agreement", "auroc"]
 
@@ -25,7 +26,8 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
 
     >>> agreement(attribute(model, task), patch(model, task))
 
-    Node scores are compared within each pair, by kind of component. Edge scores, which are means
+    Node scores are compared within each pair, by kind of component; summed over positions if the
+    effects are of all positions at once (`patch(positions=False)`). Edge scores, which are means
     over pairs already, are compared over all edges (kind `edge`) and by the slot that reads (`q`,
     `k`, `v`, `in`). The effects may be of fewer components, and NaN where edges were not measured.
 
@@ -35,7 +37,7 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     not 0 if they are fewer, that are among as many largest |scores|, mean over pairs), `pairs` (how
     many the correlations are over). Where fewer than three effects are not 0 there is no
     correlation worth the name: if one token differs, the embedding has a single effect, and any
-    estimate of the right sign would get 1.
+    estimate of the right sign would get 1. Nor is there if all are equal.
 
     Raises:
         ValueError: the two are not about the same components, pairs, task or direction, or `k` is
@@ -46,8 +48,6 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     many = [scores] if isinstance(scores, Scores) else list(scores)
     rows = []
     for s in many:
-        _must_correspond(s, effect)
-        points = _node_points if s.level == "node" else _edge_points
         for kind, samples in points(s, effect):
             correlations, errors = [], []
             for x, y in samples:
@@ -55,7 +55,7 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
                 if nonzero:
                     error = np.linalg.norm(x - y) / np.linalg.norm(y)
                     errors.append((float(error), _overlap(x, y, min(k, nonzero))))
-                if np.ptp(x) > 0 and nonzero >= MINIMUM:
+                if _varies(x) and _varies(y) and nonzero >= MINIMUM:
                     correlations.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]))
             # the one sample of edges is a mean over all pairs
             pairs = len(correlations) if s.level == "node" else len(s.clean) * len(correlations)
@@ -102,6 +102,19 @@ def auroc(
     return pd.DataFrame(rows, columns=["rules", "kind", "auroc", "known", "others"])
 
 
+def points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
+    """What `agreement` compares: for each kind, scores and effects of each pair (edges: of all).
+
+    Raises:
+        ValueError: as `agreement`.
+    """
+    if scores.nodes is not None and effect.tokens == ALL_POSITIONS:
+        together = scores.nodes.sum(-1, keepdim=True)
+        scores = replace(scores, nodes=together, tokens=ALL_POSITIONS)
+    _must_correspond(scores, effect)
+    yield from (_node_points if scores.level == "node" else _edge_points)(scores, effect)
+
+
 def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
     assert scores.nodes is not None
     for kind in [k for k in scores.kinds() if k in effect.kinds()]:
@@ -119,6 +132,11 @@ def _edge_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Poi
         chosen = measured & torch.tensor([kind in ("edge", slot) for slot in slots])
         if chosen.any():
             yield kind, [(_flat(scores.edges[chosen]), _flat(effect.edges[chosen]))]
+
+
+def _varies(values: np.ndarray) -> bool:
+    """By more than rounding: restoring any whole layer of the residual stream has one effect."""
+    return bool(np.ptp(values) > 1e-5 * abs(values).max())
 
 
 def _mean(values: list[tuple[float, float]]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The `relp` command: discover a circuit, compare rules, list operations, convert files."""
+"""The `relp` command: discover a circuit, measure effects, compare rules, convert files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from tasks import zoo
 TASKS: dict[str, Callable[..., tasks.Task]] = {"ioi": tasks.ioi}
 SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
+EDGES = 100
+SEARCHES = ("top", "greedy", "acdc")
+MIB = ".mib.json"
+"""How files of EAP-IG and MIB are told from circuits, which are .json as well."""
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -44,8 +48,16 @@ Seed = Annotated[int, typer.Option(help="Which prompts are drawn.")]
 def discover(
     task: TaskName = "ioi",
     model: Model = "ioi-gpt2",
-    rules: Annotated[str, typer.Option(help="Rules that the circuit is found with.")] = "RELP",
-    edges: Annotated[int, typer.Option(min=1, help="Edges that the circuit may have.")] = 100,
+    rules: Annotated[str, typer.Option(help="Rules that score the edges.")] = "RELP",
+    search: Annotated[str, typer.Option(help="How edges are chosen: top, greedy or acdc.")] = "top",
+    edges: Annotated[
+        int | None,
+        typer.Option(min=1, help="top, greedy: edges that the circuit may have; 100 if not given."),
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="acdc (exact, slow): what the cut of an edge that stays must cost."),
+    ] = None,
     pairs: Pairs = 32,
     seed: Seed = 0,
     out: Annotated[
@@ -53,13 +65,14 @@ def discover(
     ] = None,
 ) -> None:
     """Find the circuit of a task, check it against exact patching, draw it."""
-    from circuits import assemble, faithfulness, patch, save, top
+    from circuits import faithfulness, patch, save
     from circuits.graph import size
     from relp import PRESETS, attribute, preset
 
     started = perf_counter()
     with _one_line_errors():
         chosen = preset(rules)
+        find = _search(search, edges, tau)
         make = _task(task)
         bridge, name = _boot(model)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
@@ -72,26 +85,68 @@ def discover(
             f"{prompts.metric.name}: clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f}; "
             f"the answer is preferred in {(clean > 0).float().mean():.1%} of the clean prompts"
         )
-        graph = assemble(attribute(bridge, prompts, rules=chosen, level="edge"))
-        circuit = top(graph, edges=edges)
+        circuit = find(bridge, prompts, chosen)
         if size(circuit) == 0:
             raise ValueError(
-                f"`--edges` must be enough to connect the embedding to the logits; {edges} of the "
-                f"best edges by {chosen.name} do not; ask for more"
+                f"the circuit must connect the embedding to the logits; what {search} found with "
+                f"{f'--edges {edges or EDGES}' if tau is None else f'--tau {tau:g}'} does not; "
+                f"{'give more edges' if tau is None else 'give a smaller cost'}"
             )
         console.print(_agreement_table(scores, patch(bridge, prompts)))
         kept = faithfulness(bridge, prompts, circuit)
-        share = size(circuit) / size(graph)
+        total = circuit.graph["total_edges"]
         summary = (
-            f"{size(circuit)} of {size(graph)} edges ({share:.1%}), "
+            f"{size(circuit)} of {total} edges ({size(circuit) / total:.1%}), "
             f"{circuit.number_of_nodes()} nodes, faithfulness {kept:.3f}"
         )
-        _say(f"circuit by {chosen.name}: [bold]{summary}[/]")
-        title = f"{task} circuit of {name} · {chosen.name} · {summary}"
+        by = circuit.graph["rules"] + (", greedy" if search == "greedy" else "")
+        _say(f"circuit by {by}: [bold]{summary}[/]")
+        title = f"{task} circuit of {name} · {by} · {summary}"
         for suffix in ("html", "svg", "json"):
             written = save(circuit, folder / f"{task}.{suffix}", title=title)
             _say(f"wrote {escape(str(written))}")
     _say(f"done in {perf_counter() - started:.0f} s")
+
+
+@app.command(name="patch")
+def measure(
+    task: TaskName = "ioi",
+    model: Model = "ioi-gpt2",
+    level: Annotated[str, typer.Option(help="node or edge.")] = "node",
+    direction: Annotated[str, typer.Option(help="denoise or noise.")] = "denoise",
+    ablation: Annotated[
+        str, typer.Option(help="patch, zero, mean or mean_per_position.")
+    ] = "patch",
+    pairs: Pairs = 32,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("effects.safetensors"),
+) -> None:
+    """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
+    from circuits import patch
+    from circuits.draw import lined_up
+
+    with _one_line_errors():
+        if out.suffix != ".safetensors":
+            raise ValueError(
+                f"`--out` must be a .safetensors file; got {out.name!r}; change the suffix"
+            )
+        make = _task(task)
+        bridge, name = _boot(model)
+        prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
+        _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
+        finished = out.with_suffix(".part.safetensors")
+        effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
+                       resume=finished)  # fmt: skip
+        effect.save(out)
+        finished.unlink()
+        shown = lined_up(effect) if level == "node" else effect
+        strongest = shown.top(10).drop(columns=["kind", "layer", "head", "slot"], errors="ignore")
+        rest = "; other: the sum over all other positions" if shown.places else ""
+        table = Table(*strongest.columns, title=f"strongest: {effect.rules}, {direction}{rest}")
+        for row in strongest.itertuples(index=False):
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
+        console.print(table)
+        _say(f"wrote {escape(str(out))}")
 
 
 @app.command()
@@ -170,16 +225,38 @@ def list_tasks() -> None:
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A circuit that `relp discover` wrote.")],
+    source: Annotated[Path, typer.Argument(help="A circuit's file, .mmd excepted.")],
     target: Annotated[
-        Path, typer.Argument(help="File to write: .html .svg .json .graphml .gexf .dot .mmd")
+        Path,
+        typer.Argument(
+            help="File to write: .html .svg .json .graphml .gexf .dot .mmd (at most 500 edges) or "
+            ".mib.json (the graphs of EAP-IG and MIB)."
+        ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="For .mib.json: the model, whose shape it needs. Not given, writing takes the one "
+            "that the circuit names, and reading makes each head's keys and values its own."
+        ),
+    ] = None,
+    in_graph: Annotated[
+        bool, typer.Option("--in-graph", help="From .mib.json: only the edges marked in_graph.")
+    ] = False,
 ) -> None:
-    """Convert a circuit from one file format to another."""
-    from circuits import load, save
+    """Convert a circuit from one file format to another, by the names of the files."""
+    from circuits import from_mib, load, save, to_mib
 
     with _one_line_errors():
-        _say(f"wrote {escape(str(save(load(source), target)))}")
+        if source.name.endswith(MIB):
+            graph = from_mib(source, model and _boot(model)[0], in_graph=in_graph)
+        else:
+            graph = load(source)
+        if target.name.endswith(MIB):
+            written = to_mib(graph, target, _boot(model or graph.graph["model"])[0])
+        else:
+            written = save(graph, target)
+        _say(f"wrote {escape(str(written))}")
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -206,6 +283,30 @@ def _task(name: str) -> Callable[..., tasks.Task]:
             f"the task must be one of {', '.join(TASKS)}; got {name!r}; `relp tasks` lists them"
         )
     return TASKS[name]
+
+
+def _search(search: str, edges: int | None, tau: float | None) -> Callable[..., Any]:
+    """How to find a circuit, given model, task and rules."""
+    from circuits import acdc, assemble, connect, greedy, top
+    from relp import attribute
+
+    if search not in SEARCHES:
+        raise ValueError(
+            f"`--search` must be one of {', '.join(SEARCHES)}; got {search!r}; top takes the edges "
+            "with the largest scores"
+        )
+    if search == "acdc" and tau is not None and edges is None:
+        return lambda model, task, _: connect(acdc(model, task, tau=tau))
+    if search == "acdc" or tau is not None:
+        raise ValueError(
+            "`--search acdc` must get --tau, the least cost of a cut in units of the metric, and "
+            f"the others may get --edges; got --search {search} with --edges {edges} and "
+            f"--tau {tau}; for instance --search acdc --tau 0.1"
+        )
+    choose = top if search == "top" else greedy
+    return lambda model, task, rules: choose(
+        assemble(attribute(model, task, rules=rules, level="edge")), edges=edges or EDGES
+    )
 
 
 def _boot(name: str) -> tuple[Any, str]:

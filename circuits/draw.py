@@ -1,7 +1,7 @@
 """One verb for every picture: heatmaps of scores, score against effect, circuits.
 
-    draw(scores)                  # layer x position, or layer x head with kind="head"
-    draw(scores, effect)          # one panel per kind of component, with Pearson's r
+    draw(scores)                  # layer x position (or span), or layer x head with kind="head"
+    draw(scores, effect)          # one panel per kind, with Pearson's r and the relative error
     draw(edges)                   # writer x reader
     draw(circuit)                 # layered diagram, `embed` at the bottom, `logits` on top
 
@@ -19,15 +19,13 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from plotly.subplots import make_subplots
-from torch import Tensor
 
-from circuits.agreement import agreement
+from circuits.agreement import agreement, points
 from circuits.graph import all_edges, check_circuit, real_edges, size
-from relp.scores import Component, Scores
+from relp.scores import ALL_POSITIONS, Component, Scores
 
-__all__ = ["crossings", "draw", "layout", "routes"]
+__all__ = ["crossings", "draw", "layout", "lined_up", "node_positions", "routes"]
 
 POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#b2182b", "#8c959f"
 """The hues of plotly's RdBu, and that of edges without a score."""
@@ -53,8 +51,9 @@ def draw(
     """Draws node scores, edge scores, scores against measured effects, or a circuit.
 
     Args:
-        what: `Scores` or `Effects` of nodes (heatmap, mean over pairs) or edges (writer x reader,
-            summed over positions), or a circuit.
+        what: `Scores` or `Effects` of nodes (heatmap, mean over pairs; by position, or by span if
+            the prompts have their spans at different positions) or edges (writer x reader, summed
+            over positions), or a circuit.
         against: `Effects` to compare `what` with: a scatter plot, one point per pair, component
             and position (edges: per edge), with the line y = x.
         kind: which components a heatmap of nodes shows; `resid` if there, else the first.
@@ -126,6 +125,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
     names, _ = scores.of_kind(kind)
+    scores = lined_up(scores)
     parsed = [Component.parse(name) for name in names]
     at = [scores.components.index(name) for name in names]
     mean = scores.mean[at].double().numpy()  # [component, pos]
@@ -138,25 +138,26 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
             labels[layers.index(c.layer), c.head] = c.name
         x_title, rows = kind, [f"L{layer}" for layer in layers]
         ticks = {"dtick": 1 if z.shape[1] <= 32 else None}
-        hover = "%{customdata}"
     else:
         z, rows = mean, [f"L{c.layer}" if c.layer >= 0 else c.name for c in parsed]
-        labels = np.repeat(np.array(names, dtype=object)[:, None], z.shape[1], axis=1)
-        x_title, ticks = "position", _token_ticks(scores, z.shape[1])
-        hover = "%{customdata}@%{x}"
+        together = scores.tokens if scores.tokens == ALL_POSITIONS else ()
+        places = scores.places or together or range(z.shape[1])
+        labels = np.array([[f"{name}@{place}" for place in places] for name in names], dtype=object)
+        x_title, ticks = "span" if scores.places else "position", _token_ticks(scores, z.shape[1])
     figure = go.Figure(
         _heatmap(
             z,
             _unit(scores),
             customdata=labels,
-            hovertemplate=hover + ": %{z:.4g}<extra></extra>",
+            hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
             xgap=1 if z.shape[1] <= 64 else 0,
             ygap=1 if z.shape[0] <= 64 else 0,
         )
     )
+    sums = {kind: ", summed over positions", "span": "; other: the sum over all other positions"}
     figure.update_layout(
         title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(scores.clean)} pairs"
-        f"{', summed over positions' if x_title != 'position' else ''}</sup>",
+        f"{sums.get(x_title, '')}</sup>",
         template="plotly_white",
         height=max(340, 200 + 26 * len(rows)),
     )
@@ -172,14 +173,22 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     return figure
 
 
+def lined_up(scores: Scores) -> Scores:
+    """By span if pairs have a span at different positions: a mean by position would smear it."""
+    apart = any(len(at.unique()) > 1 for at in scores.spans.values())
+    return scores.by_span() if apart and scores.tokens != ALL_POSITIONS else scores
+
+
 def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
     """What stands at each position, where that is the same for every pair."""
+    if scores.places or scores.tokens == ALL_POSITIONS:
+        return {"tickvals": list(range(width)), "ticktext": [plain(t) for t in scores.tokens]}
     if len(scores.tokens) != width or len(set(scores.lengths.tolist())) != 1:
         return {"dtick": 1 if width <= 40 else None}
-    shown = [token.replace("\n", "↵").replace("\t", "⇥") for token in scores.tokens]
+    shown = [plain(token.replace("\n", "↵").replace("\t", "⇥")) for token in scores.tokens]
     return {
         "tickvals": list(range(width)),
-        "ticktext": [f"{plain(token)} · {p}" if token else str(p) for p, token in enumerate(shown)],
+        "ticktext": [f"{token} · {p}" if token else str(p) for p, token in enumerate(shown)],
         "tickangle": -60,
     }
 
@@ -211,61 +220,10 @@ def _edge_heatmap(scores: Scores) -> go.Figure:
 # -- score against effect -------------------------------------------------------------------------
 
 
-def comparison(scores: Scores, effects: Scores) -> dict[str, tuple[float, Tensor, Tensor]]:
-    """For each kind of component (edges: for each slot) Pearson's r, the scores, the effects.
-
-    The correlation is the mean over pairs, as `agreement` has it; edges have no pairs. Scores and
-    effects are `[point]`, without the positions that a pair does not have.
-
-    Raises:
-        ValueError: the two were not made for the same level, model, task, metric and direction,
-            or do not hold the same pairs and components.
-    """
-    for name in ("level", "model", "task", "metric", "direction"):
-        a, b = getattr(scores, name), getattr(effects, name)
-        if a != b:
-            raise ValueError(
-                f"scores and effects must have the same {name}; got {a!r} and {b!r}; compute both "
-                "with the same model, task and options"
-            )
-    result: dict[str, tuple[float, Tensor, Tensor]] = {}
-    if scores.nodes is not None and effects.nodes is not None:
-        if scores.lengths.tolist() != effects.lengths.tolist():
-            raise ValueError(
-                "scores and effects must be of the same pairs; got lengths "
-                f"{scores.lengths.tolist()} and {effects.lengths.tolist()}; use one task for both"
-            )
-        for row in agreement(scores, effects).itertuples():
-            names, measured = effects.of_kind(row.kind)
-            estimated = scores.nodes[:, [scores.components.index(name) for name in names]]
-            # [pair, component, pos]: True where the pair has a token.
-            real = (torch.arange(measured.shape[-1]) < effects.lengths.cpu()[:, None])[:, None]
-            real = real.expand(measured.shape)
-            result[row.kind] = (row.pearson, estimated.cpu()[real], measured.cpu()[real])
-        return result
-    assert scores.edges is not None and effects.edges is not None
-    layouts = [
-        (s.writers, s.readers, s.edges.shape) for s in (scores, effects) if s.edges is not None
-    ]
-    if layouts[0] != layouts[1]:
-        raise ValueError(
-            "scores and effects must have the same writers, readers and positions; got edges "
-            f"{list(scores.edges.shape)} and {list(effects.edges.shape)}; compute both with the "
-            "same options"
-        )
-    exists = all_edges(scores).expand(scores.edges.shape)
-    for slot in ("q", "k", "v", "in"):
-        reads = torch.tensor([reader.endswith(f".{slot}") for reader in scores.readers])
-        x, y = scores.edges.cpu()[exists & reads], effects.edges.cpu()[exists & reads]
-        if len(x) > 1:
-            varied = float(x.std()) > 0 and float(y.std()) > 0
-            r = float(np.corrcoef(x.numpy(), y.numpy())[0, 1]) if varied else math.nan
-            result[slot] = (r, x, y)
-    return result
-
-
 def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
-    panels = comparison(scores, effects)
+    measures = agreement(scores, effects).set_index("kind")
+    panels = dict(points(scores, effects))
+    panels.pop("edge", None)  # all of the slots together
     if kind is not None:
         if kind not in panels:
             raise ValueError(
@@ -278,18 +236,20 @@ def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
         rows=rows,
         cols=columns,
         subplot_titles=[
-            f"{name} · Pearson {'undefined' if np.isnan(r) else format(r, '.3f')}"
-            for name, (r, _, _) in panels.items()
+            f"{name} · Pearson {_measured(r, '.3f')} · error {_measured(e, '.2f')}"
+            for name in panels
+            for r, e in [measures.loc[name, ["pearson", "relative_error"]]]
         ],
         horizontal_spacing=0.08,
         vertical_spacing=0.3 / rows,
     )
-    for i, (_, y, x) in enumerate(panels.values()):
+    for i, samples in enumerate(panels.values()):
+        y, x = (np.concatenate(values) for values in zip(*samples, strict=True))
         at = {"row": i // columns + 1, "col": i % columns + 1}
         # The measured effect across, the estimate up: points on the line are right.
         if len(x) > _MOST_POINTS:
-            chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-            x, y = x[chosen[:_MOST_POINTS]], y[chosen[:_MOST_POINTS]]
+            chosen = np.random.default_rng(0).permutation(len(x))[:_MOST_POINTS]
+            x, y = x[chosen], y[chosen]
         ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))] if len(x) else [0, 1]
         figure.add_trace(
             go.Scatter(
@@ -315,15 +275,22 @@ def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
     noun = scores.noun if scores.noun != effects.noun else f"{scores.noun}, {scores.rules}"
     figure.update_xaxes(title_text=plain(_unit(effects)), zerolinecolor="#d0d7de")
     figure.update_yaxes(title_text=plain(f"{noun} ({scores.metric})"), zerolinecolor="#d0d7de")
+    means = (
+        "; Pearson's r and relative error are means over pairs" if scores.level == "node" else ""
+    )
     figure.update_layout(
         title_text=f"{plain(scores.title)}<br><sup>against {plain(effects.rules)} "
-        f"{plain(effects.noun)}s; r is the mean over pairs</sup>",
+        f"{plain(effects.noun)}s{means}</sup>",
         template="plotly_white",
         showlegend=False,
         height=120 + 340 * rows,
         margin={"t": 110},
     )
     return figure
+
+
+def _measured(value: float, form: str) -> str:
+    return "undefined" if math.isnan(value) else format(value, form)
 
 
 # -- circuits: where things go --------------------------------------------------------------------
@@ -521,13 +488,27 @@ def edge_hue(data: dict[str, Any]) -> str:
     return POSITIVE if data["score"] >= 0 else NEGATIVE
 
 
+def node_positions(graph: nx.MultiDiGraph, node: str) -> str:
+    """The positions that a node writes at (`logits`, key/value heads: reads): `@2 @14`, `@2…14`.
+
+    Empty if edges are summed over positions.
+    """
+    written, read = (
+        sorted({d["pos"] for *_, d in edges if d["pos"] >= 0})
+        for edges in (graph.out_edges(node, data=True), graph.in_edges(node, data=True))
+    )
+    at = written or read
+    return f"@{at[0]}…{at[-1]}" if len(at) > 2 else " ".join(f"@{pos}" for pos in at)
+
+
 def node_note(graph: nx.MultiDiGraph, node: str) -> str:
     """What hovering over a node says."""
     edges_in = sum(1 for *_, d in graph.in_edges(node, data=True) if not d["structural"])
     edges_out = sum(1 for *_, d in graph.out_edges(node, data=True) if not d["structural"])
     data = graph.nodes[node]
     score = "" if data["kind"] in ("kv", "logits") else f" · score {data['score']:+.4g}"
-    return f"{node}{score} · {edges_in} in, {edges_out} out"
+    where = f" {node_positions(graph, node)}" if graph.graph["positions"] else ""
+    return f"{node}{where}{score} · {edges_in} in, {edges_out} out"
 
 
 def edge_note(u: str, v: str, data: dict[str, Any]) -> str:
@@ -536,6 +517,10 @@ def edge_note(u: str, v: str, data: dict[str, Any]) -> str:
         return f"{u} → {v} (its keys and values)"
     where = f" @ position {data['pos']}" if data["pos"] >= 0 else ""
     return f"{u} → {data['reader']}{where}: {data['score']:+.4g}"
+
+
+def _second_line(text: str) -> str:
+    return f"<br><span style='font-size:8px'>{text}</span>" if text else ""
 
 
 _PIXELS = (76.0, 66.0)  # across and up, per unit of layout: annotations are sized in pixels
@@ -624,7 +609,7 @@ def _circuit(graph: nx.MultiDiGraph) -> go.Figure:
         {
             "x": x,
             "y": y,
-            "text": plain(node),
+            "text": plain(node) + _second_line(node_positions(graph, node)),
             "showarrow": False,
             "bgcolor": tint(graph.nodes[node]["score"], limit),
             "bordercolor": "#57606a",

@@ -51,6 +51,7 @@ from circuits.draw import (
     layout,
     node_limit,
     node_note,
+    node_positions,
     plain,
     routes,
     tint,
@@ -398,7 +399,7 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     styles = []
     for i, (u, v, key, data) in enumerate(graph.edges(keys=True, data=True)):
         arrow = "-.->" if data["structural"] else "-->"
-        label = "" if data["slot"] in ("in", "kv") else f'|"{_mermaid_text(key)}"|'
+        label = "" if key in ("in", "kv") else f'|"{_mermaid_text(key)}"|'
         lines.append(f"    {ids[u]} {arrow}{label} {ids[v]}")
         width = f"{_width(data, strongest):.2f}px"
         styles.append(f"    linkStyle {i} stroke:{edge_hue(data)},stroke-width:{width}")
@@ -589,9 +590,13 @@ def _node(
         box.set("stroke-dasharray", "3 2")
     colour = f"fill:{ink(data['score'], limit)}"
     slots = {d["slot"] for *_, d in graph.in_edges(node, data=True)} & set(PORTS)
+    where = node_positions(graph, node)
     middle = {"text_anchor": "middle", "style": colour}
-    px = 13.0 if len(node) <= 7 else 13.0 * 7 / len(node)
-    _label(group, x, y + (0.5 if slots else 4.5), node, px, font_weight="500", **middle)
+    px = (11.0 if where else 13.0) * min(1.0, 7 / len(node))
+    drop = 3.0 if where else 0.5 if slots else 4.5
+    _label(group, x, y + drop, node, px, font_weight="500", **middle)
+    if where:  # above, where edges leave; what they enter through is below
+        _label(group, x, y - h / 2 + 8.0, where, 7.5, **middle)
     for slot in slots:
         _label(group, x + PORTS[slot] * w, y + h / 2 - 3.5, slot, 8.5, **middle)
 

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from circuits.rerun import Rerun, entries
 from relp.attribution import OWN, edge_sites, head_outputs, provenance
 from relp.capture import ROOT, observe
-from relp.scores import Component, Effects, precedes, written_whole
+from relp.scores import ALL_POSITIONS, Component, Effects, precedes, written_whole
 from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
@@ -135,7 +135,7 @@ def patch(
     labels["rules"] = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
     if level == "node":
         nodes = sweep.effects.unflatten(1, (len(names), len(places)))
-        labels["tokens"] = labels["tokens"] if by_position else ("all positions",)
+        labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
         return Effects(components=names, nodes=nodes, **labels)
     table = _unmeasured(sites, len(places))
     rows = torch.tensor([sites.writers.index(w) for w, _ in pairs])

@@ -83,6 +83,7 @@ def attribute(
         RuntimeError: a hook did not fire, or a score is not finite.
     """
     _check(rules, level, direction, steps, path, positions)
+    _must_slope(task, rules, direction, steps)
     sites = Sites.of(model)
     _must_fit(sites, task)
     batch_size = _fitting(sites, task, level) if batch_size is None else batch_size
@@ -369,6 +370,17 @@ def _check(
         raise ValueError(
             "`positions` is for edge scores; got level='node', whose scores keep the position axis "
             "anyway; leave it out"
+        )
+
+
+def _must_slope(task: Any, rules: Rules, direction: str, steps: int) -> None:
+    """At the maximum of a metric every score would be 0 up to rounding, and look like a result."""
+    at_maximum = OWN[direction] == "clean" and steps == 1 and task.metric.flat_on_clean
+    if at_maximum and rules.softmax != "secant":  # secants see the other run too
+        raise ValueError(
+            f"with direction='noise' the metric must have a slope on the clean run; that of "
+            f"{task.metric.name!r} is zero there, and so would be every score under {rules.name}; "
+            "use direction='denoise', steps=5, rules=DEEPLIFT, or patch, which measures"
         )
 
 

@@ -36,6 +36,12 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
+        if torch.is_grad_enabled():  # what was saved is detached: it would be a part of one only
+            raise RuntimeError(
+                "the backward under rules must build no graph, as their coefficients have no "
+                "derivative of their own; got create_graph=True; leave it out, and take second "
+                "derivatives without rules, or with GRADIENT"
+            )
         # The formulas are plain arithmetic: no rule may be applied to them in turn.
         with torch._C.DisableTorchFunction():
             g, saved = wide(g), [wide(t) for t in ctx.saved_tensors]

@@ -34,6 +34,8 @@ _NAME = re.compile(
     r"|\.(?P<kind>attn|mlp|mixer|resid))"
 )
 _SLOTS = ("q", "k", "v", "in")
+ALL_POSITIONS = ("all positions",)
+"""The `tokens` of effects that are of all positions at once."""
 
 
 class Component(NamedTuple):

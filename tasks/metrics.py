@@ -8,13 +8,13 @@ of `logits`. The second form gets the task that holds exactly those rows, so tha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tasks.task import Task
@@ -40,9 +40,9 @@ def probability_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]
 class KLDivergence:
     """Minus the KL divergence from the clean model's next-token distribution, in nats.
 
-    0 where the run predicts what the clean run predicted, negative elsewhere. Its gradient on the
-    clean run is zero, so it is a metric for `direction="denoise"` and for exact patching.
-    Build it with `KLDivergence.of(model, task)`.
+    0 where the run predicts what the clean run predicted, negative elsewhere: the clean run is its
+    maximum, with a gradient of zero. So it is a metric for `direction="denoise"`, for exact
+    patching, and for rules that compare two runs. Build it with `KLDivergence.of(model, task)`.
     """
 
     reference: Float[Tensor, "pair d_vocab"]
@@ -50,13 +50,15 @@ class KLDivergence:
 
     @classmethod
     def of(cls, model: Any, task: Task) -> KLDivergence:
-        """Runs the clean prompts once and keeps the log-probabilities that the model gave."""
+        """Runs the clean prompts once and keeps the log-probabilities that the model gave.
+
+        Raises:
+            ValueError: the model is in train mode.
+        """
         rows: list[Tensor] = [torch.empty(0)] * len(task)
-        with torch.no_grad():
-            for index, bucket in task.buckets():
-                last = bucket.answer_logits(model(bucket.clean)).float().log_softmax(-1)
-                for row, values in zip(index.tolist(), last, strict=True):
-                    rows[row] = values
+        for index, logits in clean_answers(model, task):
+            for row, values in zip(index.tolist(), logits.float().log_softmax(-1), strict=True):
+                rows[row] = values
         return cls(torch.stack(rows))
 
     def select(self, index: Int[Tensor, " row"]) -> KLDivergence:
@@ -74,6 +76,26 @@ class KLDivergence:
         last = task.answer_logits(logits).float().log_softmax(-1)
         reference = self.reference.to(last.device)
         return -(reference.exp() * (reference - last)).sum(-1)
+
+
+def clean_answers(
+    model: Any, task: Task
+) -> Iterator[tuple[Int[Tensor, " row"], Float[Tensor, "row d_vocab"]]]:
+    """Runs the clean prompts: which pairs, and the logits at their answer positions.
+
+    Raises:
+        ValueError: the model is in train mode.
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    if training := [name or "the model" for name, module in modules if module.training]:
+        raise ValueError(
+            "the model must be in eval mode, or dropout makes every number noise; "
+            f"{training[0]!r} is in train mode; call model.eval()"
+        )
+    for index, bucket in task.buckets():
+        with torch.no_grad():  # not around the loop: what a generator sets holds for its caller
+            logits = model(bucket.clean)
+        yield index, bucket.answer_logits(logits)
 
 
 BUILT_IN: dict[str, Callable[..., Tensor]] = {
@@ -98,6 +120,11 @@ class Metric:
     def reads_answer_only(self) -> bool:
         """True for the built-in metrics: they read nothing but the answer position's logits."""
         return self.function in BUILT_IN.values() or isinstance(self.function, KLDivergence)
+
+    @property
+    def flat_on_clean(self) -> bool:
+        """True if the gradient on the clean run is zero by construction."""
+        return isinstance(self.function, KLDivergence)
 
     def select(self, index: Int[Tensor, " row"]) -> Callable[..., Tensor]:
         """The function for some of the pairs (`select` of the function itself where it has one)."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tasks.metrics import BUILT_IN, Metric
+from tasks.metrics import BUILT_IN, Metric, clean_answers
 
 __all__ = ["Task"]
 
@@ -33,7 +33,8 @@ class Task:
 
     Raises:
         ValueError: shapes do not agree, a row of `corrupt` has not the length of its row of
-            `clean`, a token id is negative, or a span points outside its prompt.
+            `clean`, a token id is negative, a span points outside its prompt, or an answer is its
+            own foil and the metric their difference.
     """
 
     clean: Int[Tensor, "pair pos"]
@@ -106,6 +107,14 @@ class Task:
             raise TypeError(
                 f"`metric` must be one of {sorted(BUILT_IN)} or a callable; got "
                 f"{type(function).__name__}; pass a function logits -> [pair]"
+            )
+        same = (self.answers == self.foils).nonzero().flatten()
+        if function in BUILT_IN.values() and len(same):
+            i = int(same[0])
+            raise ValueError(
+                f"an answer must differ from its foil, or their difference is always 0: pair {i} "
+                f"has token {int(self.answers[i])} for both; choose another foil, or give a metric "
+                "that reads none"
             )
         object.__setattr__(self, "metric", Metric(function, self))
 
@@ -286,14 +295,12 @@ class Task:
         """Only the pairs where `model` prefers the answer to the foil on the clean prompt.
 
         Raises:
-            ValueError: the model is right on no pair.
+            ValueError: the model is right on no pair, or in train mode.
         """
         right = torch.zeros(len(self), dtype=torch.bool)
-        with torch.no_grad():
-            for index, bucket in self.buckets():
-                last = bucket.answer_logits(model(bucket.clean)).cpu()
-                rows = torch.arange(len(bucket))
-                right[index] = last[rows, bucket.answers] > last[rows, bucket.foils]
+        for index, logits in clean_answers(model, self):
+            last, rows = logits.cpu(), torch.arange(len(index))
+            right[index] = last[rows, self.answers[index]] > last[rows, self.foils[index]]
         if not bool(right.any()):
             raise ValueError(
                 f"at least one pair must be answered correctly; the model prefers the foil on all "

@@ -134,4 +134,8 @@ def random_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -
     def draw(*shape: int) -> torch.Tensor:
         return torch.randint(0, size, shape, generator=generator)
 
-    return Task.from_tokens(draw(pairs, length), draw(pairs, length), draw(pairs), draw(pairs))
+    clean, corrupt, answers, foils = (
+        draw(*shape) for shape in ((pairs, length), (pairs, length), (pairs,), (pairs,))
+    )
+    foils = torch.where(foils == answers, (foils + 1) % size, foils)
+    return Task.from_tokens(clean, corrupt, answers, foils)

@@ -11,7 +11,7 @@ import torch
 from conftest import random_task
 from torch import Tensor
 
-from circuits import agreement, assemble, auroc, top
+from circuits import agreement, assemble, auroc, draw, patch, top
 from circuits.graph import real_edges
 from relp import GRADIENT, RELP, Effects, Scores, attribute
 
@@ -75,6 +75,30 @@ def test_edges_that_were_not_measured_are_left_out(tiny: Any) -> None:
     effect = Effects(**fields, edges=measured, rules="exact")
     table = agreement(scores, effect).set_index("kind")
     assert list(table.index) == ["edge", "q"] and (table["relative_error"] == 0).all()
+
+
+def test_effects_of_all_positions_are_compared_with_sums(tiny: Any) -> None:
+    task, kinds = random_task(tiny, length=3), ["head", "mlp"]
+    effect = patch(tiny, task, components=kinds, positions=False)
+    scores = attribute(tiny, task)
+    assert scores.nodes is not None and effect.nodes is not None and effect.nodes.shape[-1] == 1
+    row = agreement(scores, effect).set_index("kind").loc["head"]
+    x = scores.of_kind("head")[1].sum(-1).numpy()
+    y = effect.of_kind("head")[1][..., 0].numpy()
+    each = [np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)]
+    assert row["pearson"] == pytest.approx(np.mean(each), abs=1e-5)
+    errors = np.linalg.norm(x - y, axis=1) / np.linalg.norm(y, axis=1)
+    assert row["relative_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert agreement(effect, effect)["relative_error"].tolist() == [0.0, 0.0]
+    points = draw(scores, effect, kind="head").data[1]
+    np.testing.assert_allclose(points.y, x.flatten(), rtol=1e-5)
+
+
+def test_effects_that_are_all_equal_have_no_correlation() -> None:
+    effect = nodes([[2.0, 2.0 + 1e-6, 2.0, 9.0]])
+    (row, _) = agreement(nodes([[1.0, 2.0, 3.0, 9.0]]), effect).itertuples()
+    assert np.isnan(row.pearson) and row.pairs == 0
+    assert row.relative_error == pytest.approx(np.sqrt(2 / 12), rel=1e-5)
 
 
 def test_scores_of_different_shapes_are_refused(tiny: Any) -> None:

@@ -9,15 +9,18 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from conftest import boot
 from test_export import make_circuit, same
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
-from circuits import load, save
+from circuits import load, patch, save
 from circuits.cli import SHOWN, app
+from circuits.draw import lined_up
 from circuits.graph import size
-from relp import PRESETS
-from tasks import zoo
+from circuits.rerun import Rerun
+from relp import PRESETS, Scores
+from tasks import ioi, zoo
 
 NUMBER = r"-?\d+\.\d{3}"
 
@@ -103,6 +106,43 @@ def test_discover_says_what_it_found(discovered: tuple[Result, Path]) -> None:
     assert wrote == [str(out / f"ioi.{suffix}") for suffix in ("html", "svg", "json")]
 
 
+def test_discover_searches_as_it_is_told(model: Path) -> None:
+    common = ("discover", "--model", model, "--pairs", 2, "--out")
+    greedily = relp(*common, "g", "--search", "greedy", "--edges", 20)
+    assert greedily.exit_code == 0, greedily.output
+    assert "circuit by RELP, greedy: " in greedily.stdout and 0 < size(load("g/ioi.json")) <= 20
+    exactly = relp(*common, "a", "--search", "acdc", "--tau", 1e-4)
+    assert exactly.exit_code == 0, exactly.output
+    circuit = load("a/ioi.json")
+    assert f"circuit by ACDC tau=0.0001: {size(circuit)} of 46 edges" in exactly.stdout
+    assert 0 < size(circuit) < 46 and nx.has_path(circuit, "embed", "logits")
+
+
+@pytest.mark.parametrize(("level", "column"), [("node", "component"), ("edge", "writer")])
+def test_patch_writes_exact_effects_and_goes_on(
+    model: Path, level: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = boot(model)
+    task = ioi(bridge.tokenizer, pairs=2, seed=3)
+    options: dict[str, Any] = {"level": level, "direction": "noise", "ablation": "mean"}
+    expected = patch(bridge, task, resume="e.part.safetensors", **options)
+    monkeypatch.setattr(Rerun, "__call__", None)  # all is measured: nothing may run again
+    result = relp(
+        *("patch", "--model", model, "--level", level, "--pairs", 2, "--seed", 3),
+        *("--direction", "noise", "--ablation", "mean", "--out", "e.safetensors"),
+    )
+    assert result.exit_code == 0, result.output
+    assert files(Path.cwd()) == ["e.safetensors"]
+    found = Scores.load("e.safetensors")
+    pairs = [(found.nodes, expected.nodes), (found.edges, expected.edges)]
+    assert all(a is b or torch.equal(a, b) for a, b in pairs)
+    shown = lined_up(expected) if level == "node" else expected
+    first = shown.top(1).iloc[0]
+    assert re.search(rf"{column}\W.*effect", result.stdout)
+    assert re.search(rf"\W{re.escape(first[column])}\W.*\W{first['effect']:.3f}\W", result.stdout)
+    assert result.stdout.endswith("wrote e.safetensors\n")
+
+
 def test_compare_gives_both_tables(model: Path) -> None:
     result = relp("compare", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output
@@ -143,6 +183,22 @@ def test_export_there_and_back() -> None:
         assert (result.exit_code, result.output) == (0, f"wrote {target}\n")
     assert same(load("c.json"), circuit)
     assert Path("a.json").read_bytes() == Path("c.json").read_bytes()
+
+
+def test_export_to_other_libraries_and_back(discovered: tuple[Result, Path], model: Path) -> None:
+    source = discovered[1] / "ioi.json"
+    for arguments in (
+        (source, "c.mib.json", "--model", model),
+        ("c.mib.json", "all.json"),
+        ("c.mib.json", "marked.json", "--in-graph", "--model", model),
+    ):
+        result = relp("export", *arguments)
+        assert (result.exit_code, result.stdout) == (0, f"wrote {arguments[1]}\n")
+    circuit, whole, marked = (load(p) for p in (source, "all.json", "marked.json"))
+    assert size(whole) == 46 and set(json.loads(Path("c.mib.json").read_text())) >= {"cfg", "edges"}
+    assert set(marked.edges(keys=True)) == set(circuit.edges(keys=True))
+    for edge in circuit.edges(keys=True):
+        assert marked.edges[edge]["score"] == pytest.approx(circuit.edges[edge]["score"])
 
 
 def test_help_tells_where_files_go() -> None:
@@ -214,6 +270,41 @@ def test_a_model_that_cannot_do_the_task_leaves_no_folder(model: Path, tmp_path:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = refused("discover", "--model", folder)
     assert message.startswith("the tokenizer must keep at least 5 of 64 common names as one token")
+
+
+def test_a_search_gets_its_own_option() -> None:
+    assert refused("discover", "--search", "best").startswith(
+        "`--search` must be one of top, greedy, acdc; got 'best'; "
+    )
+    for arguments, got in (
+        (("--search", "acdc"), "--search acdc with --edges None and --tau None"),
+        (("--search", "acdc", "--tau", 1, "--edges", 9), "acdc with --edges 9 and --tau 1.0"),
+        (("--tau", 1), "--search top with --edges None and --tau 1.0"),
+    ):
+        assert got in refused("discover", *arguments)
+
+
+def test_a_search_that_finds_nothing_is_an_error(model: Path) -> None:
+    result = relp("discover", "--model", model, "--pairs", 2, "--out", ".", "--edges", 1)
+    assert result.exit_code == 1 and files(Path.cwd()) == []
+    assert result.stderr.splitlines()[-1] == (
+        "error: the circuit must connect the embedding to the logits; what top found with "
+        "--edges 1 does not; give more edges"
+    )
+
+
+def test_effects_that_cannot_be_written_or_measured(model: Path) -> None:
+    assert refused("patch", "--out", "e.json") == (
+        "`--out` must be a .safetensors file; got 'e.json'; change the suffix"
+    )
+    for arguments, message in (
+        (("--level", "nodes"), "`level` must be 'node' or 'edge'; got 'nodes'"),
+        (("--ablation", "one"), "`ablation` must be one of"),
+        (("--out", "none/e.safetensors"), "`path` must lie in an existing folder; 'none' is none"),
+    ):
+        result = relp("patch", "--model", model, "--pairs", 2, *arguments)
+        assert result.exit_code == 1 and files(Path.cwd()) == []
+        assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
 
 
 def test_exports_that_cannot_be_made_are_errors() -> None:

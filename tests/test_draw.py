@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -83,7 +84,8 @@ def test_scores_of_zero_can_be_drawn():
     scores = make_nodes()
     scores.nodes.zero_()
     assert draw(scores).data[0].zmax == 1.0
-    draw(scores, scores)
+    (title, *_) = draw(scores, scores).layout.annotations
+    assert title.text == "embed · Pearson undefined · error undefined"
 
 
 def test_tokens_label_positions_only_where_all_pairs_have_them():
@@ -96,6 +98,28 @@ def test_tokens_label_positions_only_where_all_pairs_have_them():
         make_nodes(tokens=tokens[:3]),
     ):
         assert draw(scores).layout.xaxis.ticktext is None
+
+
+def test_spans_that_lie_apart_take_the_place_of_positions():
+    nodes, end = make_nodes().nodes, torch.full((3,), 3)
+    for spans, lengths in (
+        ({"name": torch.tensor([0, 2, 1]), "end": end}, torch.tensor([4, 4, 4])),
+        ({"name": torch.tensor([0, 0, 0]), "end": end - torch.arange(3)}, 4 - torch.arange(3)),
+    ):
+        kept = torch.where(torch.arange(4) < lengths[:, None, None], nodes, 0.0)
+        scores = make_nodes(nodes=kept, lengths=lengths, spans=spans, tokens=tuple("abcd"))
+        figure = draw(scores, kind="mlp")
+        assert list(figure.layout.xaxis.ticktext) == ["name", "end", "other"]
+        assert figure.layout.xaxis.title.text == "span"
+        assert figure.data[0].customdata[1, 0] == "L1.mlp@name"
+        row = kept[:, scores.components.index("L1.mlp")]
+        named = [float(row[torch.arange(3), at].mean()) for at in spans.values()]
+        expected = [*named, float(row.sum(-1).mean()) - sum(named)]
+        np.testing.assert_allclose(figure.data[0].z[1], expected, atol=1e-6)
+    same = make_nodes(spans={"name": torch.tensor([1, 1, 1]), "end": end}, tokens=tuple("abcd"))
+    assert draw(same).data[0].customdata[0, 3] == "L0.resid@3"
+    effect = replace(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
+    assert draw(effect).data[0].customdata[1, 0] == "L1.resid@all positions"
 
 
 def test_edges_are_writer_by_reader_and_blank_where_none_can_be():
@@ -124,7 +148,9 @@ def test_scatter_has_a_panel_per_kind_with_pearsons_r():
     for kind, title in zip(scores.kinds(), titles, strict=True):
         x, y = scores.of_kind(kind)[1], effect.of_kind(kind)[1]
         each = [np.corrcoef(x[p].flatten(), y[p].flatten())[0, 1] for p in range(2)]
-        assert title == f"{kind} · Pearson {np.mean(each):.3f}"
+        norms = [torch.linalg.norm(v.flatten(1), dim=1) for v in (x - y, y)]
+        error = float((norms[0] / norms[1]).mean())
+        assert title == f"{kind} · Pearson {np.mean(each):.3f} · error {error:.2f}"
     line, points = figure.data[6:8]  # two traces per panel; heads are the fourth
     assert list(line.x) == list(line.y)
     np.testing.assert_allclose(points.x, effect.of_kind("head")[1].flatten())
@@ -158,13 +184,13 @@ def test_edges_can_be_compared_too():
 def test_what_does_not_belong_together_is_refused():
     scores = make_nodes()
     for name, value in (("direction", "noise"), ("task", "other"), ("metric", "loss")):
-        with pytest.raises(ValueError, match=f"must have the same {name}"):
+        with pytest.raises(ValueError, match=f"must be of the same {name}"):
             draw(scores, make_nodes(Effects, **{name: value}))
-    with pytest.raises(ValueError, match="must have the same level"):
+    with pytest.raises(ValueError, match="must be of the same level"):
         draw(scores, make_scores())
     with pytest.raises(ValueError, match="of the same pairs"):
         draw(scores, make_nodes(Effects, lengths=torch.tensor([4, 4, 3])))
-    with pytest.raises(ValueError, match="must have the same writers"):
+    with pytest.raises(ValueError, match="must have the same positions and components"):
         draw(make_scores(), make_scores(positions=2))
     with pytest.raises(ValueError, match="`kind` must be one of"):
         draw(scores, kind="mixer")
@@ -294,10 +320,19 @@ def test_stronger_edges_are_wider():
     assert widths == sorted(widths) and widths[-1] == 7
 
 
-def test_hover_names_the_position():
-    circuit = make_circuit(edges=20, positions=3)
-    note = next(t for t in draw(circuit).data if t.name == "edges").hovertext
-    assert all(" @ position " in text for text in note)
+def test_positions_are_named():
+    circuit = make_circuit(edges=20, positions=3, heads=4, kv_heads=2)
+    figure = draw(circuit)
+    edges, nodes = (next(t for t in figure.data if t.name == n) for n in ("edges", "nodes"))
+    assert all((" @ position " in text) != ("keys and values" in text) for text in edges.hovertext)
+    boxes = {a.text.partition("<br>")[0]: a.text for a in figure.layout.annotations}
+    for node, note in zip(layout(circuit), nodes.hovertext, strict=True):
+        around = [circuit.out_edges(node, data=True), circuit.in_edges(node, data=True)]
+        found = [sorted({d["pos"] for *_, d in edges if d["pos"] >= 0}) for edges in around]
+        at = found[0] or found[1]  # key/value heads and the logits only read
+        shown = {1: "@{0}", 2: "@{0} @{1}", 3: "@{0}…{2}"}[len(at)].format(*at)
+        assert note.startswith(f"{node} {shown} · ") and f">{shown}</span>" in boxes[node]
+    assert "@" not in str(draw(make_circuit(edges=20)).layout.annotations)
 
 
 def test_text_of_models_and_tasks_is_escaped():

@@ -12,7 +12,7 @@ import pydot
 import pytest
 from test_graph import make_scores
 
-from circuits.draw import NEGATIVE, POSITIVE, draw
+from circuits.draw import NEGATIVE, POSITIVE, draw, node_positions
 from circuits.export import load, save
 from circuits.graph import assemble, size
 from circuits.prune import top
@@ -160,6 +160,15 @@ def test_svg_draws_every_edge_and_node(tmp_path):
     scores = {abs(d["score"]) for *_, d in circuit.edges(data=True)}
     assert f"{max(scores):.4g}" in strongest.findtext(f"{SVG}title").replace("-", "+")
     assert not root.findall(f".//{SVG}script") and not root.findall(f".//{SVG}image")
+
+
+def test_positions_are_shown(tmp_path):
+    circuit = make_circuit(positions=3, edges=40)
+    root = ET.parse(save(circuit, tmp_path / "c.svg")).getroot()
+    shown = [element.text for element in root.iter(f"{SVG}text") if element.text.startswith("@")]
+    assert sorted(shown) == sorted(node_positions(circuit, node) for node in circuit)
+    drawn = save(circuit, tmp_path / "c.mmd").read_text()
+    assert all(f'-->|"{key}"|' in drawn for *_, key in circuit.edges(keys=True))
 
 
 def test_svg_boxes_stay_in_the_picture(tmp_path):

@@ -510,6 +510,25 @@ def test_a_module_counts_as_one_operation() -> None:
     assert set(frame.kind) == {"activation", "linear"}
 
 
+def test_coefficients_have_no_derivative_of_their_own() -> None:
+    """What they were computed from is detached: a second derivative would be a part of one."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 1))
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def twice(y: Tensor) -> Tensor:
+        (c,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(c.square().sum(), x)[0]
+
+    for rules in (RELP, CP_LRP, ATTN_LRP, GIM):
+        with propagate(rules, root=module):
+            y = module(x)
+        with pytest.raises(RuntimeError, match="must build no graph, .*got create_graph=True"):
+            twice(y)
+    with propagate(GRADIENT, root=module):
+        y = module(x)
+    torch.testing.assert_close(twice(y), twice(module(x)))
+
+
 def layer(seed: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Input `[row, in]`, weight `[in, out]`, bias, and a coefficient at the output."""
     generator = torch.Generator().manual_seed(seed)

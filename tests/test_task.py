@@ -7,10 +7,13 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from conftest import random_task
 from test_ioi import gpt2, llama
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from circuits import patch
+from relp import DEEPLIFT, GRADIENT, RELP, attribute
 from tasks import KLDivergence, Task, logit_difference, probability_difference
 from tasks.metrics import Metric, takes_task
 
@@ -222,6 +225,27 @@ def test_filter_correct_needs_one_right_answer() -> None:
     )
 
 
+class Echo(nn.Module):
+    """Logits that a model in train mode would draw anew each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.drop(nn.functional.one_hot(tokens, 16).float())
+
+
+@pytest.mark.parametrize("call", [KLDivergence.of, lambda m, task: task.filter_correct(m)])
+def test_models_in_train_mode_are_refused(call: Callable[[Any, Task], object]) -> None:
+    model, task = Echo(), mixed()
+    message = "the model must be in eval mode, or dropout makes every number noise; {} is in train "
+    assert full_message(lambda: call(model, task)).startswith(message.format("'the model'"))
+    model.eval().drop.train()
+    assert full_message(lambda: call(model, task)).startswith(message.format("'drop'"))
+    call(model.eval(), task.select([0]))
+
+
 # -- errors of building ----------------------------------------------------------------------------
 
 
@@ -379,6 +403,19 @@ def test_spans_lie_inside_their_prompts(at: list[int], shown: str) -> None:
     )
 
 
+def test_an_answer_that_is_its_own_foil_measures_nothing() -> None:
+    task = mixed()
+    foils = task.foils.clone()
+    foils[3] = task.answers[3]
+    for metric in ("logit_difference", "probability_difference"):
+        assert full_message(lambda m=metric: replace(task, foils=foils, metric=m)) == (
+            "an answer must differ from its foil, or their difference is always 0: pair 3 has "
+            "token 3 for both; choose another foil, or give a metric that reads none"
+        )
+    for metric in (lambda logits: logits[:, -1, 0], KLDivergence(torch.zeros(6, 4))):
+        assert len(replace(task, foils=foils, metric=metric)) == 6
+
+
 def test_a_metric_is_a_known_name_or_a_callable() -> None:
     assert full_message(lambda: two().with_metric("accuracy")) == (
         "`metric` must be one of ['logit_difference', 'probability_difference'] or a callable; "
@@ -435,6 +472,21 @@ def test_kl_divergence_of_a_model_is_zero_on_its_clean_run_for_each_length() -> 
         torch.testing.assert_close(bucket.metric(model(bucket.clean)), torch.zeros(len(index)))
         shifted = model(bucket.clean).roll(1, -1)
         assert bool((bucket.metric(shifted) < -0.1).all())
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_a_divergence_says_nothing_at_the_clean_run(tiny: Any) -> None:
+    """It is 0 there and nowhere above: gradients are 0, what two runs tell is not."""
+    task = random_task(tiny, pairs=2, length=3)
+    task = task.with_metric(KLDivergence.of(tiny, task))
+    for rules in (GRADIENT, RELP, DEEPLIFT.with_(softmax="derivative")):
+        message = full_message(lambda r=rules: attribute(tiny, task, rules=r, direction="noise"))
+        assert f"and so would be every score under {rules.name}; use direction=" in message
+    for options in ({"rules": DEEPLIFT}, {"steps": 2}, {"steps": 2, "path": "activations"}):
+        scores = attribute(tiny, task, direction="noise", **options)
+        assert scores.nodes is not None and float(scores.nodes.abs().max()) > 1e-2
+    effect = patch(tiny, task, components=["embed"], direction="noise", positions=False)
+    assert effect.nodes is not None and float(effect.nodes.max()) < -1e-2
 
 
 def test_the_answer_is_read_where_the_task_says() -> None:
