@@ -46,6 +46,7 @@ def draw(
     against: Scores | None = None,
     *,
     kind: str | None = None,
+    positions: bool = False,
     title: str | None = None,
 ) -> go.Figure:
     """Draws node scores, edge scores, scores against measured effects, or a circuit.
@@ -57,6 +58,7 @@ def draw(
         against: `Effects` to compare `what` with: a scatter plot, one point per pair, component
             and position (edges: per edge), with the line y = x.
         kind: which components a heatmap of nodes shows; `resid` if there, else the first.
+        positions: show nodes by position even where spans are at different ones.
         title: plain text that replaces where the numbers come from.
 
     Raises:
@@ -67,7 +69,10 @@ def draw(
     if isinstance(what, Scores) and isinstance(against, Scores):
         figure = _scatter(what, against, kind)
     elif isinstance(what, Scores) and against is None:
-        figure = _node_heatmap(what, kind) if what.level == "node" else _edge_heatmap(what)
+        if what.level == "edge":
+            figure = _edge_heatmap(what)
+        else:
+            figure = _node_heatmap(what if positions else lined_up(what), kind)
     elif isinstance(what, nx.MultiDiGraph) and against is None:
         figure = _circuit(what)
     else:
@@ -125,7 +130,6 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
     names, _ = scores.of_kind(kind)
-    scores = lined_up(scores)
     parsed = [Component.parse(name) for name in names]
     at = [scores.components.index(name) for name in names]
     mean = scores.mean[at].double().numpy()  # [component, pos]
@@ -176,7 +180,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
 def lined_up(scores: Scores) -> Scores:
     """By span if pairs have a span at different positions: a mean by position would smear it."""
     apart = any(len(at.unique()) > 1 for at in scores.spans.values())
-    return scores.by_span() if apart and scores.tokens != ALL_POSITIONS else scores
+    return scores.by_span() if apart else scores
 
 
 def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:

@@ -194,7 +194,8 @@ class Scores:
         """Node scores summed over the positions of each of the task's spans, and over the others.
 
         Each pair has its spans where its own prompt has them, so that templates of different
-        lengths line up. A position that several spans name goes to the first of them.
+        lengths line up. A position that several spans name goes to the first of them. Effects of
+        all positions at once stay as they are.
 
         Raises:
             ValueError: the scores are of edges, which are averages over pairs already.
@@ -204,7 +205,7 @@ class Scores:
                 "by_span sums node scores; these are edge scores, averaged over pairs; call "
                 "attribute(level='edge', positions='spans')"
             )
-        if self.places:
+        if self.places or self.tokens == ALL_POSITIONS:
             return self
         places = (*self.spans, "other")
         index = span_index(self.spans, len(self.nodes), self.nodes.shape[-1])

@@ -116,10 +116,13 @@ def test_spans_that_lie_apart_take_the_place_of_positions():
         named = [float(row[torch.arange(3), at].mean()) for at in spans.values()]
         expected = [*named, float(row.sum(-1).mean()) - sum(named)]
         np.testing.assert_allclose(figure.data[0].z[1], expected, atol=1e-6)
+        by_position = draw(scores, kind="mlp", positions=True)
+        assert by_position.data[0].customdata[1, 3] == "L1.mlp@3"
     same = make_nodes(spans={"name": torch.tensor([1, 1, 1]), "end": end}, tokens=tuple("abcd"))
     assert draw(same).data[0].customdata[0, 3] == "L0.resid@3"
     effect = replace(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
     assert draw(effect).data[0].customdata[1, 0] == "L1.resid@all positions"
+    assert effect.by_span() is effect
 
 
 def test_edges_are_writer_by_reader_and_blank_where_none_can_be():

@@ -40,7 +40,7 @@ def main(rounds: int = 3, peers: bool = False, growth: bool = False) -> None:
     shapes = [SHAPE] + [SHAPE | {k: v} for k, vs in GROWTH.items() for v in vs if growth]
     runs = [(r, level, shape) for r in (RELP, DEEPLIFT) for level in ("node", "edge")
             for shape in shapes if growth or level == "edge"]  # fmt: skip
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+    with get_context("fork").Pool(1, maxtasksperchild=1) as processes:
         cells = pd.DataFrame(processes.starmap(cell, [(r.name, *rest) for r, *rest in runs], 1))
     show(f"first run in a process of its own; budget of edges: {PEAK_GB} GB", cells)
     if growth:
