@@ -235,9 +235,10 @@ def comparison(scores: Scores, effects: Scores) -> dict[str, tuple[float, Tensor
                 "scores and effects must be of the same pairs; got lengths "
                 f"{scores.lengths.tolist()} and {effects.lengths.tolist()}; use one task for both"
             )
+        at = {name: i for i, name in enumerate(scores.components)}
         for row in agreement(scores, effects).itertuples():
             names, measured = effects.of_kind(row.kind)
-            estimated = scores.nodes[:, [scores.components.index(name) for name in names]]
+            estimated = scores.nodes[:, [at[name] for name in names]]
             # [pair, component, pos]: True where the pair has a token.
             real = (torch.arange(measured.shape[-1]) < effects.lengths.cpu()[:, None])[:, None]
             real = real.expand(measured.shape)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -42,6 +42,8 @@ def attribute(
     *,
     rules: Rules = RELP,
     level: str = "node",
+    components: Sequence[str] | None = None,
+    neurons: Sequence[str] = (),
     direction: str = "denoise",
     steps: int = 1,
     path: str = "inputs",
@@ -54,6 +56,8 @@ def attribute(
 
     >>> scores = attribute(model, task, rules=RELP)               # nodes [pair, component, pos]
     >>> edges = attribute(model, task, rules=RELP, level="edge")  # edges [writer, reader]
+    >>> scores = attribute(model, task, components=["neuron", "L3.mlp"])
+    >>> edges = attribute(model, task, level="edge", neurons=["L3N17", "L5N4"])
 
     Two forward passes and one backward per batch. With `rules=GRADIENT` this is attribution
     patching (node) and EAP (edge, arXiv:2310.10348); with `RELP`, relevance patching
@@ -64,6 +68,11 @@ def attribute(
         task: a `tasks.Task`, or anything with its fields.
         rules: the coefficients to use.
         level: `"node"` or `"edge"`.
+        components: at node level, names (`L3H1`, neurons `L3N17`) or kinds (`resid`, `attn`, `mlp`,
+            `head`, `embed`, `mixer`, `neuron`); all but neurons if None. A layer's neurons sum to
+            its MLP, or to the input of the norm behind it if there is one (Gemma-2, OLMo-2).
+        neurons: at edge level, neurons (`L3N17`) that write and read by themselves, as heads do;
+            `L3.mlp` is then the rest of that MLP.
         direction: `"denoise"` (coefficients on the corrupt run) or `"noise"` (on the clean run).
         steps: more than 1 averages coefficients along a path between the runs (EAP-IG).
         path: what moves along it: `"inputs"`, the embeddings (`steps` runs), or `"activations"`,
@@ -83,17 +92,24 @@ def attribute(
         RuntimeError: a hook did not fire, or a score is not finite.
     """
     _check(rules, level, direction, steps, path, positions)
-    sites = Sites.of(model)
+    if (components if level == "edge" else neurons or None) is not None:
+        raise ValueError(
+            "`components` is for node scores and `neurons` for edge scores; got the other one with "
+            f"level={level!r}; at node level neurons are components"
+        )
+    sites = Sites.of(model).splitting(neurons)
     _must_fit(sites, task)
-    batch_size = _fitting(sites, task, level) if batch_size is None else batch_size
+    chosen = sites.chosen(components) if level == "node" else ()
+    where = _places(sites, chosen)
+    names = node_sites(sites, chosen) if level == "node" else edge_sites(sites)
+    batch_size = _fitting(sites, task, level, names) if batch_size is None else batch_size
     own, other = OWN[direction], "clean" if OWN[direction] == "corrupt" else "corrupt"
     metrics = {own: torch.zeros(len(task)), other: torch.zeros(len(task))}
     width = int(task.lengths.max())
-    nodes = torch.zeros(len(task), len(sites.components), width)
+    nodes = torch.zeros(len(task), len(chosen), width)
     places = (*task.spans, "other") if positions == "spans" else ()
     groups = len(places) or (width if positions else 1)
     edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
-    names = node_sites(sites) if level == "node" else edge_sites(sites)
 
     remainder: dict[str, float] = defaultdict(float)
     batches = list(task.buckets(batch_size))
@@ -105,12 +121,12 @@ def attribute(
                 sites, batch, rules, names, own=own, steps=steps, path=path, strict=strict
             ):
                 if level == "node":
-                    nodes[index, :, :length] += seen.share * node_scores(sites, seen)
+                    nodes[index, :, :length] += seen.share * node_scores(seen, where)
                 else:
                     scores = edge_scores(sites, seen, rules, _groups(batch, positions))
                     edges[: len(scores)] += seen.share * scores / len(task)
-                for where, value in seen.remainder.items():
-                    remainder[where] += value / len(task)
+                for module, value in seen.remainder.items():
+                    remainder[module] += value / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
             metrics[other][index] = seen.other_metric.float().cpu()
             del seen  # or the next batch's run would have this one beside it
@@ -126,7 +142,7 @@ def attribute(
     labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
     labels["remainder"] = dict(remainder)
     if level == "node":
-        return Scores(components=sites.components, nodes=result, **labels)
+        return Scores(components=chosen, nodes=result, **labels)
     if places:
         labels |= {"places": places, "tokens": places}
     return Scores(writers=sites.writers, readers=sites.readers, edges=result, **labels)
@@ -135,32 +151,40 @@ def attribute(
 # -- nodes -----------------------------------------------------------------------------------------
 
 
-def node_sites(sites: Sites) -> tuple[str, ...]:
-    """The sites that node scores need."""
-    heads = [b.name("z") for b in sites.blocks if b.heads]
-    return (*(c for b in sites.blocks for c in b.components if c not in b.head_names), *heads)
+def node_sites(sites: Sites, components: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The sites that node scores of these components need; of all but neurons if None."""
+    names = sites.components if components is None else components
+    return tuple(dict.fromkeys(sites.part(c)[0] for c in names))
 
 
-def node_scores(sites: Sites, seen: Capture) -> Float[Tensor, "pair component pos"]:
+Places = Mapping[tuple[str, int], tuple[list[int], list[int]]]
+"""(site, how many equal parts it has) -> the columns of the components there, and their parts."""
+
+
+def _places(sites: Sites, components: Sequence[str]) -> Places:
+    """Where node-level components are."""
+    found: Places = defaultdict(lambda: ([], []))
+    for column, component in enumerate(components):
+        site, number, parts = sites.part(component)
+        columns, numbers = found[site, parts]
+        columns.append(column)
+        numbers.append(number)
+    return found
+
+
+def node_scores(seen: Capture, places: Places) -> Float[Tensor, "pair component pos"]:
     """First-order effect of moving each component from the own to the other run.
 
     Unit: that of the metric. Source: arXiv:2508.21258; with gradients, attribution patching.
     """
-    columns: dict[str, Tensor] = {}
-
-    def score(component: str, site: str, entries: slice = slice(None)) -> None:
-        delta, coefficient = seen.delta(site)[..., entries], seen.coefficients[site][..., entries]
-        columns[component] = einsum(delta.float(), coefficient.float(), "p t d, p t d -> p t")
-
-    score("embed", ROOT)
-    for b in sites.blocks:
-        for component in b.components:
-            if component not in b.head_names:
-                score(component, component)
-        for h, head in enumerate(b.head_names):
-            size = seen.own[b.name("z")].shape[-1] // b.heads
-            score(head, b.name("z"), slice(h * size, (h + 1) * size))
-    return torch.stack([columns[c].cpu() for c in sites.components], 1)
+    pairs, length, _ = seen.own[ROOT].shape
+    scores = torch.empty(pairs, sum(len(c) for c, _ in places.values()), length)
+    # a layer's heads or neurons, of which there are many, in one go
+    for (site, parts), (columns, numbers) in places.items():
+        product = seen.delta(site).float() * seen.coefficients[site].float()
+        whole = reduce(product, "p t (part d) -> p part t", "sum", part=parts)
+        scores[:, columns] = whole[:, numbers].cpu()
+    return scores
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -389,16 +413,18 @@ def _must_fit(sites: Sites, task: Any) -> None:
         )
 
 
-def _fitting(sites: Sites, task: Any, level: str) -> int:
-    """Pairs per batch that keep memory near a constant."""
+def _fitting(sites: Sites, task: Any, level: str, names: Sequence[str]) -> int:
+    """Pairs per batch that keep memory near a constant, when the named sites are captured."""
     cfg, length = sites.model.cfg, int(task.lengths.max())
     graph = 40 * int(cfg.d_model) * len(sites.blocks)
+    neurons = {b.name(part): b.neurons for b in sites.blocks for part in ("up", "gate", "neurons")}
     if level == "edge":
-        captured = 3 * len(edge_sites(sites))
+        captured = 3 * sum(neurons.get(name, int(cfg.d_model)) for name in names)
         columns = max(len(b.readers) for b in sites.blocks)
-        held = int(cfg.d_model) * (len(sites.writers) + columns + captured)
+        held = int(cfg.d_model) * (len(sites.writers) + columns) + captured
         return max(1, EDGE_BYTES // (4 * length * (graph + held)))
-    return max(1, NODE_BYTES // (4 * length * (graph + 3 * int(cfg.d_vocab))))
+    held = 3 * sum(neurons.get(name, 0) for name in names)
+    return max(1, NODE_BYTES // (4 * length * (graph + held + 3 * int(cfg.d_vocab))))
 
 
 def provenance(
