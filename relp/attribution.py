@@ -199,6 +199,9 @@ def edge_sites(sites: Sites) -> tuple[str, ...]:
         parts += ["heads", "attn"] if b.attn_post is not None else []
         parts += ["mlp_in", "mlp"] if b.mlp else []
         parts += ["mid"] if b.mlp and not b.parallel else []
+        if b.split:
+            parts += ["neurons", "up"] + (["gate"] if b.gate is not None else [])
+            parts += ["mlp_out"] if b.mlp_post is not None else []
         own += [b.name(p) for p in parts]
     return (*own, "final")
 
@@ -221,9 +224,10 @@ def edge_scores(
 
     c_reader is the coefficient at that reader's own input in the residual stream: the coefficient
     at its projection's output times the projection, pulled back through the block's norm under the
-    same rules. Δ_writer is what the writer adds to the stream; heads behind a post-norm are pushed
-    through it under the same rules. Nothing is copied per reader in the model, so grouped-query
-    attention and any norm work as they are.
+    same rules. Δ_writer is what the writer adds to the stream; heads and neurons behind a post-norm
+    are pushed through it under the same rules. Nothing is copied per reader in the model, so
+    grouped-query attention and any norm work as they are. Where neurons are split off, the MLP is
+    the whole of it less those, as a writer and as a reader.
     Source: EAP, arXiv:2310.10348, with the coefficients of arXiv:2508.21258.
 
     Raises:
@@ -253,7 +257,7 @@ def edge_scores(
     for b, following in zip(sites.blocks, after, strict=True):
         resid, heard = b.name("resid"), row
         _must_match(stream, seen.delta(resid), WRITERS, f"the input of block {b.layer}")
-        into_mixer = into[: len(b.readers) - b.mlp]
+        into_mixer = into[: len(b.mixer_readers)]
         _mixer_coefficients(sites, b, seen, rules, into_mixer)
         fill(heard, into_mixer)
         readers = into_mixer.sum(0) + seen.coefficients[following].float()
@@ -264,14 +268,11 @@ def edge_scores(
                 middle, heard = b.name("mid"), row
                 _must_match(stream, seen.delta(middle), WRITERS, f"the middle of block {b.layer}")
             entry = resid if b.parallel else middle
-            into_mlp = _norm_map(sites, b.mlp_norm, seen, entry, rules).pull(
-                seen.coefficients[b.name("mlp_in")].float()
-            )
-            fill(heard, into_mlp[None])
-            readers += into_mlp
-            deltas[row] = seen.delta(b.name("mlp"))
-            stream += deltas[row]
-            row += 1
+            into_mlp = into[: len(b.mlp_readers)]
+            readers += _mlp_coefficients(sites, b, seen, rules, entry, into_mlp)
+            fill(heard, into_mlp)
+            writing = slice(row, row := row + len(b.mlp_writers))
+            stream += _mlp_outputs(sites, b, seen, rules, deltas[writing])
         _must_match(readers, seen.coefficients[resid], READERS, f"block {b.layer}")
     _must_match(stream, seen.delta("final"), WRITERS, "the final residual stream")
     fill(row, seen.coefficients["final"].float()[None])
@@ -280,6 +281,8 @@ def edge_scores(
 
 WRITERS = "what embedding, heads and MLPs write must sum to the residual stream"
 HEADS = "what the heads write must sum to the input of the norm behind them"
+NEURONS_READ = "what the neurons read must sum to the coefficient at the MLP's input"
+NEURONS_WRITE = "what the neurons write must sum to the MLP's output"
 READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
 
 
@@ -327,6 +330,67 @@ def _mixer_outputs(
     return seen.delta(block.name("attn")).float()
 
 
+def _mlp_coefficients(
+    sites: Sites,
+    block: Block,
+    seen: Capture,
+    rules: Rules,
+    entry: str,
+    out: Float[Tensor, "reader pair pos d_model"],
+) -> Float[Tensor, "pair pos d_model"]:
+    """Fills `out` with the coefficients at the stream for each neuron that is split off and for the
+    rest of the MLP; gives the whole."""
+    norm = _norm_map(sites, block.mlp_norm, seen, entry, rules)
+    behind = seen.coefficients[block.name("mlp_in")].float()
+    whole = norm.pull(behind)
+    out[-1] = whole
+    if not block.split:
+        return whole
+    parts = [(weight(p).float(), seen.coefficients[s].float()) for s, p in block.neuron_readers]
+    found = torch.stack([c @ w for w, c in parts]).sum(0)
+    _must_match(found, behind, NEURONS_READ, f"block {block.layer}", NO_NEURONS)
+    # a neuron is like a head of one entry, or of two if it is gated
+    at = list(block.split)
+    w = torch.stack([w[at] for w, _ in parts], 1).flatten(0, 1)
+    c = torch.stack([c[..., at] for _, c in parts], -1).flatten(-2)
+    norm.pull_through(w, c, out[:-1])
+    out[-1] -= out[:-1].sum(0)
+    return whole
+
+
+def _mlp_outputs(
+    sites: Sites,
+    block: Block,
+    seen: Capture,
+    rules: Rules,
+    out: Float[Tensor, "writer pair pos d_model"],
+) -> Float[Tensor, "pair pos d_model"]:
+    """Fills `out` with what each neuron that is split off and the rest of the MLP add to the
+    stream; gives the whole."""
+    whole = seen.delta(block.name("mlp")).float()
+    out[-1] = whole
+    if not block.split:
+        return whole
+    step = seen.delta(block.name("neurons")).float()
+    norm, behind = block.mlp_post, block.name("mlp" if block.mlp_post is None else "mlp_out")
+    found = step @ weight(block.down).float().T
+    _must_match(found, seen.delta(behind), NEURONS_WRITE, f"block {block.layer}", NO_NEURONS)
+    out[:-1] = neuron_outputs(block, step)
+    if norm is not None:
+        out[:-1] = _norm_map(sites, norm, seen, behind, rules).push(out[:-1])
+    out[-1] -= out[:-1].sum(0)
+    return whole
+
+
+def neuron_outputs(
+    block: Block, activations: Float[Tensor, "pair pos d_mlp"]
+) -> Float[Tensor, "neuron pair pos d_model"]:
+    """What each neuron that is split off adds to the residual stream (or to the norm before it)."""
+    at = list(block.split)
+    w = weight(block.down).float()[:, at]
+    return torch.einsum("ptn,mn->nptm", activations[..., at].float(), w)
+
+
 def head_outputs(
     block: Block, z: Float[Tensor, "pair pos head_d_head"]
 ) -> Float[Tensor, "head pair pos d_model"]:
@@ -336,7 +400,16 @@ def head_outputs(
     return torch.einsum("hptd,hdm->hptm", z, w)
 
 
-def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
+NO_STREAM = (
+    "if the model normalises the stream itself (BERT, OPT-350m) it has no edges in this sense: use "
+    "level='node'"
+)
+NO_NEURONS = "if this MLP is more than two or three matrices, leave its neurons out"
+
+
+def _must_match(
+    found: Tensor, expected: Tensor, what: str, where: str, otherwise: str = NO_STREAM
+) -> None:
     """A part of the model that was overlooked would make edge scores wrong without a sign."""
     error = float((found - expected).abs().max())
     scale = float(expected.abs().max())
@@ -344,8 +417,7 @@ def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
     if error > tolerance * max(scale, 1e-6):
         raise RuntimeError(
             f"{what}; at {where} it misses by {error:.2g} of {scale:.2g}; remove hooks that change "
-            "activations; if the model normalises the stream itself (BERT, OPT-350m) it has no "
-            "edges in this sense: use level='node'"
+            f"activations; {otherwise}"
         )
 
 

@@ -201,8 +201,8 @@ class Sites:
         """These sites with some neurons as writers and readers of their own.
 
         Raises:
-            ValueError: a name is not that of a neuron, or the neurons of its block have no matrices
-                and hook points of their own.
+            ValueError: a name is not that of a neuron, or the matrices of its MLP cannot be told
+                apart.
         """
         chosen: dict[int, set[int]] = {}
         for name in neurons:
@@ -217,9 +217,9 @@ class Sites:
             block, last = self.blocks[layer], max(numbers)
             if {len(weight(module)) for _, module in block.neuron_readers} != {block.neurons}:
                 raise ValueError(
-                    "neurons must be of an MLP whose matrices can be told apart; that of block "
-                    f"{layer} is a mixture of experts, or reads through one joint matrix; leave "
-                    f"its neurons out (L{layer}N{last})"
+                    "neurons with edges of their own need an MLP whose matrices can be told apart; "
+                    f"block {layer} has none (but experts, joint matrices or a mixer alone); leave "
+                    f"L{layer}N{last} out"
                 )
             if last >= block.neurons:
                 raise ValueError(
