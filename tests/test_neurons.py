@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_task
-from test_edges import MODELS, build
+from test_edges import MODELS, Reference, build
+from test_faithfulness import alone, split
+from torch import Tensor
 
 from circuits import agreement, patch
-from relp import DEEPLIFT, GRADIENT, RELP, Scores, attribute
+from circuits.faithfulness import circuit_metrics, endpoints
+from circuits.graph import all_edges
+from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
+from relp.scores import precedes
+from relp.sites import Block, Sites
 
 # -- nodes -----------------------------------------------------------------------------------------
 
@@ -97,3 +103,173 @@ def test_components_are_of_nodes_and_neurons_of_edges(tiny: Any) -> None:
         attribute(tiny, task, components=["heads"])
     with pytest.raises(ValueError, match="got 'none'"):
         attribute(tiny, task, components=[])
+
+
+# -- edges -----------------------------------------------------------------------------------------
+
+NEURONS = ("L0N5", "L1N0", "L1N7")
+
+
+@pytest.fixture(
+    scope="module", params=["GPT2", "Llama", "GPTNeoX", "GPTJ", "OPT", "Gemma2", "Olmo2"]
+)
+def named(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, Any]:
+    """A random model in float64."""
+    return request.param, build(request.param, tmp_path_factory.mktemp("neurons"), MODELS)
+
+
+@pytest.mark.parametrize("rules", [GRADIENT, RELP, DEEPLIFT], ids=lambda r: r.name)
+def test_neurons_and_the_rest_are_the_mlp(named: tuple[str, Any], rules: Any) -> None:
+    _, model = named
+    task = random_task(model, pairs=3, length=4)
+    options = {"rules": rules, "level": "edge", "positions": True}
+    whole = attribute(model, task, **options)
+    apart = attribute(model, task, neurons=NEURONS, **options)
+    assert whole.edges is not None and apart.edges is not None
+    assert apart.writers[-4:] == ("L1H3", "L1N0", "L1N7", "L1.mlp")
+    assert apart.readers[-4:] == ("L1N0.in", "L1N7.in", "L1.mlp.in", "logits.in")
+    merged = torch.zeros(whole.edges.shape)
+    for w, writer in enumerate(apart.writers):
+        for r, reader in enumerate(apart.readers):
+            row = f"L{writer[1]}.mlp" if writer in NEURONS else writer
+            column = f"L{reader[1]}.mlp.in" if reader[:-3] in NEURONS else reader
+            at = whole.writers.index(row), whole.readers.index(column)
+            merged[:, at[0], at[1]] += apart.edges[:, w, r]
+    scale = float(whole.edges.abs().max())
+    torch.testing.assert_close(merged, whole.edges, rtol=1e-5, atol=1e-6 * scale)
+    if rules is DEEPLIFT:
+        gap = float(apart.gap.mean())
+        assert float(apart.edges[:, 0].sum()) == pytest.approx(gap, rel=1e-4)
+        assert float(apart.edges[..., -1].sum()) == pytest.approx(gap, rel=1e-4)
+    if not hasattr(model.blocks[0], "ln2_post"):
+        nodes = attribute(model, task, rules=rules, components=NEURONS)
+        rows = [apart.writers.index(n) for n in NEURONS]
+        found, scores = apart.edges.sum((0, 2))[rows], nodes.nodes
+        assert scores is not None
+        torch.testing.assert_close(found, scores.mean(0).sum(-1), rtol=1e-4, atol=1e-5 * scale)
+
+
+class Apart(Reference):
+    """The running model, with some neurons apart from their MLP."""
+
+    def __init__(self, model: Any, task: Any, sites: Sites) -> None:
+        self.blocks = sites.blocks
+        super().__init__(model, task)
+
+    def points(self) -> dict[str, Any]:
+        found = super().points()
+        for i, block in enumerate(self.model.blocks):
+            found |= {f"{i}.mlp.{name}": point.hook_out for name, point in self.first(i).items()}
+            found[f"{i}.activations"] = block.mlp.out.hook_in
+            if hasattr(block, "ln2_post"):
+                found[f"{i}.normed"] = block.ln2_post.hook_in
+        return found
+
+    def first(self, i: int) -> dict[str, Any]:
+        """What the neurons of a block read through."""
+        parts = dict(self.model.blocks[i].mlp.named_children())
+        return {name: parts[name] for name in ("in", "gate") if name in parts}
+
+    def written(self, block: Block, step: Tensor) -> dict[str, Tensor]:
+        """What each neuron adds (to the norm behind it, if there is one) if activations move."""
+        out = self.model.blocks[block.layer].mlp.out
+        found = {}
+        for n in block.split:
+            alone = torch.zeros_like(step)
+            alone[..., n] = step[..., n]
+            added = out(alone) - out(torch.zeros_like(step))
+            found[f"L{block.layer}N{n}"] = added.reshape(*step.shape[:2], -1)
+        return found
+
+    def change(self, writer: Component) -> Tensor:
+        if writer.kind not in ("neuron", "mlp"):
+            return super().change(writer)
+        i, block = writer.layer, self.model.blocks[writer.layer]
+        site = f"{i}.activations"
+        written = self.written(self.blocks[i], self.clean[site] - self.corrupt[site])
+        if hasattr(block, "ln2_post"):
+            here, small = self.corrupt[f"{i}.normed"], 1e-5
+            for name, move in written.items():
+                ends = [block.ln2_post(here + sign * small * move) for sign in (1, -1)]
+                written[name] = (ends[0] - ends[1]) / (2 * small)
+        if writer.kind == "neuron":
+            return written[writer.name]
+        return super().change(writer) - sum(written.values())
+
+    def neurons(self, block: Block, now: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each neuron adds now, less what it added in the corrupt run, behind a norm too."""
+        i, module = block.layer, self.model.blocks[block.layer]
+        step = now[f"{i}.activations"] - self.corrupt[f"{i}.activations"]
+        written = self.written(block, step)
+        if not hasattr(module, "ln2_post"):
+            return written
+        rest = now[f"{i}.normed"] - self.corrupt[f"{i}.normed"] - sum(written.values())
+        parts = torch.stack([*written.values(), rest])
+        parts = split(module.ln2_post, self.corrupt[f"{i}.normed"], parts)
+        return dict(zip(written, parts, strict=False))
+
+    def read(self, reader: Component, slot: str, move: Tensor) -> dict[str, Tensor]:
+        i = reader.layer
+        if reader.kind not in ("neuron", "mlp"):
+            return super().read(reader, slot, move)
+        whole = reader._replace(name=f"L{i}.mlp", kind="mlp")
+        (x,) = super().read(whole, slot, move).values()
+        edits = {}
+        for name, projection in self.first(i).items():
+            value = projection(x).reshape(*x.shape[:2], -1)  # OPT merges pairs and positions
+            chosen = torch.zeros(value.shape[-1], dtype=torch.bool)
+            chosen[[reader.head] if reader.kind == "neuron" else list(self.blocks[i].split)] = True
+            mine = chosen if reader.kind == "neuron" else ~chosen
+            site = f"{i}.mlp.{name}"
+            edits[site] = torch.where(mine, value, self.corrupt[site])
+        return edits
+
+
+@torch.no_grad()
+def test_single_edges_by_finite_differences(
+    named: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = named
+    task = random_task(model, pairs=2, length=5)
+    scores = attribute(model, task, rules=GRADIENT, level="edge", neurons=NEURONS)
+    assert scores.edges is not None
+    # norms and softmaxes of transformers compute in float32, whatever the model is in
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    reference = Apart(model, task, Sites.of(model).splitting(NEURONS))
+    scale, count = float(scores.edges.abs().max()), 0
+    for w, writer in enumerate(scores.writers):
+        for r, reader in enumerate(scores.readers):
+            source, (target, _) = Component.parse(writer), Component.of_reader(reader)
+            if not precedes(source, target, parallel=scores.parallel):
+                assert float(scores.edges[w, r]) == 0
+            elif {"neuron", "mlp"} & {source.kind, target.kind} and (w + r) % 2 == 0:
+                found, count = float(scores.edges[w, r]), count + 1
+                expected = reference.score(writer, reader)
+                assert found == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale), (
+                    writer,
+                    reader,
+                )
+    assert count >= 20
+
+
+# -- circuits --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_circuits_with_neurons_equal_a_slow_run(named: tuple[str, Any]) -> None:
+    _, model = named
+    task, sites = random_task(model, pairs=2, length=4), Sites.of(model).splitting(NEURONS)
+    every = all_edges(sites)
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
+    masks = torch.cat([masks, every[None], torch.zeros_like(every)[None]])
+    *found, full, none = circuit_metrics(sites, task, masks[:, None])
+    clean, corrupt = endpoints(sites, task)
+    torch.testing.assert_close(full, clean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(none, corrupt, atol=1e-4, rtol=1e-4)
+    reference = Apart(model, task, sites)
+    for mask, metric in zip(masks, found, strict=False):
+        kept = {(sites.writers[w], sites.readers[r]) for w, r in mask.nonzero().tolist()}
+        expected = alone(reference, kept, sites).float()
+        torch.testing.assert_close(metric, expected, atol=1e-4, rtol=1e-4)
