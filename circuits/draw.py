@@ -40,6 +40,7 @@ Curve = tuple[Point, Point, Point, Point]
 
 PORTS = {"q": -0.23, "k": 0.0, "v": 0.23}
 _MOST_POINTS = 5000
+_MOST_ROWS = 100
 _LARGEST_TIDY = 1500
 
 
@@ -129,7 +130,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     parsed = [Component.parse(name) for name in names]
     at = [scores.components.index(name) for name in names]
     mean = scores.mean[at].double().numpy()  # [component, pos]
-    if kind in ("head", "kv"):
+    if kind in ("head", "kv") or (kind == "neuron" and len(names) > _MOST_ROWS):
         layers = sorted({c.layer for c in parsed})
         z = np.full((len(layers), max(c.head for c in parsed) + 1), np.nan)
         labels = np.full(z.shape, "", dtype=object)
@@ -140,7 +141,8 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
         ticks = {"dtick": 1 if z.shape[1] <= 32 else None}
         hover = "%{customdata}"
     else:
-        z, rows = mean, [f"L{c.layer}" if c.layer >= 0 else c.name for c in parsed]
+        named = kind == "neuron" or parsed[0].layer < 0
+        z, rows = mean, [c.name if named else f"L{c.layer}" for c in parsed]
         labels = np.repeat(np.array(names, dtype=object)[:, None], z.shape[1], axis=1)
         x_title, ticks = "position", _token_ticks(scores, z.shape[1])
         hover = "%{customdata}@%{x}"
@@ -333,9 +335,9 @@ def _scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
 def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     """Where each node goes, with `embed` lowest and `logits` highest; y grows upwards.
 
-    Rows are layers: key/value heads, then query heads, then the MLP above them. Within a row nodes
-    are at least 1 apart, ordered and placed near the mean of their neighbours (weighted by
-    |score|), which keeps edges short and crossings few. Rows that hold nothing take no room.
+    Rows are layers: key/value heads, then query heads, then MLP and neurons above them. Within a
+    row nodes are at least 1 apart, ordered and placed near the mean of their neighbours (weighted
+    by |score|), which keeps edges short and crossings few. Rows that hold nothing take no room.
 
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
@@ -349,7 +351,7 @@ def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     rows: dict[tuple[float, int], list[str]] = defaultdict(list)
     for node, data in graph.nodes(data=True):
         layer = math.inf if data["kind"] == "logits" else float(data["layer"])
-        rows[layer, {"kv": 0, "mlp": 2}.get(data["kind"], 1)].append(node)
+        rows[layer, {"kv": 0, "neuron": 2, "mlp": 2}.get(data["kind"], 1)].append(node)
     for nodes in rows.values():
         nodes.sort(key=lambda node: graph.nodes[node]["head"])
 

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import random_task
 from test_edges import MODELS, Reference, build
 from test_faithfulness import alone, split
 from torch import Tensor
 
-from circuits import agreement, patch
+from circuits import (
+    acdc,
+    agreement,
+    assemble,
+    between,
+    compare,
+    completeness,
+    evaluate,
+    faithfulness,
+    greedy,
+    load,
+    minimality,
+    patch,
+    save,
+    to_mib,
+    top,
+    top_nodes,
+)
+from circuits.draw import layout
 from circuits.faithfulness import circuit_metrics, endpoints
-from circuits.graph import all_edges
+from circuits.graph import all_edges, size
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
 from relp.scores import precedes
 from relp.sites import Block, Sites
@@ -273,3 +294,110 @@ def test_circuits_with_neurons_equal_a_slow_run(named: tuple[str, Any]) -> None:
         kept = {(sites.writers[w], sites.readers[r]) for w, r in mask.nonzero().tolist()}
         expected = alone(reference, kept, sites).float()
         torch.testing.assert_close(metric, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_neuron_is_cut_and_not_part_of_its_mlp(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    scores = attribute(tiny, task, level="edge", neurons=NEURONS)
+    graph, plain = assemble(scores), assemble(attribute(tiny, task, level="edge"))
+    assert graph.graph["neurons"] == "L0N5 L1N0 L1N7" and plain.graph["neurons"] == ""
+    assert graph.nodes["L1N7"]["kind"] == "neuron" and graph.nodes["L1N7"]["head"] == 7
+    order = [n for n in graph if n.startswith("L1") and "KV" not in n]
+    assert order[-3:] == ["L1N0", "L1N7", "L1.mlp"] and order[0] == "L1H0"
+    assert set(graph["L1H0"]) & {"L1N0", "L1N7", "L1.mlp", "L1H1"} == {"L1N0", "L1N7", "L1.mlp"}
+    assert not graph.has_edge("L1N7", "L1.mlp") and graph.has_edge("L1N7", "L2.mlp")
+
+    without = graph.copy()
+    without.remove_nodes_from(NEURONS)
+    whole, cut, empty = faithfulness(
+        tiny, task, [graph, without, top(graph, edges=0)], progress=False
+    )
+    assert whole == pytest.approx(1, abs=1e-4) and empty == pytest.approx(0, abs=1e-4)
+    assert abs(cut - 1) > 1e-3
+    # cut neurons keep the corrupt run's activations
+    clean, corrupt = endpoints(Sites.of(tiny), task)
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, value: Tensor) -> None:
+        kept[layer] = value
+
+    def cut_off(layer: int, value: Tensor) -> Tensor:
+        numbers = [int(name[3:]) for name in NEURONS if name.startswith(f"L{layer}")]
+        value[..., numbers] = kept[layer][..., numbers]
+        return value
+
+    metric = []
+    for side, visit in (("corrupt", keep), ("clean", cut_off)):
+        handles = [
+            block.mlp.out.hook_in.register_forward_hook(lambda _, __, v, i=i, f=visit: f(i, v))
+            for i, block in enumerate(tiny.blocks)
+        ]
+        try:
+            with torch.no_grad():
+                metric.append(task.metric(tiny(getattr(task, side))))
+        finally:
+            for handle in handles:
+                handle.remove()
+    expected = (metric[1].mean() - corrupt.mean()) / (clean.mean() - corrupt.mean())
+    assert cut == pytest.approx(float(expected), abs=1e-4)
+
+    with pytest.raises(ValueError, match="the same neurons split off; L0N5 is so in some only"):
+        faithfulness(tiny, task, [graph, plain], progress=False)
+    with pytest.raises(ValueError, match="or other neurons are split off"):
+        evaluate(tiny, task, [scores, replace(attribute(tiny, task, level="edge"), rules="2")])
+    with pytest.raises(ValueError, match="this graph has neurons split off: L0N5 L1N0 L1N7"):
+        to_mib(graph, "importances.json", tiny)
+
+
+def test_circuits_with_neurons_are_chosen_judged_and_kept(tiny: Any, tmp_path: Path) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    scores = attribute(tiny, task, level="edge", neurons=NEURONS)
+    graph = assemble(scores)
+    some = between(graph, ["L1N7", "L0.mlp", "L2H1"])
+    assert set(some) - {"L2KV0"} == {"embed", "L0.mlp", "L1N7", "L2H1", "logits"}
+    every = top_nodes(graph, nodes=len(graph) - 2)
+    assert nx.utils.graphs_equal(every, graph)
+    assert "L1N7" in greedy(graph, edges=size(graph) - 5)
+    shares = [faithfulness(tiny, task, c) for c in (some, graph)]
+    assert completeness(tiny, task, graph) == pytest.approx(0, abs=1e-4)
+    table = minimality(tiny, task, some, progress=False)
+    lost = some.copy()
+    lost.remove_edge("embed", "L1N7", "in")
+    row = table[(table["writer"] == "embed") & (table["reader"] == "L1N7.in")]
+    expected = shares[0] - faithfulness(tiny, task, lost)
+    assert row["contribution"].item() == pytest.approx(expected, abs=1e-4)
+    found = evaluate(tiny, task, scores, sizes=[0.5, 1.0], progress=False)
+    assert found.faithfulness[:, -1].tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert len(compare(tiny, task, some, graph)) == 1
+
+    searched = acdc(tiny, task, tau=1e-9, graph=some, progress=False)
+    assert searched.graph["neurons"] == graph.graph["neurons"] and size(searched) <= size(some)
+    for suffix in ("json", "graphml", "gexf", "dot", "svg", "html"):
+        for circuit in (some, assemble(attribute(tiny, task, level="edge"))):
+            again = load(save(circuit, tmp_path / f"c.{suffix}"))
+            assert again.graph == circuit.graph and nx.utils.graphs_equal(again, circuit)
+    places = layout(some)
+    assert places["L0.mlp"][1] < places["L1N7"][1] < places["L2H1"][1]
+
+
+def test_neurons_that_cannot_be_split_off_are_refused(tiny: Any, tmp_path: Path) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    for name, message in {
+        "L0H1": "names such as 'L0N3' of a model of 3 blocks; got 'L0H1'",
+        "L3N1": "names such as 'L0N3' of a model of 3 blocks; got 'L3N1'",
+        "L1N999": f"`neurons` of block 1 must be below {tiny.cfg.d_mlp}, as many as it has; got L1",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            attribute(tiny, task, level="edge", neurons=["L0N1", name])
+    experts = ARCHITECTURES["Mixtral"].build(tmp_path)
+    with pytest.raises(ValueError, match="block 1 has none .*; leave L1N4 out"):
+        attribute(experts, task, level="edge", neurons=["L1N4"])
+    parts = dict(tiny.blocks[1].mlp.named_children())
+    for point, what in ((parts["in"].hook_out, "read"), (parts["out"].hook_out, "write")):
+        handle = point.register_forward_hook(lambda _, __, value: value * 0.5)
+        try:
+            with pytest.raises(RuntimeError, match=f"what the neurons {what} must sum .*block 1"):
+                attribute(tiny, task, level="edge", neurons=["L1N2"])
+            assert attribute(tiny, task, level="edge", neurons=["L0N2"]).edges is not None
+        finally:
+            handle.remove()
