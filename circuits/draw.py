@@ -128,7 +128,8 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
     names, _ = scores.of_kind(kind)
     parsed = [Component.parse(name) for name in names]
-    at = [scores.components.index(name) for name in names]
+    places = {name: i for i, name in enumerate(scores.components)}
+    at = [places[name] for name in names]
     mean = scores.mean[at].double().numpy()  # [component, pos]
     if kind in ("head", "kv") or (kind == "neuron" and len(names) > _MOST_ROWS):
         layers = sorted({c.layer for c in parsed})
