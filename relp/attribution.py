@@ -341,8 +341,8 @@ def _mlp_coefficients(
     """Fills `out` with the coefficients at the stream for each neuron that is split off and for the
     rest of the MLP; gives the whole."""
     norm = _norm_map(sites, block.mlp_norm, seen, entry, rules)
-    behind = seen.coefficients[block.name("mlp_in")].float()
-    whole = norm.pull(behind)
+    behind = seen.coefficients[block.name("mlp_in")]
+    whole = norm.pull(behind.float())
     out[-1] = whole
     if not block.split:
         return whole

@@ -10,7 +10,7 @@ import networkx as nx
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import random_task
+from conftest import boot, random_task
 from test_edges import MODELS, Reference, build
 from test_faithfulness import alone, split
 from torch import Tensor
@@ -71,10 +71,10 @@ def test_a_neurons_score_is_its_activations_move_times_its_coefficient(tiny: Any
 
 def test_chosen_components_are_those_of_all(tiny: Any) -> None:
     task = random_task(tiny, pairs=3)
-    every = attribute(tiny, task, rules=DEEPLIFT)
+    every = attribute(tiny, task, rules=RELP)
     assert every.nodes is not None
     for asked in (["L2H3", "L1.mlp", "embed", "L2H0"], ["head"], "resid"):
-        some = attribute(tiny, task, rules=DEEPLIFT, components=asked, batch_size=2, progress=False)
+        some = attribute(tiny, task, rules=RELP, components=asked, batch_size=2, progress=False)
         at = [every.components.index(c) for c in some.components]
         assert at == sorted(at) and some.nodes is not None
         torch.testing.assert_close(some.nodes, every.nodes[:, at], rtol=1e-4, atol=1e-6)
@@ -168,6 +168,14 @@ def test_neurons_and_the_rest_are_the_mlp(named: tuple[str, Any], rules: Any) ->
         found, scores = apart.edges.sum((0, 2))[rows], nodes.nodes
         assert scores is not None
         torch.testing.assert_close(found, scores.mean(0).sum(-1), rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_half_precision_rounds_within_the_tolerance(gpt2_folder: Path) -> None:
+    task = random_task(model := boot(gpt2_folder, dtype=torch.bfloat16), pairs=2, length=4)
+    apart = attribute(model, task, level="edge", neurons=NEURONS)
+    whole = attribute(model, task, level="edge")
+    assert apart.edges is not None and whole.edges is not None
+    torch.testing.assert_close(apart.edges.sum(), whole.edges.sum(), rtol=1e-4, atol=1e-4)
 
 
 class Apart(Reference):
