@@ -205,7 +205,7 @@ class Sites:
                 apart.
         """
         chosen: dict[int, set[int]] = {}
-        for name in neurons:
+        for name in [neurons] if isinstance(neurons, str) else neurons:
             _, kind, layer, number = Component.parse(name)
             if kind != "neuron" or layer >= len(self.blocks):
                 raise ValueError(

@@ -406,6 +406,6 @@ def test_neurons_that_cannot_be_split_off_are_refused(tiny: Any, tmp_path: Path)
         try:
             with pytest.raises(RuntimeError, match=f"what the neurons {what} must sum .*block 1"):
                 attribute(tiny, task, level="edge", neurons=["L1N2"])
-            assert attribute(tiny, task, level="edge", neurons=["L0N2"]).edges is not None
+            assert attribute(tiny, task, level="edge", neurons="L0N2").edges is not None
         finally:
             handle.remove()
