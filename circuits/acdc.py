@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.faithfulness import circuit_masks, circuit_metrics, endpoints
+from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.graph import all_edges, assemble, check_circuit, real_edges
 from circuits.prune import keep
 from relp.attribution import provenance
@@ -63,8 +63,8 @@ def acdc(
         model: the `TransformerBridge`. It is the same afterwards.
         task: a `tasks.Task`.
         tau: the least cost of an edge that stays, in units of the metric.
-        graph: the circuit to search in, such as `top(assemble(edges), edges=2000)`; all edges of
-            the model if None.
+        graph: the circuit to search in, such as `top(assemble(edges), edges=2000)`, with neurons if
+            it has some; all edges of the model if None.
         progress: show a bar over edges.
 
     Returns:
@@ -86,7 +86,7 @@ def acdc(
             "`graph` must have edges that are summed over positions; these are by position; use "
             "attribute(level='edge') without positions=True"
         )
-    sites = Sites.of(model)
+    sites = Sites.of(model) if graph is None else circuit_sites(model, graph)
     clean, corrupt = endpoints(sites, task)
     mask = all_edges(sites) if graph is None else circuit_masks(sites, task, graph)[0, 0]
     order = _order(sites, mask)
@@ -158,7 +158,8 @@ def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
     def place(reader: int) -> tuple[float, bool, bool, int, int]:
         owner, slot = Component.of_reader(readers[reader])
         layer = math.inf if owner.kind == "logits" else float(owner.layer)
-        return -layer, owner.kind != "mlp", owner.kind == "kv", -owner.head, "qkv".find(slot)
+        first = owner.kind in ("mlp", "neuron")
+        return -layer, not first, owner.kind == "kv", -owner.head, "qkv".find(slot)
 
     return [
         (writer, reader)

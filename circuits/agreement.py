@@ -117,9 +117,10 @@ def points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]
 
 def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
     assert scores.nodes is not None
+    at = {name: i for i, name in enumerate(scores.components)}
     for kind in [k for k in scores.kinds() if k in effect.kinds()]:
         names, measured = effect.of_kind(kind)
-        estimated = scores.nodes[:, [scores.components.index(n) for n in names]]
+        estimated = scores.nodes[:, [at[n] for n in names]]
         pairs = zip(estimated, measured, effect.lengths.tolist(), strict=True)
         yield kind, [(_flat(x[:, :length]), _flat(y[:, :length])) for x, y, length in pairs]
 

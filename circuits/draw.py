@@ -38,6 +38,7 @@ Curve = tuple[Point, Point, Point, Point]
 
 PORTS = {"q": -0.23, "k": 0.0, "v": 0.23}
 _MOST_POINTS = 5000
+_MOST_ROWS = 100
 _LARGEST_TIDY = 1500
 
 
@@ -131,9 +132,9 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
     names, _ = scores.of_kind(kind)
     parsed = [Component.parse(name) for name in names]
-    at = [scores.components.index(name) for name in names]
-    mean = scores.mean[at].double().numpy()  # [component, pos]
-    if kind in ("head", "kv"):
+    index = {name: i for i, name in enumerate(scores.components)}
+    mean = scores.mean[[index[name] for name in names]].double().numpy()  # [component, pos]
+    if kind in ("head", "kv") or (kind == "neuron" and len(names) > _MOST_ROWS):
         layers = sorted({c.layer for c in parsed})
         z = np.full((len(layers), max(c.head for c in parsed) + 1), np.nan)
         labels = np.full(z.shape, "", dtype=object)
@@ -143,7 +144,8 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
         x_title, rows = kind, [f"L{layer}" for layer in layers]
         ticks = {"dtick": 1 if z.shape[1] <= 32 else None}
     else:
-        z, rows = mean, [f"L{c.layer}" if c.layer >= 0 else c.name for c in parsed]
+        named = kind == "neuron" or parsed[0].layer < 0
+        z, rows = mean, [c.name if named else f"L{c.layer}" for c in parsed]
         together = scores.tokens if scores.tokens == ALL_POSITIONS else ()
         places = scores.places or together or range(z.shape[1])
         labels = np.array([[f"{name}@{place}" for place in places] for name in names], dtype=object)
@@ -303,9 +305,9 @@ def _measured(value: float, form: str) -> str:
 def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     """Where each node goes, with `embed` lowest and `logits` highest; y grows upwards.
 
-    Rows are layers: key/value heads, then query heads, then the MLP above them. Within a row nodes
-    are at least 1 apart, ordered and placed near the mean of their neighbours (weighted by
-    |score|), which keeps edges short and crossings few. Rows that hold nothing take no room.
+    Rows are layers: key/value heads, then query heads, then MLP and neurons above them. Within a
+    row nodes are at least 1 apart, ordered and placed near the mean of their neighbours (weighted
+    by |score|), which keeps edges short and crossings few. Rows that hold nothing take no room.
 
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
@@ -319,7 +321,7 @@ def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     rows: dict[tuple[float, int], list[str]] = defaultdict(list)
     for node, data in graph.nodes(data=True):
         layer = math.inf if data["kind"] == "logits" else float(data["layer"])
-        rows[layer, {"kv": 0, "mlp": 2}.get(data["kind"], 1)].append(node)
+        rows[layer, {"kv": 0, "neuron": 2, "mlp": 2}.get(data["kind"], 1)].append(node)
     for nodes in rows.values():
         nodes.sort(key=lambda node: graph.nodes[node]["head"])
 

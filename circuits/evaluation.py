@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from circuits.faithfulness import circuit_masks, circuit_metrics, endpoints
+from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.graph import all_edges
-from relp.scores import Scores
+from relp.scores import Component, Scores
 from relp.sites import Sites
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
@@ -167,8 +167,9 @@ def evaluate(
         ValueError: scores are of nodes, of another model, not finite or two of one name; sizes are
             not ascending in (0, 1]; or as for `faithfulness`.
     """
-    sites = Sites.of(model)
     many = [scores] if isinstance(scores, Scores) else list(scores)
+    writers = [Component.parse(w) for w in (many[0].writers if many else ())]
+    sites = Sites.of(model).splitting([w.name for w in writers if w.kind == "neuron"])
     _check(sites, task, many, sizes)
     generator = torch.Generator().manual_seed(seed)
     for i in range(random):
@@ -205,7 +206,7 @@ def compare(
 
     One row, as `Evaluation.compare` gives for each measure. Errors are those of `faithfulness`.
     """
-    sites = Sites.of(model)
+    sites = circuit_sites(model, [one, other])
     masks = circuit_masks(sites, task, [one, other])
     clean, corrupt = endpoints(sites, task)
     metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
@@ -233,7 +234,8 @@ def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[fl
         if (s.writers, s.readers) != (sites.writers, sites.readers):
             raise ValueError(
                 f"scores must be of the model they are evaluated on; those of {s.rules!r} are of "
-                f"{s.model!r} and not of {sites.model_name!r}; compute them on this model"
+                f"{s.model!r} and not of {sites.model_name!r}, or other neurons are split off; "
+                "compute them on this model, with the same `neurons`"
             )
         lengths = set(task.lengths.tolist())
         if s.edges.dim() == 3 and lengths != {len(s.edges)}:

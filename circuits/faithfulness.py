@@ -4,8 +4,8 @@ The run is the clean one. What a reader gets is the corrupt residual stream plus
 whose edge to it is in the circuit, what that writer adds differently now. All edges give the clean
 run, none the corrupt run. Many circuits are rows of one batch, and an edge that lies on no path
 from the embedding to the logits changes nothing: what it would carry is the corrupt run's anyway.
-Where heads add to the stream through a norm (post-norm), the exact difference of the norm's output
-is split over them, as `DEEPLIFT` does.
+Where heads or neurons add to the stream through a norm (post-norm), the exact difference of the
+norm's output is split over them, as `DEEPLIFT` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from circuits.graph import all_edges, check_circuit, real_edges
-from relp.attribution import head_outputs
+from relp.attribution import head_outputs, neuron_outputs
 from relp.capture import ROOT, answers_only, observe
 from relp.norms import NormMap
 from relp.rulebook import DEEPLIFT
@@ -34,6 +34,7 @@ from relp.sites import Block, Edit, Sites, bias, editing, weight
 __all__ = [
     "circuit_masks",
     "circuit_metrics",
+    "circuit_sites",
     "completeness",
     "endpoints",
     "faithfulness",
@@ -70,7 +71,7 @@ def faithfulness(
             between clean and corrupt prompts.
         RuntimeError: all edges together do not give the clean run.
     """
-    sites = Sites.of(model)
+    sites = circuit_sites(model, circuit)
     masks = circuit_masks(sites, task, circuit)
     shares = _shares(sites, task, masks, progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
@@ -90,7 +91,7 @@ def completeness(
     the incompleteness score of Wang et al. 2022, arXiv:2211.00593, for the whole circuit knocked
     out (K = C). Arguments, return value and errors are those of `faithfulness`.
     """
-    sites = Sites.of(model)
+    sites = circuit_sites(model, circuit)
     masks = all_edges(sites) & ~circuit_masks(sites, task, circuit)
     shares = _shares(sites, task, masks, progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
@@ -107,7 +108,7 @@ def minimality(
     Wang et al. 2022, arXiv:2211.00593, of single edges with nothing else knocked out (K = ∅).
     Costs one circuit evaluation per edge. Errors are those of `faithfulness`.
     """
-    sites = Sites.of(model)
+    sites = circuit_sites(model, circuit)
     (mask,) = circuit_masks(sites, task, circuit)
     edges = [(u, d["reader"], d["pos"], d["score"]) for u, _, _, d in real_edges(circuit)]
     masks = mask.repeat(1 + len(edges), 1, 1, 1)
@@ -160,20 +161,36 @@ def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Te
 # -- circuits as masks -----------------------------------------------------------------------------
 
 
+def circuit_sites(model: Any, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]) -> Sites:
+    """The sites of a model with the neurons split off that are so in the (first of the) circuits.
+
+    Raises:
+        TypeError, ValueError: it is no circuit, or one of another model.
+    """
+    sites = Sites.of(model)
+    graphs = [circuits] if isinstance(circuits, nx.Graph) else list(circuits)
+    return sites.splitting(check_circuit(graphs[0]).graph["neurons"].split()) if graphs else sites
+
+
 def circuit_masks(
     sites: Sites, task: Any, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]
 ) -> Bool[Tensor, "circuit pos writer reader"]:
     """Which writers each reader hears; the position axis has length 1 where all are alike.
 
     Raises:
-        TypeError, ValueError: there is no circuit, one is not of this model, or one is by position
-            and the task's prompts have several lengths.
+        TypeError, ValueError: there is no circuit, one is not of this model, one has other neurons
+            split off, or one is by position and the task's prompts have several lengths.
     """
     graphs = [circuits] if isinstance(circuits, nx.Graph) else list(circuits)
     if not graphs:
         raise ValueError("`circuit` must be a graph or several; got none; pass at least one")
     for graph in graphs:
-        check_circuit(graph)
+        apart = set(check_circuit(graph).graph["neurons"].split()) ^ set(sites.neurons)
+        if apart:
+            raise ValueError(
+                "circuits that are evaluated together must have the same neurons split off; "
+                f"{min(apart)} is so in some only; give `neurons` to attribute, the same for all"
+            )
     length = 1
     if any(g.graph["positions"] for g in graphs):
         length = int(task.lengths.max())
@@ -245,7 +262,9 @@ def _kept(sites: Sites) -> tuple[str, ...]:
     resid = [b.name("resid") for b in sites.blocks]
     middle = [b.name("mid") for b in sites.blocks if b.mlp and not b.parallel]
     heads = [b.name("heads") for b in sites.blocks if b.attn_post is not None]
-    return (*sites.written, *resid, *middle, *heads, "final")
+    neurons = [b.name("neurons") for b in sites.blocks if b.split]
+    normed = [b.name("mlp_out") for b in sites.blocks if b.split and b.mlp_post is not None]
+    return (*sites.written, *resid, *middle, *heads, *neurons, *normed, "final")
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +282,7 @@ class _Run:
     change: Float[Tensor, "writer row length d_model"]
     """What each writer adds now, minus what it added in the corrupt run."""
     projected: dict[str, Tensor] = field(default_factory=dict)
-    """A block's q, k and v, until the model comes to them."""
+    """A block's q, k and v, or its neurons before the activation, until the model comes to them."""
 
     @classmethod
     def of(
@@ -296,7 +315,10 @@ class _Run:
             if b.mlp:
                 mlp = b.name("mlp")
                 edits[b.name("mlp_in")] = partial(self.read, f"{mlp}.in")
-                edits[mlp] = partial(self.note, mlp, mlp)
+                edits[mlp] = partial(self.note_mlp, b)
+            if b.split:
+                edits |= {s: partial(self.project_neurons, b, s) for s, _ in b.neuron_readers}
+                edits[b.name("neurons")] = partial(self.note_neurons, b)
         edits["final"] = partial(self.read, "logits.in")
         tokens = task.clean.to(self.sites.device).repeat(len(self.masks), 1)
         with torch.no_grad(), editing(self.sites, edits):
@@ -320,6 +342,30 @@ class _Run:
         self.change[first : first + block.heads] = added
         return z
 
+    def note_neurons(self, block: Block, activations: Tensor) -> Tensor:
+        """Notes what each neuron that is split off adds differently, as `note_heads` does."""
+        step = self.step(block.name("neurons"), activations)
+        added = neuron_outputs(block, step)
+        if block.mlp_post is not None:
+            own = self.base[block.name("mlp_out")].repeat(len(self.masks), 1, 1)
+            other = own + step @ weight(block.down).float().T
+            added = NormMap.of(block.mlp_post, own, other, DEEPLIFT).push(added)
+        self.change[self.mlp_rows(block)][:-1] = added
+        return activations
+
+    def note_mlp(self, block: Block, value: Tensor) -> Tensor:
+        """Notes what an MLP, less the neurons that are split off, adds differently."""
+        part = self.change[self.mlp_rows(block)]
+        part[-1] = self.step(block.name("mlp"), value)
+        if block.split:
+            part[-1] -= part[:-1].sum(0)
+        return value
+
+    def mlp_rows(self, block: Block) -> slice:
+        """The places of what an MLP and its neurons write."""
+        last = self.rows[block.name("mlp")]
+        return slice(last - len(block.split), last + 1)
+
     def step(self, site: str, value: Tensor) -> Tensor:
         """A site's value minus that of the corrupt run."""
         return value.float() - self.base[site].float().repeat(len(self.masks), 1, 1)
@@ -333,7 +379,7 @@ class _Run:
     def project(self, block: Block, site: str, _: Tensor) -> Tensor:
         """The queries, keys or values of each head's own input; all are made at the first site."""
         if not self.projected:
-            circuits = [self.inputs(c, block.readers) for c in range(len(self.masks))]
+            circuits = [self.inputs(c, block.mixer_readers) for c in range(len(self.masks))]
             first = 0
             for name, projection, heads in block.attention_readers:
                 w = rearrange(weight(projection), "(h d) m -> h d m", h=heads)
@@ -346,6 +392,21 @@ class _Run:
                 self.projected[name] = found if offset is None else found + offset
                 first += heads
         return self.projected.pop(site)
+
+    def project_neurons(self, block: Block, site: str, value: Tensor) -> Tensor:
+        """The neurons before the activation, those that are split off from their own inputs."""
+        at = list(block.split)
+        if not self.projected:
+            readers = block.mlp_readers[:-1]
+            circuits = [self.inputs(c, readers) for c in range(len(self.masks))]
+            for name, projection in block.neuron_readers:
+                w, offset = weight(projection)[at], bias(projection)
+                parts = [torch.einsum("nptm,nm->ptn", x[row], w.to(x.dtype)) for x, row in circuits]
+                found = torch.cat(parts)
+                self.projected[name] = found if offset is None else found + offset[at]
+        value = value.clone()
+        value[..., at] = self.projected.pop(site)
+        return value
 
     def inputs(
         self, circuit: int, readers: Sequence[str]
@@ -372,8 +433,8 @@ class _Run:
             return "final", len(self.rows), None
         block = self.sites.blocks[owner.layer]
         first = self.rows[block.writers[0]]
-        if owner.kind != "mlp":
+        if owner.kind not in ("mlp", "neuron"):
             return block.name("resid"), first, block.norm
         if block.parallel:
             return block.name("resid"), first, block.mlp_norm
-        return block.name("mid"), self.rows[owner.name], block.mlp_norm
+        return block.name("mid"), self.mlp_rows(block).start, block.mlp_norm

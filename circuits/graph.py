@@ -11,11 +11,15 @@ Key/value heads of grouped-query attention are nodes of their own (`L9KV1`): wha
 edges into them, and one structural edge (key `kv`, score 0) leads to each query head they serve.
 Structural edges carry paths and are not counted: they cannot be patched.
 
+Neurons are nodes (`L9N17`) if the scores were computed with some split off: then `L9.mlp` is the
+rest of that MLP, and the graph keeps their names, as a neuron that a circuit lacks is cut and no
+part of `L9.mlp`.
+
 Attributes (only str, int, float and bool, so that every file format can hold them):
 
 =====  ==============  =====  ==================================================================
-node   kind            str    embed, head, kv, attn, mlp, mixer or logits
-       layer, head     int    -1 where there is none
+node   kind            str    embed, head, kv, neuron, attn, mlp, mixer or logits
+       layer, head     int    -1 where there is none; a neuron's number is its `head`
        score           float  sum of the node's outgoing edges in the full graph = its node score
 edge   score           float  in units of the metric; the sign is that of `Scores`
        slot            str    q, k, v, in, or kv for structural edges
@@ -28,6 +32,7 @@ graph  model, task, rules, direction, metric, level  str, as in `Scores`
        pairs           int    pairs of prompts behind the scores
        total_edges     int    edges of the full graph, structural ones not counted
        positions       bool   True if edges are kept by position
+       neurons         str    names of the neurons that were split off, with spaces between
 =====  ==============  =====  ==================================================================
 """
 
@@ -66,9 +71,10 @@ GRAPH: Mapping[str, type] = {
     "level": str,
     "total_edges": int,
     "positions": bool,
+    "neurons": str,
 }
 
-_WITHIN_LAYER = {"kv": 0, "head": 1, "attn": 1, "mixer": 1, "mlp": 2}
+_WITHIN_LAYER = {"kv": 0, "head": 1, "attn": 1, "mixer": 1, "neuron": 2, "mlp": 3}
 
 
 def assemble(scores: Scores) -> nx.MultiDiGraph:
@@ -146,6 +152,7 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
         level=scores.level,
         total_edges=total,
         positions=positions,
+        neurons=" ".join(c.name for c in writers if c.kind == "neuron"),
     )
     return graph
 
@@ -154,8 +161,12 @@ def all_edges(layout: Any) -> Bool[Tensor, "writer reader"]:
     """Which edges the model has, for what has `writers`, `readers` and `parallel` (`Scores`)."""
     writers = [Component.parse(w) for w in layout.writers]
     readers = [Component.of_reader(r)[0] for r in layout.readers]
-    exists = [[precedes(w, r, parallel=layout.parallel) for r in readers] for w in writers]
-    return torch.tensor(exists)
+    columns: dict[tuple[str, int], list[bool]] = {}
+    for r in readers:  # heads and neurons of one layer hear the same
+        if (r.kind, r.layer) not in columns:
+            heard = [precedes(w, r, parallel=layout.parallel) for w in writers]
+            columns[r.kind, r.layer] = heard
+    return torch.tensor([columns[r.kind, r.layer] for r in readers]).T
 
 
 def real_edges(graph: nx.MultiDiGraph) -> Iterator[tuple[str, str, str, dict[str, Any]]]:

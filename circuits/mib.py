@@ -47,7 +47,8 @@ from relp.sites import Sites
 
 __all__ = ["from_mib", "to_mib"]
 
-_LABELS = {n: k for n, k in GRAPH.items() if n not in ("level", "total_edges", "positions")}
+_UNKNOWN = ("level", "total_edges", "positions", "neurons")
+_LABELS = {n: k for n, k in GRAPH.items() if n not in _UNKNOWN}
 
 
 class _Edge(NamedTuple):
@@ -149,8 +150,9 @@ def to_mib(
 
     Raises:
         TypeError: `graph` or `circuit` is no circuit.
-        ValueError: the suffix is not .json, scores are by position or not finite, or an edge is
-            none of the model's (of mixers, for instance, which the format does not know).
+        ValueError: the suffix is not .json, scores are by position or not finite, neurons were
+            split off, or an edge is none of the model's (of mixers, for instance, which the format
+            does not know).
         OSError: the folder does not exist or cannot be written.
     """
     path = Path(path)
@@ -183,6 +185,11 @@ def _scores(graph: nx.MultiDiGraph, known: set[tuple[str, str]]) -> dict[tuple[s
         raise ValueError(
             "edges must be summed over positions in this format; these are by position; use "
             "attribute(level='edge') without positions=True"
+        )
+    if graph.graph["neurons"]:
+        raise ValueError(
+            "nodes must be heads and whole MLPs in this format; this graph has neurons split off: "
+            f"{graph.graph['neurons']}; compute the scores without `neurons`"
         )
     scores = {(u, data["reader"]): data["score"] for u, _, _, data in real_edges(graph)}
     for (writer, reader), score in scores.items():

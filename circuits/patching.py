@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from circuits.rerun import Rerun, entries
 from relp.attribution import OWN, edge_sites, head_outputs, provenance
-from relp.capture import ROOT, observe
+from relp.capture import observe
 from relp.scores import ALL_POSITIONS, Component, Effects, precedes, written_whole
 from relp.sites import Edit, Sites, bias, weight
 
@@ -125,7 +125,7 @@ def patch(
     sites = Sites.of(model)
     by_position = level == "node" if positions is None else positions
     places = range(int(task.lengths.max())) if by_position else [EVERYWHERE]
-    names = _components(sites, components) if level == "node" else ()
+    names = sites.chosen(components) if level == "node" else ()
     pairs = _edges(sites, edges) if level == "edge" else ()
     cells = [Cell(n, pos=p) for n in names for p in places]
     cells += [Cell(w, r, p) for w, r in pairs for p in places]
@@ -235,15 +235,7 @@ class Spot(NamedTuple):
 
 def _written(sites: Sites, component: str) -> Spot:
     """Where a component's value is."""
-    _, kind, layer, number = Component.parse(component)
-    if kind == "embed":
-        return Spot(0, ROOT)
-    block = sites.blocks[layer]
-    if kind == "head":
-        return Spot(layer, block.name("z"), number, block.heads)
-    if kind == "neuron":
-        return Spot(layer, block.name("neurons"), number, block.neurons)
-    return Spot(layer, block.name(kind))
+    return Spot(max(0, Component.parse(component).layer), *sites.part(component))
 
 
 def _read(sites: Sites, reader: str) -> Spot:
@@ -255,23 +247,6 @@ def _read(sites: Sites, reader: str) -> Spot:
     if kind == "mlp":
         return Spot(layer, block.name("mlp_in"))
     return Spot(layer, block.name(slot), number, block.heads if slot == "q" else block.kv_heads)
-
-
-def _components(sites: Sites, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the chosen components, in the order of the model."""
-    if wanted is None:
-        return sites.components
-    chosen = {wanted} if isinstance(wanted, str) else set(wanted)
-    kinds = {name: Component.parse(name).kind for name in sites.components}
-    kinds |= {name: "neuron" for b in sites.blocks for name in b.neuron_names}
-    unknown = chosen - kinds.keys() - set(kinds.values())
-    if unknown or not chosen:
-        raise ValueError(
-            f"`components` must be names such as {sites.components[1]!r} or kinds out of "
-            f"{sorted(set(kinds.values()))}; got {min(unknown, default='none')!r}; see "
-            "Scores.components"
-        )
-    return tuple(name for name, kind in kinds.items() if name in chosen or kind in chosen)
 
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:

@@ -110,7 +110,7 @@ def random(
 
 
 def top_nodes(graph: nx.MultiDiGraph, *, nodes: int, signed: bool = False) -> nx.MultiDiGraph:
-    """The `nodes` heads, MLPs and mixers of largest |score|, and every edge between them.
+    """The `nodes` heads, neurons, MLPs and mixers of largest |score|, and every edge between them.
 
     `embed` and `logits` come with them and are not counted, nor are key/value heads, which come
     with their query heads. A node's score is that of patching it, the sum of its outgoing edges.
@@ -149,7 +149,7 @@ def between(graph: nx.MultiDiGraph, nodes: Iterable[str]) -> nx.MultiDiGraph:
         if node not in graph:
             raise ValueError(
                 f"`nodes` must be nodes of the graph; {node!r} is none of its {len(graph)}; write "
-                "for instance L9H6 or L9.mlp"
+                "for instance L9H6 or L9.mlp, and give neurons to attribute first"
             )
     chosen |= {u for u, v, d in graph.edges(data=True) if d["structural"] and v in chosen}
     return keep(graph, (e[:3] for e in real_edges(graph) if e[0] in chosen and e[1] in chosen))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -42,6 +42,8 @@ def attribute(
     *,
     rules: Rules = RELP,
     level: str = "node",
+    components: Sequence[str] | None = None,
+    neurons: Sequence[str] = (),
     direction: str = "denoise",
     steps: int = 1,
     path: str = "inputs",
@@ -54,6 +56,8 @@ def attribute(
 
     >>> scores = attribute(model, task, rules=RELP)               # nodes [pair, component, pos]
     >>> edges = attribute(model, task, rules=RELP, level="edge")  # edges [writer, reader]
+    >>> scores = attribute(model, task, components=["neuron", "L3.mlp"])
+    >>> edges = attribute(model, task, level="edge", neurons=["L3N17", "L5N4"])
 
     Two forward passes and one backward per batch. With `rules=GRADIENT` this is attribution
     patching (node) and EAP (edge, arXiv:2310.10348); with `RELP`, relevance patching
@@ -64,6 +68,11 @@ def attribute(
         task: a `tasks.Task`, or anything with its fields.
         rules: the coefficients to use.
         level: `"node"` or `"edge"`.
+        components: at node level, names (`L3H1`, neurons `L3N17`) or kinds (`resid`, `attn`, `mlp`,
+            `head`, `embed`, `mixer`, `neuron`); all but neurons if None. A layer's neurons sum to
+            its MLP, or to the input of the norm behind it if there is one (Gemma-2, OLMo-2).
+        neurons: at edge level, neurons (`L3N17`) that write and read by themselves, as heads do;
+            `L3.mlp` is then the rest of that MLP.
         direction: `"denoise"` (coefficients on the corrupt run) or `"noise"` (on the clean run).
         steps: more than 1 averages coefficients along a path between the runs (EAP-IG).
         path: what moves along it: `"inputs"`, the embeddings (`steps` runs), or `"activations"`,
@@ -84,17 +93,24 @@ def attribute(
     """
     _check(rules, level, direction, steps, path, positions)
     _must_slope(task, rules, direction, steps)
-    sites = Sites.of(model)
+    if (components if level == "edge" else neurons or None) is not None:
+        raise ValueError(
+            "`components` is for node scores and `neurons` for edge scores; got the other one with "
+            f"level={level!r}; at node level neurons are components"
+        )
+    sites = Sites.of(model).splitting(neurons)
     _must_fit(sites, task)
-    batch_size = _fitting(sites, task, level) if batch_size is None else batch_size
+    chosen = sites.chosen(components) if level == "node" else ()
+    where = _places(sites, chosen)
+    names = node_sites(sites, chosen) if level == "node" else edge_sites(sites)
+    batch_size = _fitting(sites, task, level, names) if batch_size is None else batch_size
     own, other = OWN[direction], "clean" if OWN[direction] == "corrupt" else "corrupt"
     metrics = {own: torch.zeros(len(task)), other: torch.zeros(len(task))}
     width = int(task.lengths.max())
-    nodes = torch.zeros(len(task), len(sites.components), width)
+    nodes = torch.zeros(len(task), len(chosen), width)
     places = (*task.spans, "other") if positions == "spans" else ()
     groups = len(places) or (width if positions else 1)
     edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
-    names = node_sites(sites) if level == "node" else edge_sites(sites)
 
     remainder: dict[str, float] = defaultdict(float)
     batches = list(task.buckets(batch_size))
@@ -106,12 +122,12 @@ def attribute(
                 sites, batch, rules, names, own=own, steps=steps, path=path, strict=strict
             ):
                 if level == "node":
-                    nodes[index, :, :length] += seen.share * node_scores(sites, seen)
+                    nodes[index, :, :length] += seen.share * node_scores(seen, where)
                 else:
                     scores = edge_scores(sites, seen, rules, _groups(batch, positions))
                     edges[: len(scores)] += seen.share * scores / len(task)
-                for where, value in seen.remainder.items():
-                    remainder[where] += value / len(task)
+                for module, value in seen.remainder.items():
+                    remainder[module] += value / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
             metrics[other][index] = seen.other_metric.float().cpu()
             del seen  # or the next batch's run would have this one beside it
@@ -127,7 +143,7 @@ def attribute(
     labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
     labels["remainder"] = dict(remainder)
     if level == "node":
-        return Scores(components=sites.components, nodes=result, **labels)
+        return Scores(components=chosen, nodes=result, **labels)
     if places:
         labels |= {"places": places, "tokens": places}
     return Scores(writers=sites.writers, readers=sites.readers, edges=result, **labels)
@@ -136,32 +152,40 @@ def attribute(
 # -- nodes -----------------------------------------------------------------------------------------
 
 
-def node_sites(sites: Sites) -> tuple[str, ...]:
-    """The sites that node scores need."""
-    heads = [b.name("z") for b in sites.blocks if b.heads]
-    return (*(c for b in sites.blocks for c in b.components if c not in b.head_names), *heads)
+def node_sites(sites: Sites, components: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The sites that node scores of these components need; of all but neurons if None."""
+    names = sites.components if components is None else components
+    return tuple(dict.fromkeys(sites.part(c)[0] for c in names))
 
 
-def node_scores(sites: Sites, seen: Capture) -> Float[Tensor, "pair component pos"]:
+Places = Mapping[tuple[str, int], tuple[list[int], list[int]]]
+"""(site, how many equal parts it has) -> the columns of the components there, and their parts."""
+
+
+def _places(sites: Sites, components: Sequence[str]) -> Places:
+    """Where node-level components are."""
+    found: Places = defaultdict(lambda: ([], []))
+    for column, component in enumerate(components):
+        site, number, parts = sites.part(component)
+        columns, numbers = found[site, parts]
+        columns.append(column)
+        numbers.append(number)
+    return found
+
+
+def node_scores(seen: Capture, places: Places) -> Float[Tensor, "pair component pos"]:
     """First-order effect of moving each component from the own to the other run.
 
     Unit: that of the metric. Source: arXiv:2508.21258; with gradients, attribution patching.
     """
-    columns: dict[str, Tensor] = {}
-
-    def score(component: str, site: str, entries: slice = slice(None)) -> None:
-        delta, coefficient = seen.delta(site)[..., entries], seen.coefficients[site][..., entries]
-        columns[component] = einsum(delta.float(), coefficient.float(), "p t d, p t d -> p t")
-
-    score("embed", ROOT)
-    for b in sites.blocks:
-        for component in b.components:
-            if component not in b.head_names:
-                score(component, component)
-        for h, head in enumerate(b.head_names):
-            size = seen.own[b.name("z")].shape[-1] // b.heads
-            score(head, b.name("z"), slice(h * size, (h + 1) * size))
-    return torch.stack([columns[c].cpu() for c in sites.components], 1)
+    pairs, length, _ = seen.own[ROOT].shape
+    scores = torch.empty(pairs, sum(len(c) for c, _ in places.values()), length)
+    # a layer's heads or neurons, of which there are many, in one go
+    for (site, parts), (columns, numbers) in places.items():
+        product = seen.delta(site).float() * seen.coefficients[site].float()
+        whole = reduce(product, "p t (part d) -> p part t", "sum", part=parts)
+        scores[:, columns] = whole[:, numbers].cpu()
+    return scores
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -176,6 +200,9 @@ def edge_sites(sites: Sites) -> tuple[str, ...]:
         parts += ["heads", "attn"] if b.attn_post is not None else []
         parts += ["mlp_in", "mlp"] if b.mlp else []
         parts += ["mid"] if b.mlp and not b.parallel else []
+        if b.split:
+            parts += ["neurons", "up"] + (["gate"] if b.gate is not None else [])
+            parts += ["mlp_out"] if b.mlp_post is not None else []
         own += [b.name(p) for p in parts]
     return (*own, "final")
 
@@ -198,9 +225,10 @@ def edge_scores(
 
     c_reader is the coefficient at that reader's own input in the residual stream: the coefficient
     at its projection's output times the projection, pulled back through the block's norm under the
-    same rules. Δ_writer is what the writer adds to the stream; heads behind a post-norm are pushed
-    through it under the same rules. Nothing is copied per reader in the model, so grouped-query
-    attention and any norm work as they are.
+    same rules. Δ_writer is what the writer adds to the stream; heads and neurons behind a post-norm
+    are pushed through it under the same rules. Nothing is copied per reader in the model, so
+    grouped-query attention and any norm work as they are. Where neurons are split off, the MLP is
+    the whole of it less those, as a writer and as a reader.
     Source: EAP, arXiv:2310.10348, with the coefficients of arXiv:2508.21258.
 
     Raises:
@@ -230,7 +258,7 @@ def edge_scores(
     for b, following in zip(sites.blocks, after, strict=True):
         resid, heard = b.name("resid"), row
         _must_match(stream, seen.delta(resid), WRITERS, f"the input of block {b.layer}")
-        into_mixer = into[: len(b.readers) - b.mlp]
+        into_mixer = into[: len(b.mixer_readers)]
         _mixer_coefficients(sites, b, seen, rules, into_mixer)
         fill(heard, into_mixer)
         readers = into_mixer.sum(0) + seen.coefficients[following].float()
@@ -241,14 +269,11 @@ def edge_scores(
                 middle, heard = b.name("mid"), row
                 _must_match(stream, seen.delta(middle), WRITERS, f"the middle of block {b.layer}")
             entry = resid if b.parallel else middle
-            into_mlp = _norm_map(sites, b.mlp_norm, seen, entry, rules).pull(
-                seen.coefficients[b.name("mlp_in")].float()
-            )
-            fill(heard, into_mlp[None])
-            readers += into_mlp
-            deltas[row] = seen.delta(b.name("mlp"))
-            stream += deltas[row]
-            row += 1
+            into_mlp = into[: len(b.mlp_readers)]
+            readers += _mlp_coefficients(sites, b, seen, rules, entry, into_mlp)
+            fill(heard, into_mlp)
+            writing = slice(row, row := row + len(b.mlp_writers))
+            stream += _mlp_outputs(sites, b, seen, rules, deltas[writing])
         _must_match(readers, seen.coefficients[resid], READERS, f"block {b.layer}")
     _must_match(stream, seen.delta("final"), WRITERS, "the final residual stream")
     fill(row, seen.coefficients["final"].float()[None])
@@ -257,6 +282,8 @@ def edge_scores(
 
 WRITERS = "what embedding, heads and MLPs write must sum to the residual stream"
 HEADS = "what the heads write must sum to the input of the norm behind them"
+NEURONS_READ = "what the neurons read must sum to the coefficient at the MLP's input"
+NEURONS_WRITE = "what the neurons write must sum to the MLP's output"
 READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
 
 
@@ -304,6 +331,67 @@ def _mixer_outputs(
     return seen.delta(block.name("attn")).float()
 
 
+def _mlp_coefficients(
+    sites: Sites,
+    block: Block,
+    seen: Capture,
+    rules: Rules,
+    entry: str,
+    out: Float[Tensor, "reader pair pos d_model"],
+) -> Float[Tensor, "pair pos d_model"]:
+    """Fills `out` with the coefficients at the stream for each neuron that is split off and for the
+    rest of the MLP; gives the whole."""
+    norm = _norm_map(sites, block.mlp_norm, seen, entry, rules)
+    behind = seen.coefficients[block.name("mlp_in")]
+    whole = norm.pull(behind.float())
+    out[-1] = whole
+    if not block.split:
+        return whole
+    parts = [(weight(p).float(), seen.coefficients[s].float()) for s, p in block.neuron_readers]
+    found = torch.stack([c @ w for w, c in parts]).sum(0)
+    _must_match(found, behind, NEURONS_READ, f"block {block.layer}", NO_NEURONS)
+    # a neuron is like a head of one entry, or of two if it is gated
+    at = list(block.split)
+    w = torch.stack([w[at] for w, _ in parts], 1).flatten(0, 1)
+    c = torch.stack([c[..., at] for _, c in parts], -1).flatten(-2)
+    norm.pull_through(w, c, out[:-1])
+    out[-1] -= out[:-1].sum(0)
+    return whole
+
+
+def _mlp_outputs(
+    sites: Sites,
+    block: Block,
+    seen: Capture,
+    rules: Rules,
+    out: Float[Tensor, "writer pair pos d_model"],
+) -> Float[Tensor, "pair pos d_model"]:
+    """Fills `out` with what each neuron that is split off and the rest of the MLP add to the
+    stream; gives the whole."""
+    whole = seen.delta(block.name("mlp")).float()
+    out[-1] = whole
+    if not block.split:
+        return whole
+    step = seen.delta(block.name("neurons")).float()
+    norm, behind = block.mlp_post, block.name("mlp" if block.mlp_post is None else "mlp_out")
+    found = step @ weight(block.down).float().T
+    _must_match(found, seen.delta(behind), NEURONS_WRITE, f"block {block.layer}", NO_NEURONS)
+    out[:-1] = neuron_outputs(block, step)
+    if norm is not None:
+        out[:-1] = _norm_map(sites, norm, seen, behind, rules).push(out[:-1])
+    out[-1] -= out[:-1].sum(0)
+    return whole
+
+
+def neuron_outputs(
+    block: Block, activations: Float[Tensor, "pair pos d_mlp"]
+) -> Float[Tensor, "neuron pair pos d_model"]:
+    """What each neuron that is split off adds to the residual stream (or to the norm before it)."""
+    at = list(block.split)
+    w = weight(block.down).float()[:, at]
+    return torch.einsum("ptn,mn->nptm", activations[..., at].float(), w)
+
+
 def head_outputs(
     block: Block, z: Float[Tensor, "pair pos head_d_head"]
 ) -> Float[Tensor, "head pair pos d_model"]:
@@ -313,7 +401,16 @@ def head_outputs(
     return torch.einsum("hptd,hdm->hptm", z, w)
 
 
-def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
+NO_STREAM = (
+    "if the model normalises the stream itself (BERT, OPT-350m) it has no edges in this sense: use "
+    "level='node'"
+)
+NO_NEURONS = "if this MLP is more than two or three matrices, leave its neurons out"
+
+
+def _must_match(
+    found: Tensor, expected: Tensor, what: str, where: str, otherwise: str = NO_STREAM
+) -> None:
     """A part of the model that was overlooked would make edge scores wrong without a sign."""
     error = float((found - expected).abs().max())
     scale = float(expected.abs().max())
@@ -321,8 +418,7 @@ def _must_match(found: Tensor, expected: Tensor, what: str, where: str) -> None:
     if error > tolerance * max(scale, 1e-6):
         raise RuntimeError(
             f"{what}; at {where} it misses by {error:.2g} of {scale:.2g}; remove hooks that change "
-            "activations; if the model normalises the stream itself (BERT, OPT-350m) it has no "
-            "edges in this sense: use level='node'"
+            f"activations; {otherwise}"
         )
 
 
@@ -401,16 +497,18 @@ def _must_fit(sites: Sites, task: Any) -> None:
         )
 
 
-def _fitting(sites: Sites, task: Any, level: str) -> int:
-    """Pairs per batch that keep memory near a constant."""
+def _fitting(sites: Sites, task: Any, level: str, names: Sequence[str]) -> int:
+    """Pairs per batch that keep memory near a constant, when the named sites are captured."""
     cfg, length = sites.model.cfg, int(task.lengths.max())
     graph = 40 * int(cfg.d_model) * len(sites.blocks)
+    neurons = {b.name(part): b.neurons for b in sites.blocks for part in ("up", "gate", "neurons")}
     if level == "edge":
-        captured = 3 * len(edge_sites(sites))
+        captured = 3 * sum(neurons.get(name, int(cfg.d_model)) for name in names)
         columns = max(len(b.readers) for b in sites.blocks)
-        held = int(cfg.d_model) * (len(sites.writers) + columns + captured)
+        held = int(cfg.d_model) * (len(sites.writers) + columns) + captured
         return max(1, EDGE_BYTES // (4 * length * (graph + held)))
-    return max(1, NODE_BYTES // (4 * length * (graph + 3 * int(cfg.d_vocab))))
+    held = 3 * sum(neurons.get(name, 0) for name in names)
+    return max(1, NODE_BYTES // (4 * length * (graph + held + 3 * int(cfg.d_vocab))))
 
 
 def provenance(

@@ -58,8 +58,9 @@ class Component(NamedTuple):
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"a component must be named like embed, L9H6, L9KV1, L9.mlp, L9.attn, L9.resid or "
-                f"logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
+                f"a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, "
+                f"L9.resid or logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of "
+                "the name"
             )
         if match["plain"]:
             return cls(name, match["plain"], -1, -1)
@@ -223,19 +224,9 @@ class Scores:
         if self.nodes is not None:
             pairs, _, width = self.nodes.shape
             parsed = [Component.parse(c) for c in self.components]
-            frame = pd.DataFrame(
-                [
-                    {
-                        "component": c.name,
-                        "kind": c.kind,
-                        "layer": c.layer,
-                        "head": c.head,
-                        "pos": p,
-                    }
-                    for c in parsed
-                    for p in range(width)
-                ]
-            )
+            frame = pd.DataFrame(parsed, columns=["component", "kind", "layer", "head"])
+            frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
+            frame["pos"] = list(range(width)) * len(parsed)
             if len(self.tokens) == width and len(self.lengths.unique()) == 1:
                 frame["token"] = [self.tokens[p] for p in frame["pos"]]
             frame[self.noun] = self.mean.flatten().tolist()
@@ -388,7 +379,8 @@ def written_whole(path: Path) -> Iterator[Path]:
 def precedes(writer: Component, reader: Component, *, parallel: bool = False) -> bool:
     """True if what `writer` adds to the residual stream is there when `reader` reads it.
 
-    `parallel`: an MLP reads the input of its block, without what the block's own heads add.
+    `parallel`: an MLP, and its neurons, read the input of their block, without what the block's own
+    heads add.
     """
     if writer.kind == "logits" or reader.kind == "embed":
         return False
@@ -396,4 +388,5 @@ def precedes(writer: Component, reader: Component, *, parallel: bool = False) ->
         return True
     if writer.layer != reader.layer:
         return writer.layer < reader.layer
-    return not parallel and writer.kind in ("head", "attn", "mixer") and reader.kind == "mlp"
+    mixed = writer.kind in ("head", "attn", "mixer")
+    return not parallel and mixed and reader.kind in ("mlp", "neuron")

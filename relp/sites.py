@@ -5,19 +5,20 @@ the ones on the path (`HookPoint.add_hook` converts shapes, and gradients of con
 zero). Names of sites: `L3.resid` (entering block 3), `L3.q` `L3.k` `L3.v` (before rotary and
 QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.heads` (their sum, where a post-norm
 reads it), `L3.attn` and `L3.mlp` (what is added to the residual stream), `L3.mid` (the stream
-between the two), `L3.mlp_in`, `L3.neurons` (what the MLP's last matrix reads), `final` (the
-residual stream that the final norm reads), `unembed` (what the unembedding reads; here positions
-may be left out, before it some models restore the shape). Where heads cannot be told apart
-(multi-head latent attention, state-space models) a block has a mixer: `L3.mixer_in` and `L3.mixer`
-take the places of q, k, v and z, attn.
+between the two), `L3.mlp_in`, `L3.up` and, gated, `L3.gate` (each neuron before the activation),
+`L3.neurons` (what the MLP's last matrix reads), `L3.mlp_out` (what it gives, where a post-norm
+reads it), `final` (the residual stream that the final norm reads), `unembed` (what the unembedding
+reads; here positions may be left out, before it some models restore the shape). Where heads cannot
+be told apart (multi-head latent attention, state-space models) a block has a mixer: `L3.mixer_in`
+and `L3.mixer` take the places of q, k, v and z, attn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from relp.scores import Component
 
 __all__ = ["Block", "Sites", "editing", "reading"]
 
@@ -59,6 +62,14 @@ class Block:
     """What attention or MLP add passes through a norm first."""
     neurons: int
     """Neurons of the MLP; 0 where it is no single one (mixture of experts)."""
+    up: Any
+    gate: Any
+    down: Any
+    """Its matrices; None where there is no such one."""
+    mlp_post: nn.Module | None
+    """The norm through which the neurons' sum is added to the stream (Gemma-2, OLMo-2)."""
+    split: tuple[int, ...] = ()
+    """Neurons that are writers and readers of their own; the MLP is the rest of them."""
 
     def name(self, part: str) -> str:
         """`L3.mlp` for part `mlp`."""
@@ -73,6 +84,11 @@ class Block:
     def neuron_names(self) -> tuple[str, ...]:
         """`L3N0`, `L3N1`, …"""
         return tuple(f"L{self.layer}N{n}" for n in range(self.neurons))
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The neurons that are writers and readers of their own."""
+        return tuple(f"L{self.layer}N{n}" for n in self.split)
 
     @property
     def kv_names(self) -> tuple[str, ...]:
@@ -93,26 +109,46 @@ class Block:
         )
 
     @property
+    def neuron_readers(self) -> tuple[tuple[str, nn.Module], ...]:
+        """`(site, projection)` of what each neuron reads through: one, or two where it is gated."""
+        both = (("gate", self.gate), ("up", self.up))
+        return tuple((self.name(part), module) for part, module in both if module is not None)
+
+    @property
     def components(self) -> tuple[str, ...]:
-        """All node-level components of the block."""
+        """All node-level components of the block but neurons."""
         whole = "attn" if self.heads else "mixer"
         mlp = (self.name("mlp"),) if self.mlp else ()
         return (self.name("resid"), *self.head_names, self.name(whole), *mlp)
 
     @property
-    def readers(self) -> tuple[str, ...]:
-        """All readers of the block, in the order of their columns."""
+    def mixer_readers(self) -> tuple[str, ...]:
+        """The readers of the block's attention or mixer, in the order of their columns."""
+        if not self.heads:
+            return (f"{self.name('mixer')}.in",)
         q = tuple(f"{h}.q" for h in self.head_names)
         kv = tuple(f"{h}.{slot}" for slot in "kv" for h in self.kv_names)
-        mixer = () if self.heads else (f"{self.name('mixer')}.in",)
-        mlp = (f"{self.name('mlp')}.in",) if self.mlp else ()
-        return (*q, *kv, *mixer, *mlp)
+        return (*q, *kv)
+
+    @property
+    def mlp_readers(self) -> tuple[str, ...]:
+        """The neurons that are readers of their own, and the rest of the MLP."""
+        return tuple(f"{writer}.in" for writer in self.mlp_writers)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """All readers of the block, in the order of their columns."""
+        return (*self.mixer_readers, *self.mlp_readers)
+
+    @property
+    def mlp_writers(self) -> tuple[str, ...]:
+        """The neurons that are writers of their own, and the rest of the MLP."""
+        return (*self.split_names, self.name("mlp")) if self.mlp else ()
 
     @property
     def writers(self) -> tuple[str, ...]:
         """All writers of the block, in the order of their rows."""
-        mlp = (self.name("mlp"),) if self.mlp else ()
-        return (*(self.head_names or (self.name("mixer"),)), *mlp)
+        return (*(self.head_names or (self.name("mixer"),)), *self.mlp_writers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +197,82 @@ class Sites:
         name = PurePath(name).name if PurePath(name).is_absolute() else name
         return cls(model, points, tuple(blocks), name)
 
+    def splitting(self, neurons: Sequence[str]) -> Sites:
+        """These sites with some neurons as writers and readers of their own.
+
+        Raises:
+            ValueError: a name is not that of a neuron, or the matrices of its MLP cannot be told
+                apart.
+        """
+        chosen: dict[int, set[int]] = {}
+        for name in [neurons] if isinstance(neurons, str) else neurons:
+            _, kind, layer, number = Component.parse(name)
+            if kind != "neuron" or layer >= len(self.blocks):
+                raise ValueError(
+                    f"`neurons` must be names such as 'L0N3' of a model of {len(self.blocks)} "
+                    f"blocks; got {name!r}; see Scores.components of attribute(components='neuron')"
+                )
+            chosen.setdefault(layer, set()).add(number)
+        for layer, numbers in chosen.items():
+            block, last = self.blocks[layer], max(numbers)
+            if {len(weight(module)) for _, module in block.neuron_readers} != {block.neurons}:
+                raise ValueError(
+                    "neurons with edges of their own need an MLP whose matrices can be told apart; "
+                    f"block {layer} has none (but experts, joint matrices or a mixer alone); leave "
+                    f"L{layer}N{last} out"
+                )
+            if last >= block.neurons:
+                raise ValueError(
+                    f"`neurons` of block {layer} must be below {block.neurons}, as many as it has; "
+                    f"got L{layer}N{last}; count from 0"
+                )
+        split = {layer: tuple(sorted(numbers)) for layer, numbers in chosen.items()}
+        blocks = tuple(replace(b, split=split.get(b.layer, ())) for b in self.blocks)
+        return replace(self, blocks=blocks)
+
+    @property
+    def neurons(self) -> tuple[str, ...]:
+        """Names of the neurons that are writers and readers of their own."""
+        return tuple(name for b in self.blocks for name in b.split_names)
+
+    def chosen(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
+        """Names of node-level components, in the order of the model.
+
+        Args:
+            wanted: names (`L3H1`, `L3N17`) or kinds (`head`, `neuron`); all but neurons if None.
+
+        Raises:
+            ValueError: there is no such name or kind, or none is asked for.
+        """
+        if wanted is None:
+            return self.components
+        asked = {wanted} if isinstance(wanted, str) else set(wanted)
+        kinds = {name: Component.parse(name).kind for name in self.components}
+        kinds |= {name: "neuron" for b in self.blocks for name in b.neuron_names}
+        unknown = asked - kinds.keys() - set(kinds.values())
+        if unknown or not asked:
+            raise ValueError(
+                f"`components` must be names such as {self.components[1]!r} or kinds out of "
+                f"{sorted(set(kinds.values()))}; got {min(unknown, default='none')!r}; see "
+                "Scores.components"
+            )
+        return tuple(name for name, kind in kinds.items() if name in asked or kind in asked)
+
+    def part(self, component: str) -> tuple[str, int, int]:
+        """Where a component's value is: site, which part of it, of how many equal ones."""
+        _, kind, layer, number = Component.parse(component)
+        if kind == "embed":
+            return self.blocks[0].name("resid"), 0, 1
+        block = self.blocks[layer]
+        if kind == "head":
+            return block.name("z"), number, block.heads
+        if kind == "neuron":
+            return block.name("neurons"), number, block.neurons
+        return component, 0, 1
+
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the node-level components, in the order of `Scores.nodes`."""
+        """Names of the node-level components but neurons, in the order of `Scores.nodes`."""
         return ("embed", *(c for b in self.blocks for c in b.components))
 
     @property
@@ -213,7 +322,10 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     norm = parts.get("ln1", parts.get("norm"))  # OLMo-2 norms only what it adds
     mlp = parts.get("mlp")
-    down: Any = None if mlp is None else dict(mlp.named_children()).get("out")
+    inner = {} if mlp is None else dict(mlp.named_children())
+    down = inner.get("out")
+    # a mixture of experts has a `gate` too, but it is the router
+    up, gate = (None if down is None else inner.get(name) for name in ("in", "gate"))
     block = Block(
         layer=layer,
         heads=heads,
@@ -229,6 +341,10 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
         attn_post=parts.get("ln1_post") if heads else None,
         post_norm="ln1_post" in parts or "ln2_post" in parts,
         neurons=0 if down is None else weight(down).shape[1],
+        up=up,
+        gate=gate,
+        down=down,
+        mlp_post=parts.get("ln2_post") if mlp is not None else None,
     )
     points: dict[str, Any] = {"resid": module.hook_in}
     added = module.hook_attn_out if "attn" in parts else mixer.hook_out
@@ -245,8 +361,11 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
         if not parallel:
             # without a norm before it (OLMo-2) the MLP reads the stream itself
             points["mid"] = parts.get("ln2", entry).hook_in
+        if block.mlp_post is not None:
+            points["mlp_out"] = block.mlp_post.hook_in
     if down is not None:
         points["neurons"] = down.hook_in
+    points |= {n: m.hook_out for n, m in (("up", up), ("gate", gate)) if m is not None}
     return block, points
 
 

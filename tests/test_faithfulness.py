@@ -186,12 +186,12 @@ def split(norm: Any, before: Tensor, parts: Tensor) -> Tensor:
     gain = norm(torch.ones_like(before)) * (1 + eps) ** 0.5
     after = before + parts.sum(0)
     s, t = (x.square().mean(-1, keepdim=True) + eps for x in (before, after))
-    slope = (t**-0.5 - s**-0.5) / (t - s)
+    slope = torch.where(t == s, -(s**-1.5) / 2, (t**-0.5 - s**-0.5) / (t - s))
     moved = ((before + after) * parts).mean(-1, keepdim=True) * slope
     return gain * ((s**-0.5 + t**-0.5) * parts + (before + after) * moved) / 2
 
 
-def alone(reference: Reference, kept: set[tuple[str, str]]) -> Tensor:
+def alone(reference: Any, kept: set[tuple[str, str]], sites: Sites) -> Tensor:
     """The metric of the edges `kept`: each reader's input is rebuilt, block after block."""
     model, corrupt = reference.model, reference.corrupt
     edits: dict[str, Tensor] = {}
@@ -205,24 +205,28 @@ def alone(reference: Reference, kept: set[tuple[str, str]]) -> Tensor:
             # the heads of a site come one after the other, each in its own part of it
             edits[site] = edits.get(site, corrupt[site]) + value - corrupt[site]
 
-    for i, block in enumerate(Sites.of(model).blocks):
+    for i, block in enumerate(sites.blocks):
         names, module = block.writers, model.blocks[i]
-        for reader in block.readers[: len(block.readers) - block.mlp]:
+        for reader in block.mixer_readers:
             hear(reader)
         now = reference.run("clean", edits)
         if block.heads:
             z = (now[f"{i}.z"] - corrupt[f"{i}.z"]).chunk(block.heads, -1)
-            o = module.attn.o.original_component.weight.chunk(block.heads, -1)
-            parts = torch.stack([part @ w.T for part, w in zip(z, o, strict=True)])
+            every = torch.eye(now[f"{i}.z"].shape[-1], dtype=torch.float64)[None]
+            o = (module.attn.o(every) - module.attn.o(0 * every))[0].chunk(block.heads)
+            parts = torch.stack([part @ w for part, w in zip(z, o, strict=True)])
             if hasattr(module, "ln1_post"):
                 parts = split(module.ln1_post, corrupt[f"{i}.mixer"], parts)
             added |= zip(names, parts, strict=False)
         else:
             added[names[0]] = now[f"{i}.mixer"] - corrupt[f"{i}.mixer"]
+        for reader in block.mlp_readers:
+            hear(reader)
         if block.mlp:
-            hear(block.readers[-1])
-            mlp = reference.run("clean", edits)[f"{i}.mlp"]
-            added[names[-1]] = mlp - corrupt[f"{i}.mlp"]
+            now = reference.run("clean", edits)
+            neurons = reference.neurons(block, now) if block.split else {}
+            rest = now[f"{i}.mlp"] - corrupt[f"{i}.mlp"] - sum(neurons.values())
+            added |= {**neurons, names[-1]: rest}
     hear("logits.in")
     return reference.run("clean", edits)["metric"]
 
@@ -239,4 +243,6 @@ def test_equals_a_slow_run_on_other_blocks(name: str, tmp_path: Path) -> None:
     reference = Reference(model, task)
     for mask, metric in zip(masks, found, strict=True):
         kept = {(sites.writers[w], sites.readers[r]) for w, r in mask.nonzero().tolist()}
-        torch.testing.assert_close(metric, alone(reference, kept).float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            metric, alone(reference, kept, sites).float(), atol=1e-4, rtol=1e-4
+        )

@@ -62,6 +62,7 @@ def full_message(call: Callable[[], object], kind: type[Exception] = ValueError)
         ("logits", ("logits", -1, -1)),
         ("L9H6", ("head", 9, 6)),
         ("L12KV3", ("kv", 12, 3)),
+        ("L3N17", ("neuron", 3, 17)),
         ("L0.attn", ("attn", 0, -1)),
         ("L10.mlp", ("mlp", 10, -1)),
         ("L1.mixer", ("mixer", 1, -1)),
@@ -75,8 +76,8 @@ def test_a_name_is_taken_apart(name: str, parts: tuple[str, int, int]) -> None:
 @pytest.mark.parametrize("name", ["", "L9", "L9H", "H6", "L9H6.q", "L9.mlp.in", "l9h6", "L9H6 "])
 def test_other_names_are_refused(name: str) -> None:
     assert full_message(lambda: Component.parse(name)) == (
-        "a component must be named like embed, L9H6, L9KV1, L9.mlp, L9.attn, L9.resid or logits; "
-        f"got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
+        "a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, L9.resid or "
+        f"logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
     )
 
 
