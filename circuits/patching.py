@@ -8,7 +8,9 @@ changes nothing (all that comes before the first token that differs) is not run.
 A node's cell overwrites the component's value, and everything after it is computed anew. An edge's
 cell (path patching, arXiv:2304.05969) leaves the writer's value alone: one reader's input is
 rebuilt as the own residual stream plus what the writer would add differently, and everything after
-that reader is computed anew. It is what an edge score estimates.
+that reader is computed anew. It is what an edge score estimates. Heads that add through a norm
+(post-norm) would add their shares of the exact difference of its output: as in `faithfulness`, and
+as `DEEPLIFT` attributes it.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from circuits.graph import all_edges
 from circuits.rerun import Rerun, entries
-from relp.attribution import OWN, edge_sites, head_outputs, provenance
+from relp.attribution import OWN, edge_sites, head_changes, head_outputs, provenance
 from relp.capture import ROOT, observe
-from relp.scores import Component, Effects, precedes, written_whole
+from relp.scores import Component, Effects, written_whole
 from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
@@ -252,8 +255,8 @@ def _read(sites: Sites, reader: str) -> Spot:
     if kind == "logits":
         return Spot(len(sites.blocks), "final")
     block = sites.blocks[layer]
-    if kind == "mlp":
-        return Spot(layer, block.name("mlp_in"))
+    if kind in ("mlp", "mixer"):
+        return Spot(layer, block.name(f"{kind}_in"))
     return Spot(layer, block.name(slot), number, block.heads if slot == "q" else block.kv_heads)
 
 
@@ -276,9 +279,9 @@ def _components(sites: Sites, wanted: Sequence[str] | None) -> tuple[str, ...]:
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
     """The chosen edges of the model as `(writer, reader)`."""
-    writers = [Component.parse(w) for w in sites.writers]
-    readers = [(r, Component.of_reader(r)[0]) for r in sites.readers]
-    known = tuple((w.name, r) for r, target in readers for w in writers if precedes(w, target))
+    known = tuple(
+        (sites.writers[w], sites.readers[r]) for r, w in all_edges(sites).T.nonzero().tolist()
+    )
     if wanted is None:
         return known
     chosen = tuple(dict.fromkeys((w, r) for w, r in wanted))
@@ -293,9 +296,7 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
 
 def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]:
     """NaN for every edge, 0 where there is none."""
-    edges = set(_edges(sites, None))
-    exists = torch.tensor([[(w, r) in edges for r in sites.readers] for w in sites.writers])
-    return torch.where(exists, torch.nan, 0.0).repeat(places, 1, 1)
+    return torch.where(all_edges(sites), torch.nan, 0.0).repeat(places, 1, 1)
 
 
 # -- some pairs ------------------------------------------------------------------------------------
@@ -383,12 +384,8 @@ class _Part:
 
     def _first(self, number: int) -> int | None:
         """The first position that a cell changes; None if it changes nothing."""
-        cell, spot = self.cells[number], self.spots[number]
+        cell = self.cells[number]
         changed = self.changed[cell.component]
-        if cell.reader and spot.site.endswith("mlp_in"):
-            writer = Component.parse(cell.component)
-            if writer.layer == spot.layer and self.rerun.sites.blocks[spot.layer].parallel:
-                return None  # the MLP does not hear the heads beside it
         if cell.pos == EVERYWHERE:
             return changed[0] if changed else None
         return cell.pos if cell.pos in changed else None
@@ -447,10 +444,9 @@ def _received(
     if layer == len(sites.blocks):
         return streams
     block = sites.blocks[layer]
-    assert block.norm is not None and block.mlp_norm is not None  # post-norm models were refused
     norm = block.mlp_norm if site == block.name("mlp_in") else block.norm
     with torch.no_grad():
-        x = norm(streams.flatten(0, 1)).unflatten(0, (len(streams), -1))
+        x = streams if norm is None else norm(streams.flatten(0, 1)).view_as(streams)
     projection = {name: module for name, module, _ in block.attention_readers}.get(site)
     if projection is None:
         return x
@@ -474,22 +470,23 @@ def _writer_changes(
         if Component.parse(names[0]).kind != "head":
             changes[names[0]] = step
             continue
-        added = head_outputs(sites.blocks[Component.parse(names[0]).layer], step)
+        block = sites.blocks[Component.parse(names[0]).layer]
+        added = head_changes(block, step, own.get(block.name("heads")))
         changes |= {name: added[_written(sites, name).number] for name in names}
     return changes
 
 
 def _must_be_known(sites: Sites, own: Mapping[str, Tensor], readers: Iterable[str]) -> None:
     """Edges are rebuilt outside the model, so its own run must come out of the same parts."""
-    if any(b.post_norm for b in sites.blocks):
-        raise ValueError(
-            "edge effects need heads and MLPs that add to the residual stream directly; "
-            f"{sites.model_name!r} normalises what they add (post-norm); use level='node'"
-        )
     for block, after in zip(sites.blocks, entries(sites)[1:], strict=True):
-        added = head_outputs(block, own[block.name("z")]).sum(0) + own[block.name("mlp")]
-        offset = bias(block.o)
-        added = added if offset is None else added + offset
+        mixed = own[block.name("z" if block.heads else "mixer")]
+        if block.heads:
+            mixed, offset = head_outputs(block, mixed).sum(0), bias(block.o)
+            mixed = mixed if offset is None else mixed + offset
+        if block.attn_post is not None:
+            _must_equal(mixed, own[block.name("heads")], f"what heads of block {block.layer} add")
+            mixed = own[block.name("attn")]
+        added = mixed + own[block.name("mlp")] if block.mlp else mixed
         _must_equal(own[block.name("resid")] + added, own[after], f"what block {block.layer} adds")
     for reader in readers:
         spot = _read(sites, reader)

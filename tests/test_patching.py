@@ -254,6 +254,8 @@ def test_edges_of_parallel_blocks(tmp_path: Path) -> None:
     table = dict(zip(effects.writers, effects.edges, strict=True))
     column = {r: i for i, r in enumerate(effects.readers)}
     assert bool((table["L1H2"][: column["logits.in"]] == 0).all())
+    with pytest.raises(ValueError, match=r"got \('L1H2', 'L1\.mlp\.in'\)"):
+        patch(model, task, level="edge", edges=[("L1H2", "L1.mlp.in")])
 
     block, streams, added = model.blocks[1], [], []
     handles = [
