@@ -20,6 +20,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.graph import all_edges
-from circuits.rerun import Rerun, entries
+from circuits.rerun import POINTWISE, Rerun, entries
 from relp.attribution import OWN, edge_sites, head_changes, head_outputs, provenance
 from relp.capture import ROOT, observe
 from relp.scores import Component, Effects, written_whole
@@ -48,6 +49,8 @@ the device has, and a batch that does not fit is made smaller."""
 DEVICE_BYTES = 4 << 30
 PAIR_BYTES = 512 << 20
 """Activations of both runs that are kept for the pairs at work."""
+IDLE = 1 / 8
+"""Share of a batch that may run for nothing, because some of its cells start later than others."""
 SECONDS = 5.0
 """How much work an interrupted sweep may lose."""
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
@@ -352,65 +355,89 @@ class _Part:
         self, numbers: Sequence[int], prompts: int
     ) -> Iterator[tuple[list[int], Float[Tensor, "pair cell"]]]:
         """Effects of the cells with these numbers, some at a time, in batches of that size."""
-        first = {i: self._first(i) for i in numbers}
-        pairs = len(self.metric)
-        if idle := [i for i, pos in first.items() if pos is None]:
-            yield idle, torch.zeros(pairs, len(idle))
+        places = {i: self._places(i) for i in numbers}
+        if idle := [i for i, at in places.items() if not at]:
+            yield idle, torch.zeros(len(self.metric), len(idle))
         # late positions first: those that run in one batch then start near each other
-        todo = sorted(
-            ((self.spots[i].layer, -pos, i) for i, pos in first.items() if pos is not None)
-        )
+        todo = sorted((self._first_block(i), -at[0], i) for i, at in places.items() if at)
         for batch in self._batches(todo, prompts):
             layer, earliest, _ = batch[-1]
             numbers, start = [number for *_, number in batch], self.rerun.start(-earliest)
-            edits = self._edits(numbers, start)
-            effects = self.rerun(edits, copies=len(batch), layer=layer, start=start)
+            inside = {i: places[i] for i in numbers if self._is_pointwise(i)}
+            writes = self._writes({i: places[i] for i in numbers if i not in inside})
+            writes |= self._handed_on(inside)
+            rows = [
+                (writes[i], [row] * len(places[i]), [pos - start for pos in places[i]])
+                for row, i in enumerate(numbers)
+            ]
+            edits = _edits(rows, len(numbers))
+            effects = self.rerun(edits, copies=len(numbers), layer=layer, start=start)
             yield numbers, effects.T.float().cpu()
+
+    def _places(self, number: int) -> list[int]:
+        """The positions that a cell changes, as far as the metric can hear of it."""
+        cell, task = self.cells[number], self.rerun.task
+        places = set(self.changed[cell.component])
+        if cell.pos != EVERYWHERE:
+            places &= {cell.pos}
+        last = self._first_block(number) == len(self.rerun.sites.blocks)
+        if last and task.metric.reads_answer_only:
+            places &= set(task.spans["end"].tolist())
+        return sorted(places)
+
+    def _is_pointwise(self, number: int) -> bool:
+        """Whether a cell changes what its block hands on at the cell's own positions alone."""
+        site = self.spots[number].site
+        return self.rerun.pointwise and site.endswith(POINTWISE)
+
+    def _first_block(self, number: int) -> int:
+        """The first block that runs at later positions too."""
+        return self.spots[number].layer + self._is_pointwise(number)
 
     def _batches(
         self, todo: Sequence[tuple[int, int, int]], prompts: int
     ) -> Iterator[list[tuple[int, int, int]]]:
-        """Cells `(layer, -first position, number)` of one layer, as many as fit."""
+        """Cells `(first block, -first position, number)` of one block, as many as fit."""
         pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
         batch: list[tuple[int, int, int]] = []
         for cell in todo:
-            runs = (len(batch) + 1) * pairs * (length - self.rerun.start(-cell[1]))
-            if batch and (cell[0] != batch[0][0] or runs > prompts * length):
+            starts = [self.rerun.start(-pos) for _, pos, _ in (*batch, cell)]
+            runs = len(starts) * (length - starts[-1]) * pairs
+            # positions at which a cell is as it was, but another of its batch is not
+            idle = sum(start - starts[-1] for start in starts) * pairs
+            room = prompts * length
+            if batch and (cell[0] != batch[0][0] or runs > room or idle > IDLE * room):
                 yield batch
                 batch = []
             batch.append(cell)
         if batch:
             yield batch
 
-    def _first(self, number: int) -> int | None:
-        """The first position that a cell changes; None if it changes nothing."""
-        cell = self.cells[number]
-        changed = self.changed[cell.component]
-        if cell.pos == EVERYWHERE:
-            return changed[0] if changed else None
-        return cell.pos if cell.pos in changed else None
+    def _writes(self, batch: Mapping[int, Sequence[int]]) -> dict[int, _Write]:
+        """What each cell writes at its positions."""
+        by_site: dict[str, list[int]] = {}
+        for number in batch:
+            by_site.setdefault(self.spots[number].site, []).append(number)
+        writes = {}
+        for site, numbers in by_site.items():
+            width = self.rerun.values[site].shape[-1]
+            for number, value in zip(numbers, self._values(numbers), strict=True):
+                new = value.transpose(0, 1)[list(batch[number])]
+                writes[number] = _Write(site, self.spots[number].part(width), new)
+        return writes
 
-    def _edits(self, batch: Sequence[int], start: int) -> dict[str, Edit]:
-        """Each cell of the batch writes into its own rows."""
-        edits: dict[str, Edit] = {}
-        for site in dict.fromkeys(self.spots[i].site for i in batch):
-            rows = [row for row, i in enumerate(batch) if self.spots[i].site == site]
-            edits[site] = self._edit([batch[row] for row in rows], rows, len(batch), start)
-        return edits
-
-    def _edit(self, numbers: Sequence[int], rows: Sequence[int], copies: int, start: int) -> Edit:
-        values = self._values(numbers)
-
-        def write(value: Tensor) -> Tensor:
-            runs = value.clone().unflatten(0, (copies, -1))
-            for row, number, new in zip(rows, numbers, values, strict=True):
-                pos = self.cells[number].pos
-                at = slice(start, None) if pos == EVERYWHERE else slice(pos, pos + 1)
-                here = slice(at.start - start, None if at.stop is None else at.stop - start)
-                runs[row, :, here, self.spots[number].part(value.shape[-1])] = new[:, at]
-            return runs.flatten(0, 1)
-
-        return write
+    def _handed_on(self, batch: Mapping[int, Sequence[int]]) -> dict[int, _Write]:
+        """The same, seen behind the cells' block: what it hands on at these positions."""
+        if not batch:
+            return {}
+        writes, places = self._writes(batch), [p for at in batch.values() for p in at]
+        free = iter(range(len(places)))
+        rows = [(writes[i], [next(free) for _ in at], [0] * len(at)) for i, at in batch.items()]
+        layer = self.spots[next(iter(batch))].layer
+        streams = self.rerun.behind(_edits(rows, len(places)), layer=layer, places=places)
+        site = entries(self.rerun.sites)[layer + 1]
+        each = streams.split([len(at) for at in batch.values()])
+        return {i: _Write(site, slice(None), new) for i, new in zip(batch, each, strict=True)}
 
     def _values(self, numbers: Sequence[int]) -> Iterable[Float[Tensor, "pair pos part"]]:
         """What cells that write at one site write there, at all positions."""
@@ -422,6 +449,32 @@ class _Part:
         heard = torch.stack([self.changes[c.component] for c in cells])
         stream = own[_entry(sites, spots[0])]
         return _received(sites, spots, stream + heard.to(stream))
+
+
+class _Write(NamedTuple):
+    """What a cell puts where."""
+
+    site: str
+    part: slice
+    value: Float[Tensor, "place pair part"]
+
+
+def _edits(
+    writes: Iterable[tuple[_Write, Sequence[int], Sequence[int]]], copies: int
+) -> dict[str, Edit]:
+    """Edits of a batch, from what is written in which copies of the pairs at which places."""
+    by_site: dict[str, list[Any]] = {}
+    for write, rows, places in writes:
+        by_site.setdefault(write.site, []).append((rows, places, write.part, write.value))
+
+    def edit(found: Sequence[Any], value: Tensor) -> Tensor:
+        value = value.clone()
+        runs = value.unflatten(0, (copies, -1)).transpose(1, 2)
+        for rows, places, part, new in found:
+            runs[rows, places, :, part] = new.to(value.dtype)
+        return value
+
+    return {site: partial(edit, found) for site, found in by_site.items()}
 
 
 # -- edges -----------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from transformer_lens.tools.analysis.attribution_patching import (
     attribution_patch,
 )
 
-from circuits import assemble, patch
+from circuits import assemble, patch, rerun
 from circuits.graph import all_edges
 from relp import DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute, propagate
 from relp.norms import NormMap
 from relp.rulebook import PRESETS
 from relp.scores import Component
+from relp.sites import Sites
 from tasks import Task
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -277,6 +278,19 @@ def test_exact_effects_of_single_edges(
     for writer, reader, found in some(effects):
         expected = reference.effect(writer, reader)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale), (writer, reader)
+
+
+def test_blocks_that_run_at_one_position_give_what_whole_ones_do(
+    named: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = named
+    task = random_task(model, pairs=2, length=5)
+    found = patch(model, task, progress=False)
+    assert rerun.Rerun.of(Sites.of(model), task, (), side="clean").pointwise
+    monkeypatch.setattr(rerun, "_is_pointwise", lambda _: False)
+    whole = patch(model, task, progress=False)
+    assert found.nodes is not None and whole.nodes is not None
+    torch.testing.assert_close(found.nodes, whole.nodes)
 
 
 def test_gradient_edges_are_transformer_lens_attribution_patch(tmp_path: Path) -> None:
