@@ -15,30 +15,25 @@ as `DEEPLIFT` attributes it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import find_executable_batch_size
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.graph import all_edges
 from circuits.rerun import POINTWISE, Rerun, entries
+from circuits.sweep import EVERYWHERE, Cell, Sweep, identity
 from relp.attribution import OWN, edge_sites, head_changes, head_outputs, provenance
 from relp.capture import ROOT, observe
-from relp.scores import Component, Effects, written_whole
+from relp.scores import Component, Effects
 from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
@@ -51,21 +46,7 @@ PAIR_BYTES = 512 << 20
 """Activations of both runs that are kept for the pairs at work."""
 IDLE = 1 / 8
 """Share of a batch that may run for nothing, because some of its cells start later than others."""
-SECONDS = 5.0
-"""How much work an interrupted sweep may lose."""
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
-EVERYWHERE = -1
-
-
-class Cell(NamedTuple):
-    """One thing to change in one run."""
-
-    component: str
-    """A component's name; a writer's if there is a reader."""
-    reader: str = ""
-    """Who hears the change; everything after the component if empty."""
-    pos: int = EVERYWHERE
-    """At which position; all of them if -1."""
 
 
 def patch(
@@ -151,15 +132,6 @@ def patch(
     return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
 
 
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """What is measured of a list of cells; NaN is what is not yet."""
-
-    effects: Float[Tensor, "pair cell"]
-    clean: Float[Tensor, " pair"]
-    corrupt: Float[Tensor, " pair"]
-
-
 def measure(
     model: Any,
     task: Any,
@@ -197,10 +169,9 @@ def measure(
     own = OWN[direction]
     other = "corrupt" if own == "clean" else "clean"
     cells = tuple(cells)
-    labels = _labels(sites, task, cells, direction, ablation)
-    sweep = _begun(resume, labels, len(task), len(cells))
-    metrics = {"clean": sweep.clean, "corrupt": sweep.corrupt}
-    with _kept(sweep, resume, labels) as keep, tqdm(
+    labels = identity(sites, task, cells, direction, ablation)
+    sweep = Sweep.begun(resume, labels, len(task), len(cells))
+    with sweep.kept(resume, labels) as keep, tqdm(
         total=sweep.effects.numel(), initial=int((~sweep.effects.isnan()).sum()),
         desc="exact effects", unit="run", disable=not progress, leave=False,
     ) as bar:  # fmt: skip
@@ -210,8 +181,8 @@ def measure(
             means = _means(sites, task, cells, other, ablation, prompts)
             for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
                 part = _Part.of(sites, pairs, cells, own, ablation, means)
-                _note(metrics[own], index, part.rerun.metric)
-                _note(metrics[other], index, part.metric)
+                sweep.note(own, index, part.rerun.metric)
+                sweep.note(other, index, part.metric)
                 missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()
                 for batch, effects in part.run(missing, prompts):
                     sweep.effects[index[:, None], torch.tensor(batch)] = effects
@@ -596,93 +567,3 @@ def _means(
     if ablation == "mean":
         return {n: t.sum(0, keepdim=True) / counts.sum().to(t) for n, t in totals.items()}
     return {n: t / counts.to(t) for n, t in totals.items()}
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def _labels(
-    sites: Sites, task: Any, cells: Sequence[Cell], direction: str, ablation: str
-) -> dict[str, str]:
-    """What makes a sweep the same sweep; weights are told by the metrics."""
-    prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
-    return {
-        "model": sites.model_name,
-        "task": task.name,
-        "metric": task.metric.name,
-        "direction": direction,
-        "ablation": ablation,
-        "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
-        "cells": _digest(json.dumps(cells)),
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _begun(path: Path | None, labels: Mapping[str, str], pairs: int, cells: int) -> Sweep:
-    """The sweep that the file holds, or a new one.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if path is None or not path.exists():
-        metrics = torch.full((2, pairs), torch.nan)
-        return Sweep(torch.full((pairs, cells), torch.nan), *metrics)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            found = json.loads((file.metadata() or {})["relp.sweep"])
-            sweep = Sweep(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"`resume` must be a file that an interrupted sweep wrote; {str(path)!r} is not "
-            f"({error}); choose another name"
-        ) from error
-    if differing := [name for name in labels if found.get(name) != labels[name]]:
-        was, now = found.get(differing[0]), labels[differing[0]]
-        raise ValueError(
-            f"`resume` must be the file of the same sweep; {str(path)!r} differs in "
-            f"{differing[0]}: {was!r}, now {now!r}; choose another name, or delete it"
-        )
-    return sweep
-
-
-@contextmanager
-def _kept(
-    sweep: Sweep, path: Path | None, labels: Mapping[str, str]
-) -> Iterator[Callable[[], None]]:
-    """Gives a function to call after each batch; the file is whole whatever interrupts the work."""
-
-    def save() -> None:
-        assert path is not None
-        with written_whole(path) as temporary:
-            temporary.write_bytes(to_bytes(vars(sweep), {"relp.sweep": json.dumps(labels)}))
-
-    if path is None:
-        yield lambda: None
-        return
-    save()  # a folder that cannot be written is noticed before the work
-    last = monotonic()
-
-    def now_and_then() -> None:
-        nonlocal last
-        if monotonic() - last > SECONDS:
-            save()
-            last = monotonic()
-
-    try:
-        yield now_and_then
-    finally:
-        save()
-
-
-def _note(metric: Tensor, index: Tensor, found: Tensor) -> None:
-    """Keeps a metric; in a sweep that goes on it must be what it was."""
-    now = found.float().cpu()
-    if bool(((metric[index] - now).abs() > 1e-3 * (1 + now.abs().max())).any()):
-        raise ValueError(
-            "`resume` must be the file of a sweep of this very model; the metric of its runs is "
-            "another now; choose another name, or load the weights of then"
-        )
-    metric[index] = now
