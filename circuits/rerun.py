@@ -2,9 +2,9 @@
 
 What comes before a change is as it was. Blocks before it hand their input on, and the first one
 that runs gets the residual stream of the own run. Positions before it, which in a causal model
-nothing later can change, are keys and values of the own run and no rows of the batch. Logits are
-computed only where a built-in metric reads them. What changes behind a block's attention changes
-what this block hands on at its own position alone.
+nothing later can change, are keys and values of the own run and no rows of the batch. What changes
+behind a block's attention changes what this block hands on at its own position alone. Logits are
+computed only where, and of those tokens, that a built-in metric reads.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Rerun:
         if self.past and layer < len(self.sites.blocks) - 1:
             every |= _last_mlp(self.sites, self.task, copies, start)
         with torch.no_grad(), _skipping(self.sites, range(layer), self.outputs):
-            with editing(self.sites, every):
+            with _answers_alone(self.sites, self.task), editing(self.sites, every):
                 logits = self.sites.model(tokens.repeat(copies, 1), **_cache(self.past, start))
             metric = [self.task.metric(part) for part in logits.split(len(tokens))]
             # a pair that was read out before `start` is as it was
@@ -231,6 +231,35 @@ def _is_pointwise(rerun: Rerun) -> bool:
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
+
+
+# -- skipping tokens -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _answers_alone(sites: Sites, task: Any) -> Iterator[None]:
+    """The unembedding computes no logits but those of answers and foils; all others are 0.
+
+    The built-in logit difference reads no others. For other metrics nothing happens.
+    """
+    inner = sites.model.unembed.original_component
+    built_in = task.metric.reads_answer_only and task.metric.name == "logit_difference"
+    if not built_in or type(inner) is not nn.Linear or "forward" in vars(inner):
+        yield  # quantised, or already wrapped by accelerate
+        return
+    read = torch.cat([task.answers, task.foils]).unique().to(inner.weight.device)
+    rows, offset = inner.weight[read], None if inner.bias is None else inner.bias[read]
+
+    def forward(x: Tensor) -> Tensor:
+        logits = x.new_zeros(*x.shape[:-1], inner.out_features)
+        logits[..., read] = nn.functional.linear(x, rows, offset)
+        return logits
+
+    object.__setattr__(inner, "forward", forward)
+    try:
+        yield
+    finally:
+        del inner.forward
 
 
 # -- skipping blocks -------------------------------------------------------------------------------

@@ -393,16 +393,19 @@ def test_smaller_batches_when_memory_runs_out(tiny: Any, monkeypatch: pytest.Mon
     assert max(sizes) == 12 and sizes[-1] <= 4
 
 
-def test_a_metric_that_reads_every_position(tiny: Any) -> None:
-    def spread(logits: Tensor) -> Tensor:
-        return logits.float().std(-1).mean(1)
+def mean_spread(logits: Tensor) -> Tensor:
+    return logits.float().std(-1).mean(1)
 
-    task = random_task(tiny, pairs=2, length=4).with_metric(spread)
+
+@pytest.mark.parametrize("metric", ["probability_difference", mean_spread])
+def test_metrics_that_read_all_tokens_or_all_positions(tiny: Any, metric: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4).with_metric(metric)
     effects = patch(tiny, task, components=["attn"], progress=False)
     assert effects.nodes is not None
     for row, name in enumerate(effects.components):
-        expected = plainly(tiny, task, name, 1, "corrupt")
-        torch.testing.assert_close(effects.nodes[:, row, 1], expected, rtol=1e-4, atol=1e-5)
+        for pos in (1, 3):
+            expected = plainly(tiny, task, name, pos, "corrupt")
+            torch.testing.assert_close(effects.nodes[:, row, pos], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_still_fire_after_patching_also_after_an_error(tiny: Any) -> None:
