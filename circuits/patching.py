@@ -125,8 +125,9 @@ def patch(
         labels["tokens"] = labels["tokens"] if by_position else ("all positions",)
         return Effects(components=names, nodes=nodes, **labels)
     table = _unmeasured(sites, len(places))
-    rows = torch.tensor([sites.writers.index(w) for w, _ in pairs])
-    columns = torch.tensor([sites.readers.index(r) for _, r in pairs])
+    row = {writer: i for i, writer in enumerate(sites.writers)}
+    column = {reader: i for i, reader in enumerate(sites.readers)}
+    rows, columns = torch.tensor([(row[w], column[r]) for w, r in pairs]).T
     table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(pairs), len(places))).T
     table = table if by_position else table[0]
     return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
@@ -253,9 +254,8 @@ def _components(sites: Sites, wanted: Sequence[str] | None) -> tuple[str, ...]:
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
     """The chosen edges of the model as `(writer, reader)`."""
-    known = tuple(
-        (sites.writers[w], sites.readers[r]) for r, w in all_edges(sites).T.nonzero().tolist()
-    )
+    writers, readers = sites.writers, sites.readers  # properties, made anew at each access
+    known = tuple((writers[w], readers[r]) for r, w in all_edges(sites).T.nonzero().tolist())
     if wanted is None:
         return known
     chosen = tuple(dict.fromkeys((w, r) for w, r in wanted))
