@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from circuits.graph import all_edges, check_circuit, real_edges
-from relp.attribution import head_outputs, neuron_outputs
+from relp.attribution import head_changes, neuron_outputs
 from relp.capture import ROOT, answers_only, observe
 from relp.norms import NormMap
 from relp.rulebook import DEEPLIFT
@@ -334,12 +334,11 @@ class _Run:
 
     def note_heads(self, block: Block, z: Tensor) -> Tensor:
         """Notes what each head adds differently; a norm behind them is split exactly."""
-        added = head_outputs(block, self.step(block.name("z"), z))
-        if block.attn_post is not None:
-            own = self.base[block.name("heads")].repeat(len(self.masks), 1, 1)
-            added = NormMap.of(block.attn_post, own, own + added.sum(0), DEEPLIFT).push(added)
+        own = self.base.get(block.name("heads"))
+        own = None if own is None else own.repeat(len(self.masks), 1, 1)
         first = self.rows[block.writers[0]]
-        self.change[first : first + block.heads] = added
+        into = self.change[first : first + block.heads]
+        into[:] = head_changes(block, self.step(block.name("z"), z), own)
         return z
 
     def note_neurons(self, block: Block, activations: Tensor) -> Tensor:

@@ -8,33 +8,32 @@ changes nothing (all that comes before the first token that differs) is not run.
 A node's cell overwrites the component's value, and everything after it is computed anew. An edge's
 cell (path patching, arXiv:2304.05969) leaves the writer's value alone: one reader's input is
 rebuilt as the own residual stream plus what the writer would add differently, and everything after
-that reader is computed anew. It is what an edge score estimates.
+that reader is computed anew. It is what an edge score estimates. Heads that add through a norm
+(post-norm) would add their shares of the exact difference of its output: as in `faithfulness`, and
+as `DEEPLIFT` attributes it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import find_executable_batch_size
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.rerun import Rerun, entries
-from relp.attribution import OWN, edge_sites, head_outputs, provenance
+from circuits.graph import all_edges
+from circuits.rerun import POINTWISE, Rerun, entries
+from circuits.sweep import EVERYWHERE, Cell, Sweep, identity
+from relp.attribution import OWN, edge_sites, head_changes, head_outputs, provenance
 from relp.capture import observe
-from relp.scores import ALL_POSITIONS, Component, Effects, precedes, written_whole
+from relp.scores import ALL_POSITIONS, Component, Effects
 from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
@@ -45,21 +44,9 @@ the device has, and a batch that does not fit is made smaller."""
 DEVICE_BYTES = 4 << 30
 PAIR_BYTES = 512 << 20
 """Activations of both runs that are kept for the pairs at work."""
-SECONDS = 5.0
-"""How much work an interrupted sweep may lose."""
+IDLE = 1 / 8
+"""Share of a batch that may run for nothing, because some of its cells start later than others."""
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
-EVERYWHERE = -1
-
-
-class Cell(NamedTuple):
-    """One thing to change in one run."""
-
-    component: str
-    """A component's name; a writer's if there is a reader."""
-    reader: str = ""
-    """Who hears the change; everything after the component if empty."""
-    pos: int = EVERYWHERE
-    """At which position; all of them if -1."""
 
 
 def patch(
@@ -138,20 +125,12 @@ def patch(
         labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
         return Effects(components=names, nodes=nodes, **labels)
     table = _unmeasured(sites, len(places))
-    rows = torch.tensor([sites.writers.index(w) for w, _ in pairs])
-    columns = torch.tensor([sites.readers.index(r) for _, r in pairs])
+    row = {writer: i for i, writer in enumerate(sites.writers)}
+    column = {reader: i for i, reader in enumerate(sites.readers)}
+    rows, columns = torch.tensor([(row[w], column[r]) for w, r in pairs]).T
     table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(pairs), len(places))).T
     table = table if by_position else table[0]
     return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
-
-
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """What is measured of a list of cells; NaN is what is not yet."""
-
-    effects: Float[Tensor, "pair cell"]
-    clean: Float[Tensor, " pair"]
-    corrupt: Float[Tensor, " pair"]
 
 
 def measure(
@@ -191,10 +170,9 @@ def measure(
     own = OWN[direction]
     other = "corrupt" if own == "clean" else "clean"
     cells = tuple(cells)
-    labels = _labels(sites, task, cells, direction, ablation)
-    sweep = _begun(resume, labels, len(task), len(cells))
-    metrics = {"clean": sweep.clean, "corrupt": sweep.corrupt}
-    with _kept(sweep, resume, labels) as keep, tqdm(
+    labels = identity(sites, task, cells, direction, ablation)
+    sweep = Sweep.begun(resume, labels, len(task), len(cells))
+    with sweep.kept(resume, labels) as keep, tqdm(
         total=sweep.effects.numel(), initial=int((~sweep.effects.isnan()).sum()),
         desc="exact effects", unit="run", disable=not progress, leave=False,
     ) as bar:  # fmt: skip
@@ -204,8 +182,8 @@ def measure(
             means = _means(sites, task, cells, other, ablation, prompts)
             for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
                 part = _Part.of(sites, pairs, cells, own, ablation, means)
-                _note(metrics[own], index, part.rerun.metric)
-                _note(metrics[other], index, part.metric)
+                sweep.note(own, index, part.rerun.metric)
+                sweep.note(other, index, part.metric)
                 missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()
                 for batch, effects in part.run(missing, prompts):
                     sweep.effects[index[:, None], torch.tensor(batch)] = effects
@@ -244,16 +222,15 @@ def _read(sites: Sites, reader: str) -> Spot:
     if kind == "logits":
         return Spot(len(sites.blocks), "final")
     block = sites.blocks[layer]
-    if kind == "mlp":
-        return Spot(layer, block.name("mlp_in"))
+    if kind in ("mlp", "mixer"):
+        return Spot(layer, block.name(f"{kind}_in"))
     return Spot(layer, block.name(slot), number, block.heads if slot == "q" else block.kv_heads)
 
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
     """The chosen edges of the model as `(writer, reader)`."""
-    writers = [Component.parse(w) for w in sites.writers]
-    readers = [(r, Component.of_reader(r)[0]) for r in sites.readers]
-    known = tuple((w.name, r) for r, target in readers for w in writers if precedes(w, target))
+    writers, readers = sites.writers, sites.readers  # properties, made anew at each access
+    known = tuple((writers[w], readers[r]) for r, w in all_edges(sites).T.nonzero().tolist())
     if wanted is None:
         return known
     chosen = tuple(dict.fromkeys((w, r) for w, r in wanted))
@@ -268,9 +245,7 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
 
 def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]:
     """NaN for every edge, 0 where there is none."""
-    edges = set(_edges(sites, None))
-    exists = torch.tensor([[(w, r) in edges for r in sites.readers] for w in sites.writers])
-    return torch.where(exists, torch.nan, 0.0).repeat(places, 1, 1)
+    return torch.where(all_edges(sites), torch.nan, 0.0).repeat(places, 1, 1)
 
 
 # -- some pairs ------------------------------------------------------------------------------------
@@ -326,69 +301,89 @@ class _Part:
         self, numbers: Sequence[int], prompts: int
     ) -> Iterator[tuple[list[int], Float[Tensor, "pair cell"]]]:
         """Effects of the cells with these numbers, some at a time, in batches of that size."""
-        first = {i: self._first(i) for i in numbers}
-        pairs = len(self.metric)
-        if idle := [i for i, pos in first.items() if pos is None]:
-            yield idle, torch.zeros(pairs, len(idle))
+        places = {i: self._places(i) for i in numbers}
+        if idle := [i for i, at in places.items() if not at]:
+            yield idle, torch.zeros(len(self.metric), len(idle))
         # late positions first: those that run in one batch then start near each other
-        todo = sorted(
-            ((self.spots[i].layer, -pos, i) for i, pos in first.items() if pos is not None)
-        )
+        todo = sorted((self._first_block(i), -at[0], i) for i, at in places.items() if at)
         for batch in self._batches(todo, prompts):
             layer, earliest, _ = batch[-1]
             numbers, start = [number for *_, number in batch], self.rerun.start(-earliest)
-            edits = self._edits(numbers, start)
-            effects = self.rerun(edits, copies=len(batch), layer=layer, start=start)
+            inside = {i: places[i] for i in numbers if self._is_pointwise(i)}
+            writes = self._writes({i: places[i] for i in numbers if i not in inside})
+            writes |= self._handed_on(inside)
+            rows = [
+                (writes[i], [row] * len(places[i]), [pos - start for pos in places[i]])
+                for row, i in enumerate(numbers)
+            ]
+            edits = _edits(rows, len(numbers))
+            effects = self.rerun(edits, copies=len(numbers), layer=layer, start=start)
             yield numbers, effects.T.float().cpu()
+
+    def _places(self, number: int) -> list[int]:
+        """The positions that a cell changes, as far as the metric can hear of it."""
+        cell, task = self.cells[number], self.rerun.task
+        places = set(self.changed[cell.component])
+        if cell.pos != EVERYWHERE:
+            places &= {cell.pos}
+        last = self._first_block(number) == len(self.rerun.sites.blocks)
+        if last and task.metric.reads_answer_only:
+            places &= set(task.spans["end"].tolist())
+        return sorted(places)
+
+    def _is_pointwise(self, number: int) -> bool:
+        """Whether a cell changes what its block hands on at the cell's own positions alone."""
+        site = self.spots[number].site
+        return self.rerun.pointwise and site.endswith(POINTWISE)
+
+    def _first_block(self, number: int) -> int:
+        """The first block that runs at later positions too."""
+        return self.spots[number].layer + self._is_pointwise(number)
 
     def _batches(
         self, todo: Sequence[tuple[int, int, int]], prompts: int
     ) -> Iterator[list[tuple[int, int, int]]]:
-        """Cells `(layer, -first position, number)` of one layer, as many as fit."""
+        """Cells `(first block, -first position, number)` of one block, as many as fit."""
         pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
         batch: list[tuple[int, int, int]] = []
         for cell in todo:
-            runs = (len(batch) + 1) * pairs * (length - self.rerun.start(-cell[1]))
-            if batch and (cell[0] != batch[0][0] or runs > prompts * length):
+            starts = [self.rerun.start(-pos) for _, pos, _ in (*batch, cell)]
+            runs = len(starts) * (length - starts[-1]) * pairs
+            # positions at which a cell is as it was, but another of its batch is not
+            idle = sum(start - starts[-1] for start in starts) * pairs
+            room = prompts * length
+            if batch and (cell[0] != batch[0][0] or runs > room or idle > IDLE * room):
                 yield batch
                 batch = []
             batch.append(cell)
         if batch:
             yield batch
 
-    def _first(self, number: int) -> int | None:
-        """The first position that a cell changes; None if it changes nothing."""
-        cell, spot = self.cells[number], self.spots[number]
-        changed = self.changed[cell.component]
-        if cell.reader and spot.site.endswith("mlp_in"):
-            writer = Component.parse(cell.component)
-            if writer.layer == spot.layer and self.rerun.sites.blocks[spot.layer].parallel:
-                return None  # the MLP does not hear the heads beside it
-        if cell.pos == EVERYWHERE:
-            return changed[0] if changed else None
-        return cell.pos if cell.pos in changed else None
+    def _writes(self, batch: Mapping[int, Sequence[int]]) -> dict[int, _Write]:
+        """What each cell writes at its positions."""
+        by_site: dict[str, list[int]] = {}
+        for number in batch:
+            by_site.setdefault(self.spots[number].site, []).append(number)
+        writes = {}
+        for site, numbers in by_site.items():
+            width = self.rerun.values[site].shape[-1]
+            for number, value in zip(numbers, self._values(numbers), strict=True):
+                new = value.transpose(0, 1)[list(batch[number])]
+                writes[number] = _Write(site, self.spots[number].part(width), new)
+        return writes
 
-    def _edits(self, batch: Sequence[int], start: int) -> dict[str, Edit]:
-        """Each cell of the batch writes into its own rows."""
-        edits: dict[str, Edit] = {}
-        for site in dict.fromkeys(self.spots[i].site for i in batch):
-            rows = [row for row, i in enumerate(batch) if self.spots[i].site == site]
-            edits[site] = self._edit([batch[row] for row in rows], rows, len(batch), start)
-        return edits
-
-    def _edit(self, numbers: Sequence[int], rows: Sequence[int], copies: int, start: int) -> Edit:
-        values = self._values(numbers)
-
-        def write(value: Tensor) -> Tensor:
-            runs = value.clone().unflatten(0, (copies, -1))
-            for row, number, new in zip(rows, numbers, values, strict=True):
-                pos = self.cells[number].pos
-                at = slice(start, None) if pos == EVERYWHERE else slice(pos, pos + 1)
-                here = slice(at.start - start, None if at.stop is None else at.stop - start)
-                runs[row, :, here, self.spots[number].part(value.shape[-1])] = new[:, at]
-            return runs.flatten(0, 1)
-
-        return write
+    def _handed_on(self, batch: Mapping[int, Sequence[int]]) -> dict[int, _Write]:
+        """The same, seen behind the cells' block: what it hands on at these positions."""
+        if not batch:
+            return {}
+        writes, places = self._writes(batch), [p for at in batch.values() for p in at]
+        free = iter(range(len(places)))
+        rows = [(writes[i], [next(free) for _ in at], [0] * len(at)) for i, at in batch.items()]
+        layer = self.spots[next(iter(batch))].layer
+        streams = self.rerun.behind(_edits(rows, len(places)), layer=layer, places=places)
+        site = entries(self.rerun.sites)[layer + 1]
+        each = streams.split([len(at) for at in batch.values()])
+        return {i: _Write(site, slice(None), new) for i, new in zip(batch, each, strict=True)}
 
     def _values(self, numbers: Sequence[int]) -> Iterable[Float[Tensor, "pair pos part"]]:
         """What cells that write at one site write there, at all positions."""
@@ -400,6 +395,32 @@ class _Part:
         heard = torch.stack([self.changes[c.component] for c in cells])
         stream = own[_entry(sites, spots[0])]
         return _received(sites, spots, stream + heard.to(stream))
+
+
+class _Write(NamedTuple):
+    """What a cell puts where."""
+
+    site: str
+    part: slice
+    value: Float[Tensor, "place pair part"]
+
+
+def _edits(
+    writes: Iterable[tuple[_Write, Sequence[int], Sequence[int]]], copies: int
+) -> dict[str, Edit]:
+    """Edits of a batch, from what is written in which copies of the pairs at which places."""
+    by_site: dict[str, list[Any]] = {}
+    for write, rows, places in writes:
+        by_site.setdefault(write.site, []).append((rows, places, write.part, write.value))
+
+    def edit(found: Sequence[Any], value: Tensor) -> Tensor:
+        value = value.clone()
+        runs = value.unflatten(0, (copies, -1)).transpose(1, 2)
+        for rows, places, part, new in found:
+            runs[rows, places, :, part] = new.to(value.dtype)
+        return value
+
+    return {site: partial(edit, found) for site, found in by_site.items()}
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -422,10 +443,9 @@ def _received(
     if layer == len(sites.blocks):
         return streams
     block = sites.blocks[layer]
-    assert block.norm is not None and block.mlp_norm is not None  # post-norm models were refused
     norm = block.mlp_norm if site == block.name("mlp_in") else block.norm
     with torch.no_grad():
-        x = norm(streams.flatten(0, 1)).unflatten(0, (len(streams), -1))
+        x = streams if norm is None else norm(streams.flatten(0, 1)).view_as(streams)
     projection = {name: module for name, module, _ in block.attention_readers}.get(site)
     if projection is None:
         return x
@@ -449,22 +469,23 @@ def _writer_changes(
         if Component.parse(names[0]).kind != "head":
             changes[names[0]] = step
             continue
-        added = head_outputs(sites.blocks[Component.parse(names[0]).layer], step)
+        block = sites.blocks[Component.parse(names[0]).layer]
+        added = head_changes(block, step, own.get(block.name("heads")))
         changes |= {name: added[_written(sites, name).number] for name in names}
     return changes
 
 
 def _must_be_known(sites: Sites, own: Mapping[str, Tensor], readers: Iterable[str]) -> None:
     """Edges are rebuilt outside the model, so its own run must come out of the same parts."""
-    if any(b.post_norm for b in sites.blocks):
-        raise ValueError(
-            "edge effects need heads and MLPs that add to the residual stream directly; "
-            f"{sites.model_name!r} normalises what they add (post-norm); use level='node'"
-        )
     for block, after in zip(sites.blocks, entries(sites)[1:], strict=True):
-        added = head_outputs(block, own[block.name("z")]).sum(0) + own[block.name("mlp")]
-        offset = bias(block.o)
-        added = added if offset is None else added + offset
+        mixed = own[block.name("z" if block.heads else "mixer")]
+        if block.heads:
+            mixed, offset = head_outputs(block, mixed).sum(0), bias(block.o)
+            mixed = mixed if offset is None else mixed + offset
+        if block.attn_post is not None:
+            _must_equal(mixed, own[block.name("heads")], f"what heads of block {block.layer} add")
+            mixed = own[block.name("attn")]
+        added = mixed + own[block.name("mlp")] if block.mlp else mixed
         _must_equal(own[block.name("resid")] + added, own[after], f"what block {block.layer} adds")
     for reader in readers:
         spot = _read(sites, reader)
@@ -521,93 +542,3 @@ def _means(
     if ablation == "mean":
         return {n: t.sum(0, keepdim=True) / counts.sum().to(t) for n, t in totals.items()}
     return {n: t / counts.to(t) for n, t in totals.items()}
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def _labels(
-    sites: Sites, task: Any, cells: Sequence[Cell], direction: str, ablation: str
-) -> dict[str, str]:
-    """What makes a sweep the same sweep; weights are told by the metrics."""
-    prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
-    return {
-        "model": sites.model_name,
-        "task": task.name,
-        "metric": task.metric.name,
-        "direction": direction,
-        "ablation": ablation,
-        "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
-        "cells": _digest(json.dumps(cells)),
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _begun(path: Path | None, labels: Mapping[str, str], pairs: int, cells: int) -> Sweep:
-    """The sweep that the file holds, or a new one.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if path is None or not path.exists():
-        metrics = torch.full((2, pairs), torch.nan)
-        return Sweep(torch.full((pairs, cells), torch.nan), *metrics)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            found = json.loads((file.metadata() or {})["relp.sweep"])
-            sweep = Sweep(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"`resume` must be a file that an interrupted sweep wrote; {str(path)!r} is not "
-            f"({error}); choose another name"
-        ) from error
-    if differing := [name for name in labels if found.get(name) != labels[name]]:
-        was, now = found.get(differing[0]), labels[differing[0]]
-        raise ValueError(
-            f"`resume` must be the file of the same sweep; {str(path)!r} differs in "
-            f"{differing[0]}: {was!r}, now {now!r}; choose another name, or delete it"
-        )
-    return sweep
-
-
-@contextmanager
-def _kept(
-    sweep: Sweep, path: Path | None, labels: Mapping[str, str]
-) -> Iterator[Callable[[], None]]:
-    """Gives a function to call after each batch; the file is whole whatever interrupts the work."""
-
-    def save() -> None:
-        assert path is not None
-        with written_whole(path) as temporary:
-            temporary.write_bytes(to_bytes(vars(sweep), {"relp.sweep": json.dumps(labels)}))
-
-    if path is None:
-        yield lambda: None
-        return
-    save()  # a folder that cannot be written is noticed before the work
-    last = monotonic()
-
-    def now_and_then() -> None:
-        nonlocal last
-        if monotonic() - last > SECONDS:
-            save()
-            last = monotonic()
-
-    try:
-        yield now_and_then
-    finally:
-        save()
-
-
-def _note(metric: Tensor, index: Tensor, found: Tensor) -> None:
-    """Keeps a metric; in a sweep that goes on it must be what it was."""
-    now = found.float().cpu()
-    if bool(((metric[index] - now).abs() > 1e-3 * (1 + now.abs().max())).any()):
-        raise ValueError(
-            "`resume` must be the file of a sweep of this very model; the metric of its runs is "
-            "another now; choose another name, or load the weights of then"
-        )
-    metric[index] = now

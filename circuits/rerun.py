@@ -2,15 +2,16 @@
 
 What comes before a change is as it was. Blocks before it hand their input on, and the first one
 that runs gets the residual stream of the own run. Positions before it, which in a causal model
-nothing later can change, are keys and values of the own run and no rows of the batch. Logits are
-computed only where a built-in metric reads them.
+nothing later can change, are keys and values of the own run and no rows of the batch. What changes
+behind a block's attention changes what this block hands on at its own position alone. Logits are
+computed only where, and of those tokens, that a built-in metric reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from relp.capture import answers_only, observe
-from relp.sites import Edit, Sites, editing, reading
+from relp.sites import Block, Edit, Sites, editing, reading
 
-__all__ = ["Rerun", "entries"]
+__all__ = ["POINTWISE", "Rerun", "entries"]
+
+POINTWISE = (".z", ".attn", ".mixer", ".mlp_in", ".neurons", ".mlp")
+"""Sites of a block behind which positions do not meet before the next block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +43,19 @@ class Rerun:
     """How each block returns: 0 for a bare tensor, else the length of the tuple."""
     past: tuple[tuple[Tensor, Tensor], ...]
     """Each block's keys and values; empty if the model must run all positions."""
+    pointwise: bool
+    """Whether `behind` holds for this model."""
 
     @classmethod
     def of(cls, sites: Sites, task: Any, names: Iterable[str], *, side: str) -> Rerun:
         """Runs one side, keeps what is at the named sites, and tries to leave positions out."""
-        names = tuple(dict.fromkeys([*entries(sites), *names]))
+        names = tuple(dict.fromkeys([*entries(sites), *map(_mixed, sites.blocks), *names]))
         with _output_shapes(sites) as outputs:
             values, metric = observe(sites, task, names, side=side)
         tokens = getattr(task, side).to(sites.device)
         past = _keys_values(sites, task, tokens, values["final"])
-        return cls(sites, task, side, values, metric, outputs, past)
+        rerun = cls(sites, task, side, values, metric, outputs, past, pointwise=True)
+        return rerun if _is_pointwise(rerun) else replace(rerun, pointwise=False)
 
     def start(self, first: int) -> int:
         """Where a run must start if nothing before position `first` changes."""
@@ -79,18 +86,56 @@ class Rerun:
         }
         if self.past and layer < len(self.sites.blocks) - 1:
             every |= _last_mlp(self.sites, self.task, copies, start)
-        with torch.no_grad(), _skipping(self.sites, layer, self.outputs):
-            with editing(self.sites, every):
+        with torch.no_grad(), _skipping(self.sites, range(layer), self.outputs):
+            with _answers_alone(self.sites, self.task), editing(self.sites, every):
                 logits = self.sites.model(tokens.repeat(copies, 1), **_cache(self.past, start))
             metric = [self.task.metric(part) for part in logits.split(len(tokens))]
             # a pair that was read out before `start` is as it was
             seen = (self.task.spans["end"] >= start).to(self.metric.device)
             return torch.stack(metric).sub(self.metric) * seen
 
+    def behind(
+        self, edits: Mapping[str, Edit], *, layer: int, places: Sequence[int]
+    ) -> Float[Tensor, "place pair d_model"]:
+        """What a block hands on at single positions if its `POINTWISE` sites are edited.
+
+        An edit gets `[place * pair, 1, d]`.
+
+        Args:
+            edits: what to do at which site.
+            layer: the block, the only one that runs.
+            places: positions; all pairs run at each.
+        """
+        every: dict[str, Edit] = {**edits, "unembed": lambda x: x[:1]}
+
+        def as_it_was(site: str) -> Edit:
+            change = edits.get(site, lambda x: x)
+            own = self.values[site][:, places].transpose(0, 1).flatten(0, 1)[:, None]
+            return lambda _: change(own)
+
+        # attention sees but one position here: what it would give is put in its place
+        for site in (entries(self.sites)[layer], _mixed(self.sites.blocks[layer])):
+            every[site] = as_it_was(site)
+        tokens = getattr(self.task, self.side).to(self.sites.device)[:, places]
+        others = {b.layer for b in self.sites.blocks} - {layer}
+        with (
+            torch.no_grad(),
+            _skipping(self.sites, others, self.outputs),
+            editing(self.sites, every),
+            reading(self.sites, ("final",)) as values,
+        ):
+            self.sites.model(tokens.T.reshape(-1, 1))
+        return values["final"].squeeze(1).unflatten(0, (len(places), -1))
+
 
 def entries(sites: Sites) -> tuple[str, ...]:
     """Where a run can begin: each block's input, and behind them all the final norm's."""
     return (*(b.name("resid") for b in sites.blocks), "final")
+
+
+def _mixed(block: Block) -> str:
+    """Where a block holds what attention, or the mixer, gave each position."""
+    return block.name("z" if block.heads else "mixer")
 
 
 # -- skipping positions ----------------------------------------------------------------------------
@@ -152,7 +197,8 @@ def _keys_values(
     cache, middle = DynamicCache(), tokens.shape[1] // 2
     try:
         with torch.no_grad():
-            sites.model(tokens, past_key_values=cache)
+            with editing(sites, answers_only(sites, task)):
+                sites.model(tokens, past_key_values=cache)
             past = tuple((layer.keys, layer.values) for layer in cache.layers)
             if len(past) != len(sites.blocks):
                 return ()
@@ -164,9 +210,56 @@ def _keys_values(
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return ()  # the model takes no such cache
     pick = answers_only(sites, task, 1, middle)["unembed"]
-    found, expected = pick(values["final"]), pick(final[:, middle:])
-    tolerance = max(1e-4, 8 * torch.finfo(final.dtype).eps) * expected.abs().max()
-    return past if bool((found - expected).abs().max() <= tolerance) else ()
+    return past if _same(pick(values["final"]), pick(final[:, middle:])) else ()
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    tolerance = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.abs().max()
+    return bool((found - expected).abs().max() <= tolerance)
+
+
+def _is_pointwise(rerun: Rerun) -> bool:
+    """Whether each block hands on what it did, if it runs at one position."""
+    after = [rerun.values[name] for name in entries(rerun.sites)[1:]]
+    middle = after[0].shape[1] // 2
+    try:
+        return all(
+            _same(rerun.behind({}, layer=layer, places=[middle])[0], values[:, middle])
+            for layer, values in enumerate(after)
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+# -- skipping tokens -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _answers_alone(sites: Sites, task: Any) -> Iterator[None]:
+    """The unembedding computes no logits but those of answers and foils; all others are 0.
+
+    The built-in logit difference reads no others. For other metrics nothing happens.
+    """
+    inner = sites.model.unembed.original_component
+    built_in = task.metric.reads_answer_only and task.metric.name == "logit_difference"
+    if not built_in or type(inner) is not nn.Linear or "forward" in vars(inner):
+        yield  # quantised, or already wrapped by accelerate
+        return
+    read = torch.cat([task.answers, task.foils]).unique().to(inner.weight.device)
+    rows, offset = inner.weight[read], None if inner.bias is None else inner.bias[read]
+
+    def forward(x: Tensor) -> Tensor:
+        logits = x.new_zeros(*x.shape[:-1], inner.out_features)
+        logits[..., read] = nn.functional.linear(x, rows, offset)
+        return logits
+
+    object.__setattr__(inner, "forward", forward)
+    try:
+        yield
+    finally:
+        del inner.forward
 
 
 # -- skipping blocks -------------------------------------------------------------------------------
@@ -191,8 +284,8 @@ def _output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
 
 
 @contextmanager
-def _skipping(sites: Sites, layer: int, outputs: Mapping[int, int]) -> Iterator[None]:
-    """Blocks before `layer` hand their input on, in the form in which they return."""
+def _skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -> Iterator[None]:
+    """Blocks of these layers hand their input on, in the form in which they return."""
 
     def hand_on(size: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -201,13 +294,13 @@ def _skipping(sites: Sites, layer: int, outputs: Mapping[int, int]) -> Iterator[
 
         return forward
 
-    skipped = [sites.model.blocks[b.layer] for b in sites.blocks if b.layer < layer]
+    skipped = {b.layer: sites.model.blocks[b.layer] for b in sites.blocks if b.layer in layers}
     try:
-        for number, module in enumerate(skipped):
+        for number, module in skipped.items():
             # an attribute of the instance hides the method of its class until it is deleted;
             # a bridge's own __setattr__ would set it on the module that it wraps
             object.__setattr__(module, "forward", hand_on(outputs[number]))
         yield
     finally:
-        for module in skipped:
+        for module in skipped.values():
             vars(module).pop("forward", None)

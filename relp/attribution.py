@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from relp.capture import ROOT, Capture, captures
 from relp.norms import NormMap
 from relp.propagation import module_names
-from relp.rulebook import RELP, Rules
+from relp.rulebook import DEEPLIFT, RELP, Rules
 from relp.scores import Scores, span_index
 from relp.sites import Block, Sites, weight
 
@@ -399,6 +399,22 @@ def head_outputs(
     w = rearrange(weight(block.o).float(), "m (h d) -> h d m", h=block.heads)
     z = rearrange(z.float(), "p t (h d) -> h p t d", h=block.heads)
     return torch.einsum("hptd,hdm->hptm", z, w)
+
+
+def head_changes(
+    block: Block,
+    step: Float[Tensor, "pair pos head_d_head"],
+    heads: Float[Tensor, "pair pos d_model"] | None,
+) -> Float[Tensor, "head pair pos d_model"]:
+    """What each head adds differently if z differs by `step`.
+
+    A norm behind the heads, whose input in the own run is `heads`, is split as `DEEPLIFT` does: all
+    heads together add what the norm puts out differently.
+    """
+    added = head_outputs(block, step)
+    if heads is None:
+        return added
+    return NormMap.of(block.attn_post, heads, heads + added.sum(0), DEEPLIFT).push(added)
 
 
 NO_STREAM = (

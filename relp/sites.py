@@ -58,8 +58,6 @@ class Block:
     """The MLP reads the block's input, not what the block's heads wrote."""
     attn_post: nn.Module | None
     """The norm through which the heads' sum is added to the stream (Gemma-2, OLMo-2)."""
-    post_norm: bool
-    """What attention or MLP add passes through a norm first."""
     neurons: int
     """Neurons of the MLP; 0 where it is no single one (mixture of experts)."""
     up: Any
@@ -339,7 +337,6 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
         mlp=mlp is not None,
         parallel=parallel,
         attn_post=parts.get("ln1_post") if heads else None,
-        post_norm="ln1_post" in parts or "ln2_post" in parts,
         neurons=0 if down is None else weight(down).shape[1],
         up=up,
         gate=gate,

@@ -1,9 +1,11 @@
-"""Edge scores against TransformerLens, and one edge moved at a time, on every kind of block."""
+"""Edge scores and effects against TransformerLens, and one edge moved at a time, on every kind of
+block."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from transformer_lens.tools.analysis.attribution_patching import (
     attribution_patch,
 )
 
-from circuits import assemble
+from circuits import assemble, patch, rerun
+from circuits.graph import all_edges
 from relp import DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute, propagate
 from relp.norms import NormMap
 from relp.rulebook import PRESETS
-from relp.scores import Component, precedes
+from relp.scores import Component
+from relp.sites import Sites
 from tasks import Task
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,6 +40,8 @@ LATENT = {
 MODELS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_layer": 2, "n_head": 4, "n_embd": 32},
     "Llama": GROUPED,
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # adds the stream inside its parts
+    "Falcon": WIDE,  # parallel, one key/value head
     "GPTNeoX": GATED,  # parallel, a norm each
     "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},  # parallel, one norm
     "OPT": {**WIDE, "ffn_dim": 64, "word_embed_proj_dim": 32},  # an MLP on merged positions
@@ -110,7 +116,10 @@ class Reference:
             if "k" in dict(mixer.named_children()):
                 found |= {f"{i}.{s}": getattr(mixer, s).hook_out for s in "qkv"}
                 found[f"{i}.z"] = mixer.o.hook_in
-            found |= {f"{i}.mixer_in": mixer.hook_in, f"{i}.mixer": mixer.hook_out}
+            out = getattr(
+                mixer, "o", mixer
+            )  # Bloom's attention adds the stream to what it puts out
+            found |= {f"{i}.mixer_in": mixer.hook_in, f"{i}.mixer": out.hook_out}
             if hasattr(block, "mlp"):
                 # OPT has no module that holds its MLP
                 first = block.mlp if block.mlp.name else getattr(block.mlp, "in")
@@ -137,27 +146,43 @@ class Reference:
         return kept
 
     def change(self, writer: Component) -> Tensor:
-        """What the writer adds to the stream, clean minus corrupt."""
+        """What the writer adds to the stream, clean minus corrupt; to first order behind a norm."""
         i, block = writer.layer, self.model.blocks[writer.layer]
-
-        def step(site: str) -> Tensor:
-            return self.clean[site] - self.corrupt[site]
-
-        if writer.kind == "embed":
-            return step("0.in")
         if writer.kind != "head":
-            return step(f"{i}.{writer.kind}")
-        z = torch.zeros_like(step(f"{i}.z"))
-        size = z.shape[-1] // self.model.cfg.n_heads
-        at = slice(writer.head * size, (writer.head + 1) * size)
-        z[..., at] = step(f"{i}.z")[..., at]
-        added = block.attn.o(z) - block.attn.o(torch.zeros_like(z))
+            site = "0.in" if writer.kind == "embed" else f"{i}.{writer.kind}"
+            return self.clean[site] - self.corrupt[site]
+        added = self.added(writer)
         if not hasattr(block, "ln1_post"):
             return added
         here, small = self.corrupt[f"{i}.mixer"], 1e-5
         return (block.ln1_post(here + small * added) - block.ln1_post(here - small * added)) / (
             2 * small
         )
+
+    def added(self, head: Component) -> Tensor:
+        """What one head puts out, clean minus corrupt."""
+        site, o = f"{head.layer}.z", self.model.blocks[head.layer].attn.o
+        step = self.clean[site] - self.corrupt[site]
+        z, size = torch.zeros_like(step), step.shape[-1] // self.model.cfg.n_heads
+        at = slice(head.head * size, (head.head + 1) * size)
+        z[..., at] = step[..., at]
+        return o(z) - o(torch.zeros_like(z))
+
+    def whole_change(self, writer: Component) -> Tensor:
+        """The same, not to first order: y = w x r of an RMS norm changes by w (mean r · Δx + mean
+        x · Δr); a head has the share of Δr that it has of the change of Σ x²."""
+        if writer.kind != "head" or not hasattr(
+            block := self.model.blocks[writer.layer], "ln1_post"
+        ):
+            return self.change(writer)
+        x, x_ = (run[f"{writer.layer}.mixer"] for run in (self.corrupt, self.clean))
+        inner = block.ln1_post.original_component
+        eps = inner.eps if hasattr(inner, "eps") else inner.variance_epsilon
+        r, r_ = ((y.square().mean(-1, keepdim=True) + eps).rsqrt() for y in (x, x_))
+        w = block.ln1_post(torch.ones_like(x)) * math.sqrt(1 + eps)
+        added, middle = self.added(writer), (x + x_) / 2
+        share = (middle * added).sum(-1, keepdim=True) / (middle * (x_ - x)).sum(-1, keepdim=True)
+        return w * ((r + r_) / 2 * added + middle * (r_ - r) * share)
 
     def read(self, reader: Component, slot: str, move: Tensor) -> dict[str, Tensor]:
         """The corrupt run's edits that give one reader a stream moved by `move`."""
@@ -186,43 +211,86 @@ class Reference:
     def score(self, writer: str, reader: str) -> float:
         """Central difference of the mean metric along the edge."""
         move, small = self.change(Component.parse(writer)), 1e-4
-        ends = [
-            self.run("corrupt", self.read(*Component.of_reader(reader), sign * small * move))
-            for sign in (1, -1)
-        ]
-        return float((ends[0]["metric"] - ends[1]["metric"]).mean()) / (2 * small)
+        ends = [self.metric(reader, sign * small * move) for sign in (1, -1)]
+        return float(ends[0] - ends[1]) / (2 * small)
+
+    def effect(self, writer: str, reader: str) -> float:
+        """What the edge's whole change does to the mean metric."""
+        metric = self.metric(reader, self.whole_change(Component.parse(writer)))
+        return float(metric - self.corrupt["metric"].mean())
+
+    def metric(self, reader: str, move: Tensor) -> Tensor:
+        """Mean metric of the corrupt run if one reader's stream is moved."""
+        return self.run("corrupt", self.read(*Component.of_reader(reader), move))["metric"].mean()
+
+
+@pytest.fixture
+def everything_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and softmaxes of transformers compute in float32, whatever the model is in."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+def some(scores: Scores) -> Iterator[tuple[str, str, float]]:
+    """Every third edge; the others that exist are not looked at, those that do not are 0."""
+    assert scores.edges is not None
+    exists, count = all_edges(scores), 0
+    assert bool((scores.edges[~exists] == 0).all())
+    for w, r in exists.nonzero().tolist():
+        if (w + r) % 3 == 0 or len(scores.readers) < 10:
+            count += 1
+            yield scores.writers[w], scores.readers[r], float(scores.edges[w, r])
+    assert count >= 6
 
 
 @torch.no_grad()
 def test_single_edges_by_finite_differences(
-    named: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+    named: tuple[str, Any], request: pytest.FixtureRequest
 ) -> None:
     _, model = named
     task = random_task(model, pairs=2, length=5)
     scores = attribute(model, task, rules=GRADIENT, level="edge")
     assert scores.edges is not None
-    # norms and softmaxes of transformers compute in float32, whatever the model is in
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    request.getfixturevalue("everything_double")
     reference = Reference(model, task)
     unmoved = torch.zeros_like(reference.corrupt["0.in"])
     for reader in scores.readers[::5]:  # the reference rebuilds what it means to rebuild
         for site, value in reference.read(*Component.of_reader(reader), unmoved).items():
             torch.testing.assert_close(value, reference.corrupt[site].reshape(value.shape))
-    scale, count = float(scores.edges.abs().max()), 0
-    for w, writer in enumerate(scores.writers):
-        for r, reader in enumerate(scores.readers):
-            target = Component.of_reader(reader)[0]
-            if not precedes(Component.parse(writer), target, parallel=scores.parallel):
-                assert float(scores.edges[w, r]) == 0
-            elif (w + r) % 3 == 0 or len(scores.readers) < 10:
-                found, count = float(scores.edges[w, r]), count + 1
-                expected = reference.score(writer, reader)
-                assert found == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale), (
-                    writer,
-                    reader,
-                )
-    assert count >= 6
+    scale = float(scores.edges.abs().max())
+    for writer, reader, found in some(scores):
+        expected = reference.score(writer, reader)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale), (writer, reader)
+
+
+@torch.no_grad()
+def test_exact_effects_of_single_edges(
+    named: tuple[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """One reader's input is rebuilt, and the whole model runs again: nothing skipped or batched."""
+    _, model = named
+    task = random_task(model, pairs=2, length=5)
+    effects = patch(model, task, level="edge", progress=False)
+    assert effects.edges is not None
+    request.getfixturevalue("everything_double")
+    reference = Reference(model, task)
+    scale = float(effects.edges.abs().max())
+    for writer, reader, found in some(effects):
+        expected = reference.effect(writer, reader)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale), (writer, reader)
+
+
+def test_blocks_that_run_at_one_position_give_what_whole_ones_do(
+    named: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = named
+    task = random_task(model, pairs=2, length=5)
+    found = patch(model, task, progress=False)
+    assert rerun.Rerun.of(Sites.of(model), task, (), side="clean").pointwise
+    monkeypatch.setattr(rerun, "_is_pointwise", lambda _: False)
+    whole = patch(model, task, progress=False)
+    assert found.nodes is not None and whole.nodes is not None
+    torch.testing.assert_close(found.nodes, whole.nodes)
 
 
 def test_gradient_edges_are_transformer_lens_attribution_patch(tmp_path: Path) -> None:

@@ -157,17 +157,27 @@ def test_equals_transformer_lens(tiny: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_positions_before_a_cell_do_not_run(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner, starts = Rerun.__call__, []
+def test_what_a_cell_does_not_change_does_not_run(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, runs = Rerun.__call__, []
 
-    def call(self: Rerun, *args: Any, start: int, **kwargs: Any) -> Tensor:
-        starts.append(start)
-        return inner(self, *args, start=start, **kwargs)
+    def call(self: Rerun, *args: Any, layer: int, start: int, **kwargs: Any) -> Tensor:
+        runs.append((layer, start))
+        return inner(self, *args, layer=layer, start=start, **kwargs)
 
     monkeypatch.setattr(Rerun, "__call__", call)
     task = random_task(tiny, pairs=2, length=4)
-    patch(tiny, task, components=["L1.mlp"], batch_size=2, progress=False)
-    assert starts == [2, 1, 0]  # the last two positions together are as long as one prompt
+    asked: dict[str, Any] = {"batch_size": 2, "progress": False}
+    patch(tiny, task, components=["L1.mlp"], **asked)
+    assert runs == [(2, 3), (2, 2), (2, 1), (2, 0)]  # what a block's MLP adds, the next one hears
+    runs.clear()
+    patch(tiny, task, components=["L1.resid"], batch_size=16, progress=False)
+    assert runs == [(1, 1), (1, 0)]  # few enough positions run for nothing
+    runs.clear()
+    last = patch(tiny, task, components=["L2H1"], **asked)
+    assert runs == [(3, 3)]  # behind the last block the answer position alone is read
+    assert last.nodes is not None and bool((last.nodes[:, 0, :3] == 0).all())
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -254,6 +264,8 @@ def test_edges_of_parallel_blocks(tmp_path: Path) -> None:
     table = dict(zip(effects.writers, effects.edges, strict=True))
     column = {r: i for i, r in enumerate(effects.readers)}
     assert bool((table["L1H2"][: column["logits.in"]] == 0).all())
+    with pytest.raises(ValueError, match=r"got \('L1H2', 'L1\.mlp\.in'\)"):
+        patch(model, task, level="edge", edges=[("L1H2", "L1.mlp.in")])
 
     block, streams, added = model.blocks[1], [], []
     handles = [
@@ -365,32 +377,35 @@ def test_the_file_of_another_sweep_is_refused(tiny: Any, tmp_path: Path) -> None
 
 def test_smaller_batches_when_memory_runs_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task = random_task(tiny, pairs=3, length=4)
-    expected = patch(tiny, task, components=["mlp"], progress=False)
+    expected = patch(tiny, task, components=["head"], progress=False)
     inner, sizes = Rerun.__call__, []
 
     def call(self: Rerun, *args: Any, copies: int, **kwargs: Any) -> Tensor:
         sizes.append(copies * len(self.task))
-        if sizes[-1] > 2:
+        if sizes[-1] > 4:  # as many last positions as one prompt has
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return inner(self, *args, copies=copies, **kwargs)
 
     monkeypatch.setattr(Rerun, "__call__", call)
-    found = patch(tiny, task, components=["mlp"], batch_size=12, progress=False)
+    found = patch(tiny, task, components=["head"], batch_size=12, progress=False)
     assert found.nodes is not None and expected.nodes is not None
     torch.testing.assert_close(found.nodes, expected.nodes)
-    assert max(sizes) == 12 and sizes[-1] <= 2
+    assert max(sizes) == 12 and sizes[-1] <= 4
 
 
-def test_a_metric_that_reads_every_position(tiny: Any) -> None:
-    def spread(logits: Tensor) -> Tensor:
-        return logits.float().std(-1).mean(1)
+def mean_spread(logits: Tensor) -> Tensor:
+    return logits.float().std(-1).mean(1)
 
-    task = random_task(tiny, pairs=2, length=4).with_metric(spread)
+
+@pytest.mark.parametrize("metric", ["probability_difference", mean_spread])
+def test_metrics_that_read_all_tokens_or_all_positions(tiny: Any, metric: Any) -> None:
+    task = random_task(tiny, pairs=2, length=4).with_metric(metric)
     effects = patch(tiny, task, components=["attn"], progress=False)
     assert effects.nodes is not None
     for row, name in enumerate(effects.components):
-        expected = plainly(tiny, task, name, 1, "corrupt")
-        torch.testing.assert_close(effects.nodes[:, row, 1], expected, rtol=1e-4, atol=1e-5)
+        for pos in (1, 3):
+            expected = plainly(tiny, task, name, pos, "corrupt")
+            torch.testing.assert_close(effects.nodes[:, row, pos], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_still_fire_after_patching_also_after_an_error(tiny: Any) -> None:
