@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from relp.capture import answers_only, observe
 from relp.sites import Edit, Sites, editing, reading
 
-__all__ = ["Rerun", "entries"]
+__all__ = ["Rerun", "entries", "output_shapes", "skipping"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Rerun:
     def of(cls, sites: Sites, task: Any, names: Iterable[str], *, side: str) -> Rerun:
         """Runs one side, keeps what is at the named sites, and tries to leave positions out."""
         names = tuple(dict.fromkeys([*entries(sites), *names]))
-        with _output_shapes(sites) as outputs:
+        with output_shapes(sites) as outputs:
             values, metric = observe(sites, task, names, side=side)
         tokens = getattr(task, side).to(sites.device)
         past = _keys_values(sites, task, tokens, values["final"])
@@ -79,7 +79,7 @@ class Rerun:
         }
         if self.past and layer < len(self.sites.blocks) - 1:
             every |= _last_mlp(self.sites, self.task, copies, start)
-        with torch.no_grad(), _skipping(self.sites, layer, self.outputs):
+        with torch.no_grad(), skipping(self.sites, range(layer), self.outputs):
             with editing(self.sites, every):
                 logits = self.sites.model(tokens.repeat(copies, 1), **_cache(self.past, start))
             metric = [self.task.metric(part) for part in logits.split(len(tokens))]
@@ -173,7 +173,7 @@ def _keys_values(
 
 
 @contextmanager
-def _output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
+def output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
     """Notes how each block returns: 0 for a bare tensor, else the length of the tuple."""
     seen: dict[int, int] = {}
 
@@ -191,8 +191,8 @@ def _output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
 
 
 @contextmanager
-def _skipping(sites: Sites, layer: int, outputs: Mapping[int, int]) -> Iterator[None]:
-    """Blocks before `layer` hand their input on, in the form in which they return."""
+def skipping(sites: Sites, layers: Iterable[int], outputs: Mapping[int, int]) -> Iterator[None]:
+    """Some blocks hand their input on, in the form in which they return (see `output_shapes`)."""
 
     def hand_on(size: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -201,13 +201,13 @@ def _skipping(sites: Sites, layer: int, outputs: Mapping[int, int]) -> Iterator[
 
         return forward
 
-    skipped = [sites.model.blocks[b.layer] for b in sites.blocks if b.layer < layer]
+    skipped = [(sites.model.blocks[layer], outputs[layer]) for layer in layers]
     try:
-        for number, module in enumerate(skipped):
+        for module, size in skipped:
             # an attribute of the instance hides the method of its class until it is deleted;
             # a bridge's own __setattr__ would set it on the module that it wraps
-            object.__setattr__(module, "forward", hand_on(outputs[number]))
+            object.__setattr__(module, "forward", hand_on(size))
         yield
     finally:
-        for module in skipped:
+        for module, _ in skipped:
             vars(module).pop("forward", None)
