@@ -11,7 +11,7 @@ norm's output is split over them, as `DEEPLIFT` does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from circuits.graph import all_edges, check_circuit, real_edges
+from circuits.rerun import output_shapes, skipping
 from relp.attribution import head_changes, neuron_outputs
 from relp.capture import ROOT, answers_only, observe
 from relp.norms import NormMap
@@ -232,18 +233,20 @@ def circuit_metrics(
 ) -> Float[Tensor, "circuit pair"]:
     """The task's metric of each circuit alone.
 
-    Each batch of pairs takes one corrupt run, however many circuits there are.
+    Each batch of pairs takes one corrupt run, however many circuits there are, and blocks before
+    the first one in which circuits differ are run for one of them.
     """
     rows = _rows(sites, task)
     found = torch.zeros(len(masks), len(task))
     with tqdm(total=found.numel(), desc="circuits", unit="run", disable=not progress,
               leave=False) as bar:  # fmt: skip
         for index, batch in task.buckets(rows):
-            base, _ = observe(sites, batch, _kept(sites), side="corrupt")
+            with output_shapes(sites) as outputs:
+                base, _ = observe(sites, batch, _kept(sites), side="corrupt")
             together = max(1, rows // len(batch))
             for at in range(0, len(masks), together):
                 run = _Run.of(sites, base, masks[at : at + together])
-                found[at : at + together, index] = run.metric(batch).float().cpu()
+                found[at : at + together, index] = run.metric(batch, outputs).float().cpu()
                 bar.update(len(run.masks) * len(batch))
     return found
 
@@ -301,10 +304,31 @@ class _Run:
             torch.zeros(len(sites.writers), len(masks) * pairs, *shape, device=sites.device),
         )
 
-    def metric(self, task: Any) -> Float[Tensor, "circuit pair"]:
+    def metric(self, task: Any, outputs: Mapping[int, int]) -> Float[Tensor, "circuit pair"]:
+        """The metric of each circuit; `outputs`: how each block returns (see `output_shapes`)."""
+        first = self.first_difference() if len(self.masks) > 1 else 0
+        if first:
+            once = replace(self, masks=self.masks[:1], change=self.change[:, : len(task)].clone())
+            once.run(task, range(first), outputs)
+            written = sum(len(b.writers) for b in self.sites.blocks[:first])
+            known = once.change[: 1 + written]
+            self.change[: len(known)] = known.repeat(1, len(self.masks), 1, 1)
+        logits = self.run(task, range(first, len(self.sites.blocks)), outputs)
+        return torch.stack([task.metric(part) for part in logits.split(len(task))])
+
+    def first_difference(self) -> int:
+        """The first block in which readers of two circuits hear different writers."""
+        differ = (self.masks[1:] != self.masks[0]).flatten(0, 2).any(0)
+        found = [Component.of_reader(r)[0] for r, at in self.columns.items() if differ[at]]
+        layers = [reader.layer for reader in found if reader.kind != "logits"]
+        return min(layers, default=len(self.sites.blocks))
+
+    def run(self, task: Any, layers: range, outputs: Mapping[int, int]) -> Tensor:
+        """The logits at the end of a run in which only some blocks take part."""
         edits: dict[str, Edit] = answers_only(self.sites, task, len(self.masks))
-        edits[ROOT] = partial(self.note, "embed", ROOT)
-        for b in self.sites.blocks:
+        if 0 in layers:
+            edits[ROOT] = partial(self.note, "embed", ROOT)
+        for b in self.sites.blocks[layers.start : layers.stop]:
             edits |= {site: partial(self.project, b, site) for site, _, _ in b.attention_readers}
             if b.heads:
                 edits[b.name("z")] = partial(self.note_heads, b)
@@ -321,9 +345,10 @@ class _Run:
                 edits[b.name("neurons")] = partial(self.note_neurons, b)
         edits["final"] = partial(self.read, "logits.in")
         tokens = task.clean.to(self.sites.device).repeat(len(self.masks), 1)
-        with torch.no_grad(), editing(self.sites, edits):
-            logits = self.sites.model(tokens)
-        return torch.stack([task.metric(part) for part in logits.split(len(task))])
+        others = [b.layer for b in self.sites.blocks if b.layer not in layers]
+        with torch.no_grad(), skipping(self.sites, others, outputs), editing(self.sites, edits):
+            logits: Tensor = self.sites.model(tokens)
+        return logits
 
     # what writers add
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from relp.capture import answers_only, observe
 from relp.sites import Block, Edit, Sites, editing, reading
 
-__all__ = ["POINTWISE", "Rerun", "entries"]
+__all__ = ["POINTWISE", "Rerun", "entries", "output_shapes", "skipping"]
 
 POINTWISE = (".z", ".attn", ".mixer", ".mlp_in", ".neurons", ".mlp")
 """Sites of a block behind which positions do not meet before the next block."""
@@ -50,7 +50,7 @@ class Rerun:
     def of(cls, sites: Sites, task: Any, names: Iterable[str], *, side: str) -> Rerun:
         """Runs one side, keeps what is at the named sites, and tries to leave positions out."""
         names = tuple(dict.fromkeys([*entries(sites), *map(_mixed, sites.blocks), *names]))
-        with _output_shapes(sites) as outputs:
+        with output_shapes(sites) as outputs:
             values, metric = observe(sites, task, names, side=side)
         tokens = getattr(task, side).to(sites.device)
         past = _keys_values(sites, task, tokens, values["final"])
@@ -86,7 +86,7 @@ class Rerun:
         }
         if self.past and layer < len(self.sites.blocks) - 1:
             every |= _last_mlp(self.sites, self.task, copies, start)
-        with torch.no_grad(), _skipping(self.sites, range(layer), self.outputs):
+        with torch.no_grad(), skipping(self.sites, range(layer), self.outputs):
             with _answers_alone(self.sites, self.task), editing(self.sites, every):
                 logits = self.sites.model(tokens.repeat(copies, 1), **_cache(self.past, start))
             metric = [self.task.metric(part) for part in logits.split(len(tokens))]
@@ -120,7 +120,7 @@ class Rerun:
         others = {b.layer for b in self.sites.blocks} - {layer}
         with (
             torch.no_grad(),
-            _skipping(self.sites, others, self.outputs),
+            skipping(self.sites, others, self.outputs),
             editing(self.sites, every),
             reading(self.sites, ("final",)) as values,
         ):
@@ -266,7 +266,7 @@ def _answers_alone(sites: Sites, task: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
+def output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
     """Notes how each block returns: 0 for a bare tensor, else the length of the tuple."""
     seen: dict[int, int] = {}
 
@@ -284,8 +284,8 @@ def _output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
 
 
 @contextmanager
-def _skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -> Iterator[None]:
-    """Blocks of these layers hand their input on, in the form in which they return."""
+def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -> Iterator[None]:
+    """Blocks of these layers hand their input on, in the form of their `output_shapes`."""
 
     def hand_on(size: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

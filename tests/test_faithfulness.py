@@ -140,7 +140,9 @@ def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
 
     handle = sites.points["final"].register_forward_hook(note)
     try:
-        metrics = circuit_metrics(sites, task, all_edges(sites).repeat(6, 1, 1, 1))
+        masks = torch.zeros(6, 1, len(sites.writers), len(sites.readers), dtype=torch.bool)
+        masks[1:] = all_edges(sites)
+        metrics = circuit_metrics(sites, task, masks)
     finally:
         handle.remove()
     assert metrics.shape == (6, len(task)) and runs == [len(task), 6 * len(task)]
@@ -164,17 +166,40 @@ def test_masks_are_in_the_layout_of_scores(tiny: Any) -> None:
 # -- other blocks than the tiny models' ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["GPTNeoX", "GPTJ", "OPT", "Qwen3", "Gemma2", "Gemma3", "Olmo2", "Mixtral", "DeepseekV3",
-     "Mamba", "Mamba2"],
+OTHERS = (
+    "GPTNeoX", "GPTJ", "OPT", "Qwen3", "Gemma2", "Gemma3", "Olmo2", "Mixtral", "DeepseekV3",
+    "Mamba", "Mamba2",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_all_edges_are_the_clean_run_and_none_the_corrupt(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name].build(tmp_path)
     task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
     every = all_edges(sites)
     found = circuit_metrics(sites, task, torch.stack([every, torch.zeros_like(every)])[:, None])
     torch.testing.assert_close(found, torch.stack(endpoints(sites, task)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_blocks_before_the_first_difference_run_once(name: str, tmp_path: Path) -> None:
+    model = ARCHITECTURES[name].build(tmp_path)
+    task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
+    generator = torch.Generator().manual_seed(0)
+    last = {*sites.blocks[-1].readers, "logits.in"}
+    late = torch.tensor([reader in last for reader in sites.readers])
+    masks = torch.rand(3, 1, len(sites.writers), len(late), generator=generator) < 0.7
+    masks = torch.where(late, masks, masks[:1]) & all_edges(sites)
+    one_by_one = torch.cat([circuit_metrics(sites, task, mask[None]) for mask in masks])
+    rows: list[int] = []
+    entry = sites.points[sites.blocks[0].name("resid")]
+    handle = entry.register_forward_hook(lambda _, __, output: rows.append(len(output)))
+    try:
+        together = circuit_metrics(sites, task, masks)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-4)
+    assert rows == [len(task), len(task)]  # the corrupt run, and one for all circuits
 
 
 def split(norm: Any, before: Tensor, parts: Tensor) -> Tensor:
