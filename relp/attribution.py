@@ -322,8 +322,7 @@ def _mixer_outputs(
     if not block.heads:
         out[0] = seen.delta(block.name("mixer"))
         return out[0]
-    out.copy_(head_outputs(block, seen.delta(block.name("z"))))
-    whole = out.sum(0)
+    whole = head_outputs(block, seen.delta(block.name("z")), out).sum(0)
     if block.attn_post is None:
         return whole
     _must_match(whole, seen.delta(block.name("heads")), HEADS, f"block {block.layer}")
@@ -393,12 +392,15 @@ def neuron_outputs(
 
 
 def head_outputs(
-    block: Block, z: Float[Tensor, "pair pos head_d_head"]
+    block: Block,
+    z: Float[Tensor, "pair pos head_d_head"],
+    out: Float[Tensor, "head pair pos d_model"] | None = None,
 ) -> Float[Tensor, "head pair pos d_model"]:
     """What each head adds to the residual stream (without the bias, which is no head's)."""
     w = rearrange(weight(block.o).float(), "m (h d) -> h d m", h=block.heads)
-    z = rearrange(z.float(), "p t (h d) -> h p t d", h=block.heads)
-    return torch.einsum("hptd,hdm->hptm", z, w)
+    heads = rearrange(z.float(), "p t (h d) -> h (p t) d", h=block.heads)
+    flat = None if out is None else out.flatten(1, 2)
+    return torch.bmm(heads, w, out=flat).unflatten(1, z.shape[:2])
 
 
 def head_changes(
