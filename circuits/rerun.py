@@ -194,7 +194,7 @@ def _keys_values(
 
     if not task.metric.reads_answer_only:
         return ()
-    cache, middle = DynamicCache(), tokens.shape[1] // 2
+    cache, same = DynamicCache(), True
     try:
         with torch.no_grad():
             with editing(sites, answers_only(sites, task)):
@@ -202,15 +202,19 @@ def _keys_values(
             past = tuple((layer.keys, layer.values) for layer in cache.layers)
             if len(past) != len(sites.blocks):
                 return ()
-            edits = _last_mlp(sites, task, 1, middle)
-            with editing(sites, edits), reading(sites, ("final",)) as values:
-                sites.model(tokens[:, middle:], **_cache(past, middle))
+            for start in (0, tokens.shape[1] // 2):
+                # of one row an MLP that takes pairs and positions for one axis (OPT) would do it
+                edits = _last_mlp(sites, task, 2, start)
+                pick = answers_only(sites, task, 2, start)["unembed"]
+                with editing(sites, edits), reading(sites, ("final",)) as values:
+                    sites.model(tokens[:, start:].repeat(2, 1), **_cache(past, start))
+                expected = final[:, start:].repeat(2, 1, 1)
+                same &= _same(pick(values["final"]), pick(expected))
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return ()  # the model takes no such cache
-    pick = answers_only(sites, task, 1, middle)["unembed"]
-    return past if _same(pick(values["final"]), pick(final[:, middle:])) else ()
+    return past if same else ()
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
