@@ -248,11 +248,17 @@ def export(
     from circuits import from_mib, load, save, to_mib
 
     with _one_line_errors():
-        if source.name.endswith(MIB):
+        reads, writes = source.name.endswith(MIB), target.name.endswith(MIB)
+        if (in_graph and not reads) or (model and not (reads or writes)):
+            raise ValueError(
+                f"`--in-graph` is for reading {MIB} and `--model` for reading or writing it; got "
+                f"{source.name!r} and {target.name!r}; leave the option out"
+            )
+        if reads:
             graph = from_mib(source, model and _boot(model)[0], in_graph=in_graph)
         else:
             graph = load(source)
-        if target.name.endswith(MIB):
+        if writes:
             written = to_mib(graph, target, _boot(model or graph.graph["model"])[0])
         else:
             written = save(graph, target)

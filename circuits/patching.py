@@ -182,8 +182,9 @@ def measure(
             means = _means(sites, task, cells, other, ablation, prompts)
             for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
                 part = _Part.of(sites, pairs, cells, own, ablation, means)
-                sweep.note(own, index, part.rerun.metric)
-                sweep.note(other, index, part.metric)
+                eps = torch.finfo(part.rerun.values["final"].dtype).eps
+                sweep.note(own, index, part.rerun.metric, eps=eps)
+                sweep.note(other, index, part.metric, eps=eps)
                 missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()
                 for batch, effects in part.run(missing, prompts):
                     sweep.effects[index[:, None], torch.tensor(batch)] = effects
@@ -233,14 +234,24 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
     known = tuple((writers[w], readers[r]) for r, w in all_edges(sites).T.nonzero().tolist())
     if wanted is None:
         return known
-    chosen = tuple(dict.fromkeys((w, r) for w, r in wanted))
-    unknown = [edge for edge in chosen if edge not in set(known)] if chosen else ["none"]
+    chosen = tuple(dict.fromkeys(tuple(edge) for edge in wanted))
+    neurons = {name for b in sites.blocks for name in b.neuron_names}
+    for name in (name.removesuffix(".in") for edge in chosen for name in edge):
+        if name in neurons:
+            raise ValueError(
+                "`edges` must be between heads, whole MLPs, the embedding and the logits; got the "
+                f"neuron {name!r}, whose edges are not measured; use those of its MLP, "
+                f"level='node' with components=[{name!r}], or the scores of "
+                f"attribute(level='edge', neurons=[{name!r}])"
+            )
+    existing = set(known)
+    unknown = [edge for edge in chosen if edge not in existing] if chosen else ["none"]
     if unknown:
         raise ValueError(
             f"`edges` must be pairs (writer, reader) such as {known[-1]}; got {unknown[0]!r}; see "
             "Scores.writers and Scores.readers, and let the writer come before the reader"
         )
-    return chosen
+    return tuple((writer, reader) for writer, reader in chosen)
 
 
 def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]:

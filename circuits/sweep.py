@@ -124,15 +124,19 @@ class Sweep:
         finally:
             save()
 
-    def note(self, side: str, index: Int[Tensor, " row"], found: Float[Tensor, " row"]) -> None:
-        """Keeps the metric of some pairs' `clean` or `corrupt` run.
+    def note(
+        self, side: str, index: Int[Tensor, " row"], found: Float[Tensor, " row"], *, eps: float
+    ) -> None:
+        """Keeps the metric of some pairs' `clean` or `corrupt` run, of a model of precision `eps`.
 
         Raises:
             ValueError: the sweep goes on, and the metric was another.
         """
         metric: Tensor = getattr(self, side)
         now = found.float().cpu()
-        if bool(((metric[index] - now).abs() > 1e-3 * (1 + now.abs().max())).any()):
+        # batches of another size, as after memory ran out, round differently
+        tolerance = max(1e-3, 8 * eps) * (1 + now.abs().max())
+        if bool(((metric[index] - now).abs() > tolerance).any()):
             raise ValueError(
                 "`resume` must be the file of a sweep of this very model; the metric of its runs "
                 "is another now; choose another name, or load the weights of then"

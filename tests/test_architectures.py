@@ -26,9 +26,6 @@ from relp import (
 )
 
 OPAQUE = ("LSTM",)
-# heads that add to the residual stream directly: edges between them can be cut
-WHOLE = ("Gemma2", "Gemma3", "Olmo2", "DeepseekV2", "DeepseekV3", "Mamba", "Mamba2")
-SEPARABLE = [n for n in DECODERS if n not in WHOLE]
 ROUTED = ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV2", "DeepseekV3")
 HALVED = ("GPT2", "Gemma2", "Mamba")
 each_preset = pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
@@ -143,7 +140,7 @@ def test_nodes(built: tuple[Architecture, Any, Path]) -> None:
 def test_edges_sum_to_nodes_and_circuits_are_faithful(
     built: tuple[Architecture, Any, Path],
 ) -> None:
-    architecture, model, _ = built
+    _, model, _ = built
     task = random_task(model, pairs=3)
     nodes = attribute(model, task)
     edges = attribute(model, task, level="edge")
@@ -152,10 +149,9 @@ def test_edges_sum_to_nodes_and_circuits_are_faithful(
     expected = nodes.nodes.mean(0).sum(-1)[at]
     error = (edges.edges.sum(1) - expected).abs().max() / expected.abs().max()
     assert float(error) < 1e-4
-    if architecture.name in SEPARABLE:
-        graph = assemble(edges)
-        shares = faithfulness(model, task, [graph, top(graph, edges=0)], progress=False)
-        assert shares == pytest.approx([1, 0], abs=1e-4)
+    graph = assemble(edges)
+    shares = faithfulness(model, task, [graph, top(graph, edges=0)], progress=False)
+    assert shares == pytest.approx([1, 0], abs=1e-4)
 
 
 @pytest.mark.parametrize("built", DECODERS, indirect=True)
@@ -174,3 +170,15 @@ def test_patching_everything_closes_the_gap(built: tuple[Architecture, Any, Path
         # experts get other batches of tokens, so their sums round differently
         assert float(effects.nodes[:, layer, :-1].abs().max()) < 1e-5
     assert everything(model) == before
+
+
+@pytest.mark.parametrize("built", ["OPT"], indirect=True)
+def test_a_pair_alone_is_patched_as_with_others(built: tuple[Architecture, Any, Path]) -> None:
+    """One row, or one position, must not hide that an MLP takes both for one axis."""
+    _, model, _ = built
+    for length in (2, 5):
+        task = random_task(model, pairs=2, length=length)
+        both = patch(model, task, progress=False).nodes
+        alone = patch(model, task.select([1]), progress=False).nodes
+        assert both is not None and alone is not None
+        torch.testing.assert_close(alone, both[1:], rtol=1e-3, atol=1e-5)

@@ -309,6 +309,10 @@ def test_effects_that_cannot_be_written_or_measured(model: Path) -> None:
 
 def test_exports_that_cannot_be_made_are_errors() -> None:
     save(make_circuit(), "a.json")
+    for option in ("--in-graph",), ("--model", "ioi-gpt2"):
+        assert refused("export", "a.json", "b.svg", *option).startswith(
+            "`--in-graph` is for reading .mib.json and `--model` for reading or writing it; got "
+        )
     assert refused("export", "a.json", "b.png") == (
         "the suffix must be one of .json .graphml .gexf .dot .svg .html .mmd; got 'b.png'; "
         "choose another name"

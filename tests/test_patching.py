@@ -246,6 +246,9 @@ def test_chosen_edges_by_position(tiny: Any) -> None:
         patch(tiny, task, level="edge", edges=[("L2H0", "L1.mlp.in")])
     with pytest.raises(ValueError, match="got the other one with level='node'"):
         patch(tiny, task, edges=asked)
+    for edge in (("L0N3", "L2H0.q"), ("L0H1", "L0N3.in")):
+        with pytest.raises(ValueError, match=r"got the neuron 'L0N3', whose edges are not measu"):
+            patch(tiny, task, level="edge", edges=[edge])
 
 
 def test_edges_of_parallel_blocks(tmp_path: Path) -> None:
@@ -406,6 +409,43 @@ def test_metrics_that_read_all_tokens_or_all_positions(tiny: Any, metric: Any) -
         for pos in (1, 3):
             expected = plainly(tiny, task, name, pos, "corrupt")
             torch.testing.assert_close(effects.nodes[:, row, pos], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_behind_the_unembedding_that_mix_tokens(tiny: Any) -> None:
+    """Of a logit difference it computes few tokens: not if all of them come together later."""
+    task = random_task(tiny, pairs=2, length=4)
+    handle = tiny.unembed.hook_out.register_forward_hook(lambda _, __, x: 99 * x.softmax(-1))
+    try:
+        effects = patch(tiny, task, components=["L1.attn"], progress=False)
+        assert effects.nodes is not None
+        for pos in (1, 3):
+            expected = plainly(tiny, task, "L1.attn", pos, "corrupt")
+            torch.testing.assert_close(effects.nodes[:, 0, pos], expected, rtol=1e-4, atol=1e-5)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("at", [slice(1, 2), 2])
+def test_hooks_at_one_position_stay_there(tiny: Any, at: Any) -> None:
+    """Also where a run would begin later, or see but one position."""
+
+    def steer(_: nn.Module, __: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, at] *= -3
+        return value
+
+    task = random_task(tiny, pairs=2, length=5)
+    handle = tiny.blocks[1].mlp.hook_out.register_forward_hook(steer)
+    try:
+        effects = patch(tiny, task, components=["attn"], progress=False)
+        assert effects.nodes is not None
+        for row, name in enumerate(effects.components):
+            for pos in range(5):
+                expected = plainly(tiny, task, name, pos, "corrupt")
+                found = effects.nodes[:, row, pos]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    finally:
+        handle.remove()
 
 
 def test_hooks_still_fire_after_patching_also_after_an_error(tiny: Any) -> None:
