@@ -80,6 +80,21 @@ def test_chosen_components_are_those_of_all(tiny: Any) -> None:
         torch.testing.assert_close(some.nodes, every.nodes[:, at], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", ["inputs", "activations"])
+def test_neurons_sum_to_their_mlp_along_a_path(tiny: Any, path: str) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    options = {"rules": GRADIENT, "steps": 2, "path": path}
+    scores = attribute(tiny, task, components=["neuron", "mlp"], **options)
+    names, neurons = scores.of_kind("neuron")
+    layers = neurons.unflatten(1, (3, -1))
+    torch.testing.assert_close(layers.sum(2), scores.of_kind("mlp")[1], rtol=1e-4, atol=1e-6)
+    edges = attribute(tiny, task, level="edge", neurons=names[:3], **options)
+    assert edges.edges is not None
+    found = edges.edges.sum(1)[[edges.writers.index(n) for n in names[:3]]]
+    expected = neurons[:, :3].sum(-1).mean(0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_behind_a_norm_neurons_sum_to_what_it_reads(tmp_path: Path) -> None:
     model = build("Gemma2", tmp_path, MODELS)
     task = random_task(model, pairs=2, length=4)
