@@ -180,9 +180,10 @@ def _edge_labels(scores: Scores, known: nx.MultiDiGraph) -> Labels:
     table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
     edges = {(d["pos"], u, d["reader"]) for u, _, _, d in real_edges(check_circuit(known))}
     exists = all_edges(scores).expand(table.shape)
+    # circuits know positions, but no spans: those have names that match none
+    places = scores.places or (range(len(table)) if scores.edges.dim() == 3 else (-1,))
     names = [
-        (int(p) if scores.edges.dim() == 3 else -1, scores.writers[w], scores.readers[r])
-        for p, w, r in exists.nonzero().tolist()
+        (places[p], scores.writers[w], scores.readers[r]) for p, w, r in exists.nonzero().tolist()
     ]
     _must_know(edges, names, scores)
     inside = np.array([name in edges for name in names])
@@ -200,12 +201,12 @@ def _must_know(wanted: Collection[object], names: Sequence[object], scores: Scor
 
 
 def _must_correspond(scores: Scores, effect: Scores) -> None:
-    for what in ("level", "task", "direction", "metric", "model"):
+    for what in ("level", "task", "direction", "metric", "model", "places"):
         a, b = getattr(scores, what), getattr(effect, what)
         if a != b:
             raise ValueError(
                 f"scores and effects must be of the same {what}; got {a!r} and {b!r}; "
-                "compute both with the same model, task, level and direction"
+                "compute both with the same model, task, level, direction and positions"
             )
     for what in ("lengths", "clean", "corrupt"):
         a, b = getattr(scores, what), getattr(effect, what)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -130,22 +131,22 @@ def _unit(scores: Scores) -> str:
 def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
-    names, _ = scores.of_kind(kind)
+    names, nodes = scores.of_kind(kind)
     parsed = [Component.parse(name) for name in names]
-    index = {name: i for i, name in enumerate(scores.components)}
-    mean = scores.mean[[index[name] for name in names]].double().numpy()  # [component, pos]
     if kind in ("head", "kv") or (kind == "neuron" and len(names) > _MOST_ROWS):
         layers = sorted({c.layer for c in parsed})
         z = np.full((len(layers), max(c.head for c in parsed) + 1), np.nan)
         labels = np.full(z.shape, "", dtype=object)
-        for c, row in zip(parsed, mean, strict=True):
-            z[layers.index(c.layer), c.head] = row.sum()
+        # pair by pair: means by position of prompts of several lengths are over different pairs
+        for c, total in zip(parsed, nodes.sum(-1).mean(0).tolist(), strict=True):
+            z[layers.index(c.layer), c.head] = total
             labels[layers.index(c.layer), c.head] = c.name
         x_title, rows = kind, [f"L{layer}" for layer in layers]
         ticks = {"dtick": 1 if z.shape[1] <= 32 else None}
     else:
         named = kind == "neuron" or parsed[0].layer < 0
-        z, rows = mean, [c.name if named else f"L{c.layer}" for c in parsed]
+        z = replace(scores, components=names, nodes=nodes).mean.double().numpy()
+        rows = [c.name if named else f"L{c.layer}" for c in parsed]
         together = scores.tokens if scores.tokens == ALL_POSITIONS else ()
         places = scores.places or together or range(z.shape[1])
         labels = np.array([[f"{name}@{place}" for place in places] for name in names], dtype=object)

@@ -233,9 +233,15 @@ def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[fl
             )
         if (s.writers, s.readers) != (sites.writers, sites.readers):
             raise ValueError(
-                f"scores must be of the model they are evaluated on; those of {s.rules!r} are of "
-                f"{s.model!r} and not of {sites.model_name!r}, or other neurons are split off; "
-                "compute them on this model, with the same `neurons`"
+                "scores must be of the model they are evaluated on, all with the same neurons "
+                f"split off; those of {s.rules!r} are of {s.model!r}, have other neurons than the "
+                f"first, or are not of {sites.model_name!r}; compute all on this model, with the "
+                "same `neurons`"
+            )
+        if s.places:
+            raise ValueError(
+                f"circuits have edges by token or summed over all; those of {s.rules!r} are by "
+                f"span {s.places}; leave `positions` out, or give positions=True"
             )
         lengths = set(task.lengths.tolist())
         if s.edges.dim() == 3 and lengths != {len(s.edges)}:

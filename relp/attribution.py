@@ -70,7 +70,8 @@ def attribute(
         level: `"node"` or `"edge"`.
         components: at node level, names (`L3H1`, neurons `L3N17`) or kinds (`resid`, `attn`, `mlp`,
             `head`, `embed`, `mixer`, `neuron`); all but neurons if None. A layer's neurons sum to
-            its MLP, or to the input of the norm behind it if there is one (Gemma-2, OLMo-2).
+            its MLP, or to the input of the norm behind it if there is one (Gemma-2, OLMo-2), unless
+            the rules change its last matrix (`linear`).
         neurons: at edge level, neurons (`L3N17`) that write and read by themselves, as heads do;
             `L3.mlp` is then the rest of that MLP.
         direction: `"denoise"` (coefficients on the corrupt run) or `"noise"` (on the clean run).
@@ -420,10 +421,13 @@ def head_changes(
 
 
 NO_STREAM = (
-    "if the model normalises the stream itself (BERT, OPT-350m) it has no edges in this sense: use "
-    "level='node'"
+    "if the model normalises the stream itself (BERT, OPT-350m), or its attention has a rule for "
+    "linear layers, it has no edges in this sense: use level='node'"
 )
-NO_NEURONS = "if this MLP is more than two or three matrices, leave its neurons out"
+NO_NEURONS = (
+    "if this MLP is more than two or three matrices, or has a rule for linear layers, leave its "
+    "neurons out"
+)
 
 
 def _must_match(

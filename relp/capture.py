@@ -114,7 +114,8 @@ def captures(
     With `steps` > 1 the runs lie midway in each of `steps` equal parts of the line between own
     and other run (integrated gradients). `path="inputs"`: of the input embeddings (EAP-IG inputs,
     arXiv:2403.17806). `path="activations"`: of one writing site at a time, what comes before it
-    being the own run's (EAP-IG activations, ibid.; a layer's heads move together).
+    being the own run's (EAP-IG activations, ibid.; a layer's heads move together, and so do its
+    neurons where they are among `names`).
 
     Raises:
         RuntimeError: as `capture`.
@@ -122,7 +123,10 @@ def captures(
     if steps == 1:
         yield capture(sites, task, rules, names, own=own, strict=strict)
         return
-    moved = (ROOT,) if path == "inputs" else (ROOT, *sites.written)
+    # an MLP's output that is put in would cut its neurons off from the metric
+    inside = {b.name("mlp"): b.name("neurons") for b in sites.blocks if b.name("neurons") in names}
+    written = [inside.get(site, site) for site in sites.written]
+    moved = (ROOT,) if path == "inputs" else (ROOT, *written)
     names = tuple(dict.fromkeys([ROOT, *names, *moved]))
     values, metric = observe(sites, task, names, side=own)
     others, other_metric = observe(

@@ -209,6 +209,7 @@ class Sites:
                 raise ValueError(
                     f"`neurons` must be names such as 'L0N3' of a model of {len(self.blocks)} "
                     f"blocks; got {name!r}; see Scores.components of attribute(components='neuron')"
+                    ", and use circuits on the model they are of"
                 )
             chosen.setdefault(layer, set()).add(number)
         for layer, numbers in chosen.items():

@@ -114,6 +114,21 @@ def test_scores_of_different_shapes_are_refused(tiny: Any) -> None:
         agreement(scores, missing)
 
 
+def test_spans_are_no_positions_even_if_they_are_as_many(tiny: Any) -> None:
+    task = random_task(tiny, length=2)
+    position, span = (
+        attribute(tiny, task, level="edge", positions=kept) for kept in (True, "spans")
+    )
+    assert span.edges is not None and position.edges is not None
+    assert span.edges.shape == position.edges.shape
+    nodes = attribute(tiny, task)
+    for one, other in ((span, position), (nodes.by_span(), nodes)):
+        with pytest.raises(ValueError, match=r"the same places; got \('end', 'other'\) and \(\);"):
+            agreement(one, other)
+    with pytest.raises(ValueError, match="check the names, or `positions` of the scores"):
+        auroc(span, top(assemble(position), edges=9))
+
+
 def counted(inside: Tensor, outside: Tensor) -> float:
     """How often one inside is larger than one outside, ties half, pair by pair."""
     one, other = inside.abs()[:, None], outside.abs()[None]

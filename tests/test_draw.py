@@ -66,6 +66,11 @@ def test_heads_are_layer_by_head_summed_over_positions():
     at = scores.components.index("L2H1")
     assert z[2, 1] == pytest.approx(float(scores.nodes[:, at].sum(-1).mean()), rel=1e-5)
     assert figure.data[0].customdata[2, 1] == "L2H1"
+    # each pair counts as much, whatever its length
+    lengths = torch.tensor([4, 1, 2])
+    kept = torch.where(torch.arange(4) < lengths[:, None, None], scores.nodes, 0.0)
+    z = draw(make_nodes(layers=3, heads=2, nodes=kept, lengths=lengths), kind="head").data[0].z
+    assert z[2, 1] == pytest.approx(float(kept[:, at].sum(-1).mean()), rel=1e-5)
 
 
 def test_colours_are_symmetric_about_zero_and_blue_is_positive():

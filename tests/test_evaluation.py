@@ -130,7 +130,11 @@ def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
         (replace(scores, edges=scores.edges * float("nan")), "or hold NaN"),
         (
             replace(scores, writers=scores.writers[::-1], model="other"),
-            "those of 'RELP' are of 'other' and not of 'tiny-",
+            "are of 'other', have other neurons than the first, or are not of 'tiny-",
+        ),
+        (
+            attribute(tiny, task, level="edge", positions="spans"),
+            r"those of 'RELP' are by span \('end', 'other'\); leave `positions` out, or give",
         ),
         (
             attribute(tiny, random_task(tiny, length=2), level="edge", positions=True),
