@@ -133,7 +133,7 @@ def transformer_lens(model: Any, plain: Any, task: Task) -> pd.DataFrame:
 
 def sweep(model: Any, task: Task) -> pd.DataFrame:
     """Seconds per cell, and that both give the same numbers."""
-    names = [f"L{layer}H{head}" for layer in SWEPT for head in range(4)]
+    names = [f"L{layer}H{head}" for layer in SWEPT for head in range(12)]
     positions = task.clean.shape[1]
     sample = [(layer, pos, 3) for layer in SWEPT for pos in (0, positions // 2, positions - 1)]
     found: dict[str, Any] = {}
