@@ -316,12 +316,15 @@ def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -
         return forward
 
     skipped = {b.layer: sites.model.blocks[b.layer] for b in sites.blocks if b.layer in layers}
+    before = {layer: vars(module).get("forward") for layer, module in skipped.items()}
     try:
-        for number, module in skipped.items():
+        for layer, module in skipped.items():
             # an attribute of the instance hides the method of its class until it is deleted;
             # a bridge's own __setattr__ would set it on the module that it wraps
-            object.__setattr__(module, "forward", hand_on(outputs[number]))
+            object.__setattr__(module, "forward", hand_on(outputs[layer]))
         yield
     finally:
-        for module in skipped.values():
+        for layer, module in skipped.items():
             vars(module).pop("forward", None)
+            if before[layer] is not None:  # a caller's own
+                object.__setattr__(module, "forward", before[layer])

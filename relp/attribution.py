@@ -93,7 +93,6 @@ def attribute(
         RuntimeError: a hook did not fire, or a score is not finite.
     """
     _check(rules, level, direction, steps, path, positions)
-    _must_slope(task, rules, direction, steps)
     if (components if level == "edge" else neurons or None) is not None:
         raise ValueError(
             "`components` is for node scores and `neurons` for edge scores; got the other one with "
@@ -122,6 +121,8 @@ def attribute(
             for seen in captures(
                 sites, batch, rules, names, own=own, steps=steps, path=path, strict=strict
             ):
+                if steps == 1:
+                    _must_slope(task, rules, seen.own_metric)
                 if level == "node":
                     nodes[index, :, :length] += seen.share * node_scores(seen, where)
                 else:
@@ -491,13 +492,13 @@ def _check(
         )
 
 
-def _must_slope(task: Any, rules: Rules, direction: str, steps: int) -> None:
+def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None:
     """At the maximum of a metric every score would be 0 up to rounding, and look like a result."""
-    at_maximum = OWN[direction] == "clean" and steps == 1 and task.metric.flat_on_clean
+    at_maximum = task.metric.flat_at_zero and float(metric.abs().max()) < 1e-4
     if at_maximum and rules.softmax != "secant":  # secants see the other run too
         raise ValueError(
-            f"with direction='noise' the metric must have a slope on the clean run; that of "
-            f"{task.metric.name!r} is zero there, and so would be every score under {rules.name}; "
+            f"the metric must have a slope on the run that is differentiated; {task.metric.name!r} "
+            f"is 0 there, its maximum, and so would be every score under {rules.name}; "
             "use direction='denoise', steps=5, rules=DEEPLIFT, or patch, which measures"
         )
 

@@ -122,8 +122,8 @@ class Metric:
         return self.function in BUILT_IN.values() or isinstance(self.function, KLDivergence)
 
     @property
-    def flat_on_clean(self) -> bool:
-        """True if the gradient on the clean run is zero by construction."""
+    def flat_at_zero(self) -> bool:
+        """True if 0 is the metric's maximum, where its gradient is zero."""
         return isinstance(self.function, KLDivergence)
 
     def select(self, index: Int[Tensor, " row"]) -> Callable[..., Tensor]:

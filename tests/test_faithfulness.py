@@ -148,6 +148,25 @@ def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
     assert metrics.shape == (6, len(task)) and runs == [len(task), 6 * len(task)]
 
 
+def test_a_block_that_was_replaced_stays_so(tiny: Any) -> None:
+    task, sites = random_task(tiny), Sites.of(tiny)
+    late = torch.tensor([reader == "logits.in" for reader in sites.readers])
+    masks = torch.stack([all_edges(sites), all_edges(sites) & ~late])[:, None]
+    expected = circuit_metrics(sites, task, masks)
+    block = tiny.blocks[0]
+    usual = type(block).forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return usual(block, *args, **kwargs)
+
+    object.__setattr__(block, "forward", own)
+    try:
+        torch.testing.assert_close(circuit_metrics(sites, task, masks), expected)
+        assert vars(block)["forward"] is own
+    finally:
+        vars(block).pop("forward")
+
+
 def test_masks_are_in_the_layout_of_scores(tiny: Any) -> None:
     task, sites = random_task(tiny, length=3), Sites.of(tiny)
     scores = attribute(tiny, task, level="edge", positions=True)
