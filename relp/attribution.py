@@ -121,8 +121,6 @@ def attribute(
             for seen in captures(
                 sites, batch, rules, names, own=own, steps=steps, path=path, strict=strict
             ):
-                if steps == 1:
-                    _must_slope(task, rules, seen.own_metric)
                 if level == "node":
                     nodes[index, :, :length] += seen.share * node_scores(seen, where)
                 else:
@@ -134,6 +132,8 @@ def attribute(
             metrics[other][index] = seen.other_metric.float().cpu()
             del seen  # or the next batch's run would have this one beside it
             bar.update(len(index))
+    if own == "clean" and steps == 1:
+        _must_slope(task, rules, metrics[own])
     result = nodes if level == "node" else edges if positions else edges[0]
     if not bool(torch.isfinite(result).all()):
         raise RuntimeError(
@@ -497,9 +497,10 @@ def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None
     at_maximum = task.metric.flat_at_zero and float(metric.abs().max()) < 1e-4
     if at_maximum and rules.softmax != "secant":  # secants see the other run too
         raise ValueError(
-            f"the metric must have a slope on the run that is differentiated; {task.metric.name!r} "
-            f"is 0 there, its maximum, and so would be every score under {rules.name}; "
-            "use direction='denoise', steps=5, rules=DEEPLIFT, or patch, which measures"
+            "with direction='noise' the metric must have a slope on the clean run; "
+            f"{task.metric.name!r} is 0 there, its maximum, and so would be every score under "
+            f"{rules.name}; use direction='denoise', steps=5, rules=DEEPLIFT, or patch, which "
+            "measures"
         )
 
 

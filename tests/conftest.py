@@ -139,3 +139,10 @@ def random_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -
     )
     foils = torch.where(foils == answers, (foils + 1) % size, foils)
     return Task.from_tokens(clean, corrupt, answers, foils)
+
+
+@pytest.fixture
+def everything_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and softmaxes of transformers compute in float32, whatever the model is in."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -224,13 +224,6 @@ class Reference:
         return self.run("corrupt", self.read(*Component.of_reader(reader), move))["metric"].mean()
 
 
-@pytest.fixture
-def everything_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and softmaxes of transformers compute in float32, whatever the model is in."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-
-
 def some(scores: Scores) -> Iterator[tuple[str, str, float]]:
     """Every third edge; the others that exist are not looked at, those that do not are 0."""
     assert scores.edges is not None

@@ -280,15 +280,13 @@ class Apart(Reference):
 
 @torch.no_grad()
 def test_single_edges_by_finite_differences(
-    named: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+    named: tuple[str, Any], request: pytest.FixtureRequest
 ) -> None:
     _, model = named
     task = random_task(model, pairs=2, length=5)
     scores = attribute(model, task, rules=GRADIENT, level="edge", neurons=NEURONS)
     assert scores.edges is not None
-    # norms and softmaxes of transformers compute in float32, whatever the model is in
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    request.getfixturevalue("everything_double")
     reference = Apart(model, task, Sites.of(model).splitting(NEURONS))
     scale, count = float(scores.edges.abs().max()), 0
     for w, writer in enumerate(scores.writers):

@@ -487,6 +487,8 @@ def test_a_divergence_says_nothing_at_the_clean_run(tiny: Any) -> None:
         assert scores.nodes is not None and float(scores.nodes.abs().max()) > 1e-2
     effect = patch(tiny, task, components=["embed"], direction="noise", positions=False)
     assert effect.nodes is not None and float(effect.nodes.max()) < -1e-2
+    same = replace(task, corrupt=task.clean)  # nothing differs: 0 is true there
+    assert attribute(tiny, same, direction="denoise").nodes.abs().max() < 1e-6
     vocabulary = int(tiny.cfg.d_vocab)
     elsewhere = KLDivergence(torch.eye(2, vocabulary).log_softmax(-1))  # not this model's own
     scores = attribute(tiny, task.with_metric(elsewhere), direction="noise")
