@@ -9,22 +9,27 @@ computed only where, and of those tokens, that a built-in metric reads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relp.capture import answers_only, observe
+from relp.capture import answers_only, observe, own_forward, precise_logits
 from relp.sites import Block, Edit, Sites, editing, reading
 
 __all__ = ["POINTWISE", "Rerun", "entries", "output_shapes", "skipping"]
 
 POINTWISE = (".z", ".attn", ".mixer", ".mlp_in", ".neurons", ".mlp")
 """Sites of a block behind which positions do not meet before the next block."""
+Past = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values of each block."""
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the argument since 5.24, and before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,23 +46,30 @@ class Rerun:
     """The metric of the own run."""
     outputs: Mapping[int, int]
     """How each block returns: 0 for a bare tensor, else the length of the tuple."""
-    past: tuple[tuple[Tensor, Tensor], ...]
+    past: Past
     """Each block's keys and values; empty if the model must run all positions."""
     pointwise: bool
     """Whether `behind` holds for this model."""
     sparse: bool
     """Whether the metric is what it was if the unembedding computes the tokens it reads alone."""
+    noise: float = 0.0
+    """By how much the metric of a run varies that is not changed at all."""
 
     @classmethod
     def of(cls, sites: Sites, task: Any, names: Iterable[str], *, side: str) -> Rerun:
-        """Runs one side, keeps what is at the named sites, and tries to leave positions out."""
+        """Runs one side, keeps what is at the named sites, and tries to leave positions out.
+
+        Raises:
+            RuntimeError: rows of a batch do not stand for themselves.
+        """
         names = tuple(dict.fromkeys([*entries(sites), *map(_mixed, sites.blocks), *names]))
         with output_shapes(sites) as outputs:
             values, metric = observe(sites, task, names, side=side)
         tokens = getattr(task, side).to(sites.device)
         past = _keys_values(sites, task, tokens, values["final"])
         rerun = cls(sites, task, side, values, metric, outputs, past, pointwise=True, sparse=True)
-        return replace(rerun, pointwise=_is_pointwise(rerun), sparse=_is_sparse(rerun))
+        rerun = replace(rerun, pointwise=_is_pointwise(rerun), sparse=_is_sparse(rerun))
+        return replace(rerun, noise=_noise(rerun))
 
     def start(self, first: int) -> int:
         """Where a run must start if nothing before position `first` changes."""
@@ -89,9 +101,9 @@ class Rerun:
         if self.past and layer < len(self.sites.blocks) - 1:
             every |= _last_mlp(self.sites, self.task, copies, start)
         with torch.no_grad(), skipping(self.sites, range(layer), self.outputs):
-            few = _answers_alone(self.sites, self.task) if self.sparse else nullcontext()
-            with few, editing(self.sites, every):
-                logits = self.sites.model(tokens.repeat(copies, 1), **_cache(self.past, start))
+            read = _tokens_read(self.task) if self.sparse else None
+            with precise_logits(self.sites, read), editing(self.sites, every):
+                logits = _run(self.sites, tokens.repeat(copies, 1), self.past, start)
             metric = [self.task.metric(part) for part in logits.split(len(tokens))]
             # a pair that was read out before `start` is as it was
             seen = (self.task.spans["end"] >= start).to(self.metric.device)
@@ -144,15 +156,51 @@ def _mixed(block: Block) -> str:
 # -- skipping positions ----------------------------------------------------------------------------
 
 
-def _cache(past: tuple[tuple[Tensor, Tensor], ...], start: int) -> dict[str, Any]:
-    """The argument that makes a model run from `start` on."""
+def _run(
+    sites: Sites,
+    tokens: Int[Tensor, "row pos"],
+    past: tuple[tuple[Tensor, Tensor], ...],
+    start: int,
+) -> Float[Tensor, "row pos d_vocab"]:
+    """The logits of tokens that stand from `start` on, behind the past if there is one."""
     if not past:
-        return {}
+        logits: Tensor = sites.model(tokens)
+        return logits
     from transformers import Cache
 
-    return {
-        "past_key_values": Cache(layers=[_layer(k[:, :, :start], v[:, :, :start]) for k, v in past])
-    }
+    layers = [_layer(k[:, :, :start], v[:, :, :start]) for k, v in past]
+    return _with_cache(sites, tokens, Cache(layers=layers))
+
+
+def _with_cache(
+    sites: Sites, tokens: Int[Tensor, "row pos"], cache: Any
+) -> Float[Tensor, "row pos d_vocab"]:
+    """The logits of a run that reads a cache, and fills it.
+
+    Where transformers hands it on by its new name, the attention that TransformerLens 4.3 puts in
+    the place of a model's own still looks for the old one.
+    """
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    def rename(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        known = "cache" not in kwargs or "layer_past" in kwargs
+        return args, kwargs if known else {**kwargs, CACHE_NAMES[1]: kwargs["cache"]}
+
+    with ExitStack() as stack:
+        for module in sites.model.modules():
+            inherited = type(module).forward is AttentionBridge.forward
+            # one that hands on to the model's own attention must not: that knows the new name
+            if isinstance(module, AttentionBridge) and not inherited:
+                hook = module.register_forward_pre_hook(rename, with_kwargs=True)
+                stack.callback(hook.remove)
+        logits: Tensor = sites.model(tokens, **{str(_cache_name(sites)): cache})
+    return logits
+
+
+def _cache_name(sites: Sites) -> str | None:
+    """What the model calls its cache; None if it takes none."""
+    parameters = inspect.signature(sites.model.original_model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def _layer(
@@ -187,7 +235,7 @@ def _last_mlp(sites: Sites, task: Any, copies: int, start: int) -> dict[str, Edi
 
 def _keys_values(
     sites: Sites, task: Any, tokens: Tensor, final: Float[Tensor, "pair pos d_model"]
-) -> tuple[tuple[Tensor, Tensor], ...]:
+) -> Past:
     """Keys and values of each block, or nothing if the run cannot be continued from its middle.
 
     It cannot if the metric reads all positions, in models that read both ways, and in those whose
@@ -195,24 +243,31 @@ def _keys_values(
     """
     from transformers import DynamicCache
 
-    if not task.metric.reads_answer_only:
+    cache, middle = DynamicCache(), tokens.shape[1] // 2
+    if not task.metric.reads_answer_only or _cache_name(sites) is None or not middle:
         return ()
-    cache, same = DynamicCache(), True
     try:
         with torch.no_grad():
             with editing(sites, answers_only(sites, task)):
-                sites.model(tokens, past_key_values=cache)
+                _with_cache(sites, tokens, cache)
             past = tuple((layer.keys, layer.values) for layer in cache.layers)
             if len(past) != len(sites.blocks):
                 return ()
-            for start in (0, tokens.shape[1] // 2):
+            with (
+                editing(sites, {"unembed": lambda x: x[:, :1]}),
+                reading(sites, ("final",)) as seen,
+            ):
+                sites.model(tokens[:, :middle])
+            # what comes later must change nothing before it
+            same = _same(seen["final"], final[:, :middle])
+            for start in (0, middle):
                 # of one row an MLP that takes pairs and positions for one axis (OPT) would do it
                 edits = _last_mlp(sites, task, 2, start)
                 pick = answers_only(sites, task, 2, start)["unembed"]
-                with editing(sites, edits), reading(sites, ("final",)) as values:
-                    sites.model(tokens[:, start:].repeat(2, 1), **_cache(past, start))
+                with editing(sites, edits), reading(sites, ("final",)) as seen:
+                    _run(sites, tokens[:, start:].repeat(2, 1), past, start)
                 expected = final[:, start:].repeat(2, 1, 1)
-                same &= _same(pick(values["final"]), pick(expected))
+                same &= _same(pick(seen["final"]), pick(expected))
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -243,30 +298,10 @@ def _is_pointwise(rerun: Rerun) -> bool:
 # -- skipping tokens -------------------------------------------------------------------------------
 
 
-@contextmanager
-def _answers_alone(sites: Sites, task: Any) -> Iterator[None]:
-    """The unembedding computes no logits but those of answers and foils; all others are 0.
-
-    The built-in logit difference reads no others. For other metrics nothing happens.
-    """
-    inner = sites.model.unembed.original_component
+def _tokens_read(task: Any) -> Int[Tensor, " token"] | None:
+    """The tokens of which a metric reads the logits: answers and foils; None if it may be all."""
     built_in = task.metric.reads_answer_only and task.metric.name == "logit_difference"
-    if not built_in or type(inner) is not nn.Linear or "forward" in vars(inner):
-        yield  # quantised, or already wrapped by accelerate
-        return
-    read = torch.cat([task.answers, task.foils]).unique().to(inner.weight.device)
-    rows, offset = inner.weight[read], None if inner.bias is None else inner.bias[read]
-
-    def forward(x: Tensor) -> Tensor:
-        logits = x.new_zeros(*x.shape[:-1], inner.out_features)
-        logits[..., read] = nn.functional.linear(x, rows, offset)
-        return logits
-
-    object.__setattr__(inner, "forward", forward)
-    try:
-        yield
-    finally:
-        del inner.forward
+    return torch.cat([task.answers, task.foils]).unique() if built_in else None
 
 
 def _is_sparse(rerun: Rerun) -> bool:
@@ -277,10 +312,34 @@ def _is_sparse(rerun: Rerun) -> bool:
     with (
         torch.no_grad(),
         skipping(sites, range(len(sites.blocks)), rerun.outputs),
-        _answers_alone(sites, task),
+        precise_logits(sites, _tokens_read(task)),
         editing(sites, edits),
     ):
         return _same(task.metric(sites.model(tokens)), rerun.metric)
+
+
+def _noise(rerun: Rerun) -> float:
+    """By how much the metric differs if two copies of the own prompts run, and nothing changes.
+
+    Raises:
+        RuntimeError: by more than rounding: a hook tells the copies apart.
+    """
+    sites, task, copies = rerun.sites, rerun.task, 2
+    tokens = getattr(task, rerun.side).to(sites.device)
+    read = _tokens_read(task) if rerun.sparse else None
+    edits = answers_only(sites, task, copies)
+    with torch.no_grad(), precise_logits(sites, read), editing(sites, edits):
+        logits = sites.model(tokens.repeat(copies, 1))
+    differences = [task.metric(part) - rerun.metric for part in logits.split(len(tokens))]
+    noise = float(torch.stack(differences).abs().max())
+    precision = torch.finfo(rerun.values["final"].dtype).eps
+    if noise > max(1e-3, 8 * precision) * (1 + float(rerun.metric.abs().max())):
+        raise RuntimeError(
+            "hooks must treat all rows of a batch alike, because many runs share one; with two "
+            f"copies of the own prompts in a batch the metric differs by {noise:.2g} from that of "
+            "one; let the hook act on every row (act[:, -1] in place of act[0, -1]), or remove it"
+        )
+    return noise
 
 
 # -- skipping blocks -------------------------------------------------------------------------------
@@ -315,16 +374,9 @@ def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -
 
         return forward
 
-    skipped = {b.layer: sites.model.blocks[b.layer] for b in sites.blocks if b.layer in layers}
-    before = {layer: vars(module).get("forward") for layer, module in skipped.items()}
-    try:
-        for layer, module in skipped.items():
-            # an attribute of the instance hides the method of its class until it is deleted;
-            # a bridge's own __setattr__ would set it on the module that it wraps
-            object.__setattr__(module, "forward", hand_on(outputs[layer]))
+    with ExitStack() as stack:
+        for block in sites.blocks:
+            if block.layer in layers:
+                module = sites.model.blocks[block.layer]
+                stack.enter_context(own_forward(module, hand_on(outputs[block.layer])))
         yield
-    finally:
-        for layer, module in skipped.items():
-            vars(module).pop("forward", None)
-            if before[layer] is not None:  # a caller's own
-                object.__setattr__(module, "forward", before[layer])

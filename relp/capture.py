@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from relp.propagation import Propagation, propagate
 from relp.rulebook import Rules
-from relp.sites import Edit, Sites, editing, reading
+from relp.sites import Edit, Sites, bias, editing, is_plain, reading, shape, weight
 
 __all__ = ["Capture", "capture", "captures", "observe"]
 
 ROOT = "L0.resid"
 """Where relevance ends: token plus position embedding, as block 0 gets it."""
+ROWS = 8192
+"""Rows of the unembedding's matrix that are widened to float32 at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,15 @@ def observe(
     """Activations at the named sites and the metric of one side (`clean`, `corrupt`), no grad."""
     tokens = getattr(task, side).to(sites.device)
     edits = answers_only(sites, task)
-    with torch.no_grad(), editing(sites, edits), reading(sites, names) as values:
+    with (
+        torch.no_grad(),
+        precise_logits(sites),
+        editing(sites, edits),
+        reading(sites, names) as values,
+    ):
         metric = task.metric(sites.model(tokens))
-    return values, metric
+    # a hook may make what it returns require grad, also here (gradient checkpointing has one)
+    return {n: v.detach() for n, v in values.items()}, metric.detach()
 
 
 def answers_only(sites: Sites, task: Any, copies: int = 1, start: int = 0) -> dict[str, Edit]:
@@ -69,6 +77,56 @@ def answers_only(sites: Sites, task: Any, copies: int = 1, start: int = 0) -> di
         return {}
     end = (task.spans["end"] - start).clamp(min=0).to(sites.device).repeat(copies)
     return {"unembed": lambda x: x[torch.arange(len(x), device=x.device), end][:, None]}
+
+
+@contextmanager
+def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) -> Iterator[None]:
+    """The unembedding of a model in half precision computes in float32.
+
+    Its logits would come in steps (of 1/32 near 6 in bfloat16) in which most effects vanish. If
+    `tokens` are given, it computes no logits but theirs, in any precision, and all others are 0.
+    Nothing changes where the unembedding is no plain matrix.
+    """
+    inner = sites.model.unembed.original_component
+    half = inner.weight.dtype in (torch.bfloat16, torch.float16)
+    if not is_plain(inner) or not (half or tokens is not None):
+        yield
+        return
+    matrix, offset = weight(inner), bias(inner)
+    if tokens is not None:
+        chosen = tokens.to(matrix.device)
+        matrix, offset = matrix[chosen], None if offset is None else offset[chosen]
+    wider = torch.float32 if half else matrix.dtype
+    offset = None if offset is None else offset.to(wider)
+
+    def forward(x: Tensor) -> Tensor:
+        # in parts: the matrix of a large vocabulary is not there twice
+        parts = [nn.functional.linear(x.to(wider), m.to(wider)) for m in matrix.split(ROWS)]
+        found = torch.cat(parts, -1)
+        found = found if offset is None else found + offset
+        if tokens is None:
+            return found
+        logits = found.new_zeros(*x.shape[:-1], shape(inner)[0])
+        logits[..., chosen] = found
+        return logits
+
+    with own_forward(inner, forward):
+        yield
+
+
+@contextmanager
+def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module runs this instead of its `forward`; afterwards what it ran before."""
+    # an attribute of the instance hides the method of its class until it is deleted;
+    # a bridge's own __setattr__ would set it on the module that it wraps
+    before = vars(module).get("forward")
+    object.__setattr__(module, "forward", forward)
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if before is not None:  # a caller's own, or accelerate's
+            object.__setattr__(module, "forward", before)
 
 
 def capture(
@@ -166,7 +224,7 @@ def _differentiable(
         # Where a parallel block's attention and MLP read one tensor, each gets one of its own:
         # the coefficient there must be that of this reader alone.
         edits |= {n: _branch for n in names if n.endswith((".mlp_in", ".mixer_in"))}
-        with editing(sites, edits), reading(sites, names) as values:
+        with precise_logits(sites), editing(sites, edits), reading(sites, names) as values:
             logits = sites.model(tokens)
             # Rules that compare two runs must see the metric to be exact through it. For the
             # others it is a plain function: a constant softmax would cut a probability metric off.

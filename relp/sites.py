@@ -166,6 +166,7 @@ class Sites:
             TypeError: `model` is not a TransformerBridge with one stack of blocks.
             ValueError: the model is in train mode, or a block has no part that it knows.
         """
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         missing = [p for p in ("blocks", "cfg", "ln_final", "unembed") if not hasattr(model, p)]
         if missing:
             raise TypeError(
@@ -214,7 +215,7 @@ class Sites:
             chosen.setdefault(layer, set()).add(number)
         for layer, numbers in chosen.items():
             block, last = self.blocks[layer], max(numbers)
-            if {len(weight(module)) for _, module in block.neuron_readers} != {block.neurons}:
+            if {shape(module)[0] for _, module in block.neuron_readers} != {block.neurons}:
                 raise ValueError(
                     "neurons with edges of their own need an MLP whose matrices can be told apart; "
                     f"block {layer} has none (but experts, joint matrices or a mixer alone); leave "
@@ -300,7 +301,11 @@ class Sites:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return next(self.model.parameters()).device
+        first = next(self.model.parameters())
+        if not first.is_meta:
+            return first.device
+        embedding = self.model.original_model.get_input_embeddings()
+        return torch.device(embedding._hf_hook.execution_device)  # its weights are offloaded
 
 
 def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Module]]:
@@ -338,7 +343,7 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
         mlp=mlp is not None,
         parallel=parallel,
         attn_post=parts.get("ln1_post") if heads else None,
-        neurons=0 if down is None else weight(down).shape[1],
+        neurons=0 if down is None else shape(down)[1],
         up=up,
         gate=gate,
         down=down,
@@ -452,18 +457,93 @@ def editing(sites: Sites, edits: Mapping[str, Edit]) -> Iterator[None]:
         )
 
 
+# -- projections -----------------------------------------------------------------------------------
+
+
 def weight(projection: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """The matrix of a linear module, whichever way round its class stores it."""
-    inner: Any = getattr(projection, "original_component", None) or projection
-    matrix: Tensor = inner.weight.detach()
-    # transformers' Conv1D (GPT-2) holds [d_in, d_out]
-    return matrix.T if type(inner).__name__ == "Conv1D" else matrix
+    """The matrix that a linear module multiplies by, whichever way round its class stores it.
+
+    Where its `weight` is not what it computes with (an adapter beside it, quantised or offloaded
+    weights) the matrix is read off the module, run on unit vectors.
+
+    Raises:
+        RuntimeError: the module is no linear map.
+    """
+    inner = _inner(projection)
+    if not is_plain(inner):
+        return _measured(inner)[0]
+    matrix = _at_hand(inner, "weight").detach()
+    return matrix.T if _is_transposed(inner) else matrix
 
 
 def bias(projection: nn.Module) -> Float[Tensor, " d_out"] | None:
-    """The bias of a linear module, if it has one."""
-    inner: Any = getattr(projection, "original_component", None) or projection
-    return None if inner.bias is None else inner.bias.detach()
+    """What a linear module adds, if anything. Errors are those of `weight`."""
+    inner = _inner(projection)
+    if not is_plain(inner):
+        return _measured(inner)[1]
+    offset = _at_hand(inner, "bias")
+    return None if offset is None else offset.detach()
+
+
+def shape(projection: nn.Module) -> tuple[int, int]:
+    """`(d_out, d_in)` of a linear module, without its weights."""
+    inner = _inner(projection)
+    if hasattr(inner, "out_features") and hasattr(inner, "in_features"):  # 4-bit weights are packed
+        return int(inner.out_features), int(inner.in_features)
+    d_out, d_in = inner.weight.shape
+    return (d_in, d_out) if _is_transposed(inner) else (d_out, d_in)
+
+
+def is_plain(module: Any) -> bool:
+    """True if a module computes with its own `weight` and `bias`, wherever they are."""
+    forward = type(module).forward
+    # accelerate keeps the module's own forward beside the one that fetches offloaded weights
+    own = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
+    if getattr(own, "__func__", forward if own is None else own) is not forward:
+        return False
+    return forward is nn.Linear.forward or _is_transposed(module)
+
+
+def _at_hand(module: Any, parameter: str) -> Any:
+    """A module's parameter, fetched if it is offloaded; None if it has none."""
+    from accelerate.utils import align_module_device  # not at the top: it takes a second
+
+    with align_module_device(module):
+        return getattr(module, parameter, None)
+
+
+def _inner(projection: Any) -> Any:
+    """The module of the model itself: a bridge wraps it."""
+    return getattr(projection, "original_component", None) or projection
+
+
+def _is_transposed(module: Any) -> bool:
+    """transformers' Conv1D (GPT-2) holds `[d_in, d_out]`."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _measured(module: Any) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
+    """Matrix and bias of a module that gives them away by what it computes only."""
+    _, d_in = shape(module)
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    units = torch.eye(d_in, dtype=like.dtype, device=like.device if device is None else device)
+    probe = torch.linspace(-1, 1, d_in).cos().to(units) * units.new_tensor([[1.0], [-2.0]])
+    with torch.no_grad():
+        offset, *rows = module(torch.cat([torch.zeros_like(units[:1]), units, probe])[None])[0]
+        matrix = (torch.stack(rows[:d_in]) - offset).T
+        expected, found = probe @ matrix.T + offset, torch.stack(rows[d_in:])
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    if not error <= max(1e-3, 8 * torch.finfo(units.dtype).eps) * max(size, 1e-6):
+        raise RuntimeError(
+            f"a projection must be a linear map to have edges; a {type(module).__name__} differs "
+            f"from the matrix that it shows by {error:.2g} of {size:.2g}; merge the adapter, load "
+            "the weights unquantised, or use level='node'"
+        )
+    return matrix, offset
+
+
+# -- norms -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -479,8 +559,8 @@ class Norm:
 
 def norm_parameters(norm: Any) -> Norm:
     """The parameters of a block's norm, whatever its class calls them."""
-    inner = getattr(norm, "original_component", None) or norm
-    scale, offset = getattr(inner, "weight", None), getattr(inner, "bias", None)
+    inner = _inner(norm)
+    scale, offset = _at_hand(inner, "weight"), _at_hand(inner, "bias")
     centres = not norm.uses_rms_norm
     if scale is not None:  # Gemma keeps the weight's distance from 1
         scale = scale.detach().float() + (1.0 if norm.uses_weight_offset else 0.0)
