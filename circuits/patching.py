@@ -15,6 +15,7 @@ as `DEEPLIFT` attributes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +32,8 @@ from tqdm.auto import tqdm
 from circuits.graph import all_edges
 from circuits.rerun import POINTWISE, Rerun, entries
 from circuits.sweep import EVERYWHERE, Cell, Sweep, identity
-from relp.attribution import OWN, edge_sites, head_changes, head_outputs, provenance
-from relp.capture import observe
+from relp.attribution import OWN, edge_sites, head_changes, head_outputs, must_fit, provenance
+from relp.capture import observe, undisturbed
 from relp.scores import ALL_POSITIONS, Component, Effects
 from relp.sites import Edit, Sites, bias, weight
 
@@ -49,6 +50,7 @@ IDLE = 1 / 8
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
 
 
+@undisturbed
 def patch(
     model: Any,
     task: Any,
@@ -120,6 +122,7 @@ def patch(
                     batch_size=batch_size, progress=progress)  # fmt: skip
     labels = provenance(sites, task, direction, {"clean": sweep.clean, "corrupt": sweep.corrupt})
     labels["rules"] = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
+    labels["resolution"] = float(sweep.resolution.max())
     if level == "node":
         nodes = sweep.effects.unflatten(1, (len(names), len(places)))
         labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
@@ -133,6 +136,7 @@ def patch(
     return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
 
 
+@undisturbed
 def measure(
     model: Any,
     task: Any,
@@ -167,32 +171,94 @@ def measure(
             f"`resume` must be a .safetensors file; got {resume.name!r}; change the suffix"
         )
     sites = Sites.of(model)
+    must_fit(sites, task)
     own = OWN[direction]
     other = "corrupt" if own == "clean" else "clean"
     cells = tuple(cells)
-    labels = identity(sites, task, cells, direction, ablation)
+    labels = {} if resume is None else identity(sites, task, cells, direction, ablation)
     sweep = Sweep.begun(resume, labels, len(task), len(cells))
-    with sweep.kept(resume, labels) as keep, tqdm(
-        total=sweep.effects.numel(), initial=int((~sweep.effects.isnan()).sum()),
-        desc="exact effects", unit="run", disable=not progress, leave=False,
-    ) as bar:  # fmt: skip
+    with sweep.kept(resume, labels) as keep, _Progress(len(task), shown=progress) as bar:
 
         def run(prompts: int) -> None:
             # called again with fewer prompts if memory runs out; what is finished stays finished
             means = _means(sites, task, cells, other, ablation, prompts)
+            bar.begin()
             for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
                 part = _Part.of(sites, pairs, cells, own, ablation, means)
                 eps = torch.finfo(part.rerun.values["final"].dtype).eps
-                sweep.note(own, index, part.rerun.metric, eps=eps)
-                sweep.note(other, index, part.metric, eps=eps)
+                for side, metric in ((own, part.rerun.metric), (other, part.metric)):
+                    sweep.note(side, index, metric, eps=eps)
+                    sweep.resolution[index] = (eps * metric.abs().float().cpu()).clamp(
+                        min=max(part.rerun.noise, float(sweep.resolution[index].max()))
+                    )
+                if not part.rerun.past:
+                    bar.say_slow(sites, task)
                 missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()
-                for batch, effects in part.run(missing, prompts):
-                    sweep.effects[index[:, None], torch.tensor(batch)] = effects
-                    bar.update(effects.numel())
+                idle, todo = part.plan(missing)
+                bar.expect(sum(map(part.work, todo)), len(index))
+                sweep.effects[index[:, None], torch.tensor(idle, dtype=torch.long)] = 0.0
+                for batch, effects in part.run(todo, prompts):
+                    numbers = torch.tensor([number for *_, number in batch])
+                    sweep.effects[index[:, None], numbers] = effects
+                    bar.advance(sum(map(part.work, batch)), effects.numel())
                     keep()
 
-        find_executable_batch_size(run, starting_batch_size=batch_size or _prompts(sites, task))()
+        try:
+            find_executable_batch_size(
+                run, starting_batch_size=batch_size or _prompts(sites, task)
+            )()
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(sweep.interrupted(resume)) from stop
     return sweep
+
+
+class _Progress:
+    """A bar over the work that will be done: what changes nothing is not run, and not counted."""
+
+    def __init__(self, pairs: int, *, shown: bool) -> None:
+        self._pairs = self._left = pairs
+        self._runs, self._told = 0, False
+        # an average rate: cells are of all sizes
+        self._bar = tqdm(
+            total=0, desc="exact effects", disable=not shown, leave=False, smoothing=0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )  # fmt: skip
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self) -> None:
+        """All pairs are (again) to come."""
+        self._left = self._pairs
+
+    def expect(self, work: int, pairs: int) -> None:
+        """What the next pairs take; those after them are expected to take as much each."""
+        self._bar.total = self._bar.n + work * self._left // pairs
+        self._left -= pairs
+        self._bar.refresh()
+
+    def advance(self, work: int, runs: int) -> None:
+        """Some of it is done."""
+        self._runs += runs
+        self._bar.set_postfix_str(f"{self._runs:,} runs", refresh=False)
+        self._bar.update(work)
+
+    def say_slow(self, sites: Sites, task: Any) -> None:
+        """Once: that, and why, a run cannot begin at the position of its change."""
+        if self._told or self._bar.disable:
+            return
+        self._told = True
+        why = f"{sites.model_name!r} keeps no keys and values to go on from"
+        if not task.metric.reads_answer_only:
+            why = f"the metric {task.metric.name!r} may read all positions"
+        self._bar.write(
+            f"exact effects: each run is of all positions, because {why}; it takes 2 to 3 times as "
+            "long as one from the change on",
+            file=sys.stderr,
+        )
 
 
 # -- where cells write -----------------------------------------------------------------------------
@@ -261,6 +327,9 @@ def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]
 
 # -- some pairs ------------------------------------------------------------------------------------
 
+_Job = tuple[int, int, int]
+"""First block that must run, minus the first position that changes, and number of a cell."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:
@@ -308,15 +377,25 @@ class _Part:
         spots = tuple(_read(sites, c.reader) if c.reader else written[c.component] for c in cells)
         return cls(rerun, metric, instead, cells, spots, changes, changed)
 
-    def run(
-        self, numbers: Sequence[int], prompts: int
-    ) -> Iterator[tuple[list[int], Float[Tensor, "pair cell"]]]:
-        """Effects of the cells with these numbers, some at a time, in batches of that size."""
+    def plan(self, numbers: Sequence[int]) -> tuple[list[int], list[_Job]]:
+        """Of the cells with these numbers, those that change nothing, and the others as jobs."""
         places = {i: self._places(i) for i in numbers}
-        if idle := [i for i, at in places.items() if not at]:
-            yield idle, torch.zeros(len(self.metric), len(idle))
+        idle = [i for i, at in places.items() if not at]
         # late positions first: those that run in one batch then start near each other
-        todo = sorted((self._first_block(i), -at[0], i) for i, at in places.items() if at)
+        return idle, sorted((self._first_block(i), -at[0], i) for i, at in places.items() if at)
+
+    def work(self, job: _Job) -> int:
+        """How much there is to run, in positions times blocks."""
+        layer, earliest, _ = job
+        pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
+        blocks = len(self.rerun.sites.blocks) - layer + 1  # norm and unembedding are as one
+        return pairs * (length - self.rerun.start(-earliest)) * blocks
+
+    def run(
+        self, todo: Sequence[_Job], prompts: int
+    ) -> Iterator[tuple[list[_Job], Float[Tensor, "pair cell"]]]:
+        """Effects of the cells, some at a time, in batches of that size."""
+        places = {i: self._places(i) for *_, i in todo}
         for batch in self._batches(todo, prompts):
             layer, earliest, _ = batch[-1]
             numbers, start = [number for *_, number in batch], self.rerun.start(-earliest)
@@ -329,7 +408,7 @@ class _Part:
             ]
             edits = _edits(rows, len(numbers))
             effects = self.rerun(edits, copies=len(numbers), layer=layer, start=start)
-            yield numbers, effects.T.float().cpu()
+            yield batch, effects.T.float().cpu()
 
     def _places(self, number: int) -> list[int]:
         """The positions that a cell changes, as far as the metric can hear of it."""
@@ -351,12 +430,10 @@ class _Part:
         """The first block that runs at later positions too."""
         return self.spots[number].layer + self._is_pointwise(number)
 
-    def _batches(
-        self, todo: Sequence[tuple[int, int, int]], prompts: int
-    ) -> Iterator[list[tuple[int, int, int]]]:
-        """Cells `(first block, -first position, number)` of one block, as many as fit."""
+    def _batches(self, todo: Sequence[_Job], prompts: int) -> Iterator[list[_Job]]:
+        """Cells of one block, as many as fit."""
         pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
-        batch: list[tuple[int, int, int]] = []
+        batch: list[_Job] = []
         for cell in todo:
             starts = [self.rerun.start(-pos) for _, pos, _ in (*batch, cell)]
             runs = len(starts) * (length - starts[-1]) * pairs

@@ -161,7 +161,7 @@ def _run(
     tokens: Int[Tensor, "row pos"],
     past: tuple[tuple[Tensor, Tensor], ...],
     start: int,
-) -> Float[Tensor, "row pos d_vocab"]:
+) -> Float[Tensor, "row read d_vocab"]:
     """The logits of tokens that stand from `start` on, behind the past if there is one."""
     if not past:
         logits: Tensor = sites.model(tokens)
@@ -174,7 +174,7 @@ def _run(
 
 def _with_cache(
     sites: Sites, tokens: Int[Tensor, "row pos"], cache: Any
-) -> Float[Tensor, "row pos d_vocab"]:
+) -> Float[Tensor, "row read d_vocab"]:
     """The logits of a run that reads a cache, and fills it.
 
     Where transformers hands it on by its new name, the attention that TransformerLens 4.3 puts in

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -22,12 +23,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from relp.scores import written_whole
-from relp.sites import Sites
+from relp.sites import Sites, weights_identity
 
 __all__ = ["EVERYWHERE", "Cell", "Sweep", "identity"]
 
 SECONDS = 5.0
 """How much work an interrupted sweep may lose."""
+LIBRARIES = ("relp", "torch", "transformers", "transformer-lens")
+"""Whose versions make another sweep."""
 EVERYWHERE = -1
 """In the place of a position: all of them."""
 
@@ -46,7 +49,7 @@ class Cell(NamedTuple):
 def identity(
     sites: Sites, task: Any, cells: Sequence[Cell], direction: str, ablation: str
 ) -> dict[str, str]:
-    """What makes a sweep the same sweep; weights are told by the metrics."""
+    """What makes a sweep the same sweep."""
     prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
     return {
         "model": sites.model_name,
@@ -56,6 +59,8 @@ def identity(
         "ablation": ablation,
         "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
         "cells": _digest(json.dumps(cells)),
+        **weights_identity(sites.model),
+        "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
     }
 
 
@@ -70,6 +75,8 @@ class Sweep:
     effects: Float[Tensor, "pair cell"]
     clean: Float[Tensor, " pair"]
     corrupt: Float[Tensor, " pair"]
+    resolution: Float[Tensor, " pair"]
+    """Effects up to this are rounding."""
 
     @classmethod
     def begun(cls, path: Path | None, labels: Mapping[str, str], pairs: int, cells: int) -> Sweep:
@@ -79,8 +86,9 @@ class Sweep:
             ValueError: the file holds something else.
         """
         if path is None or not path.exists():
-            metrics = torch.full((2, pairs), torch.nan)
-            return cls(torch.full((pairs, cells), torch.nan), *metrics)
+            clean, corrupt = torch.full((2, pairs), torch.nan)
+            effects = torch.full((pairs, cells), torch.nan)
+            return cls(effects, clean, corrupt, resolution=torch.zeros(pairs))
         try:
             with safe_open(str(path), framework="pt") as file:
                 found = json.loads((file.metadata() or {})["relp.sweep"])
@@ -123,6 +131,19 @@ class Sweep:
             yield now_and_then
         finally:
             save()
+
+    def interrupted(self, path: Path | None) -> str:
+        """What to say to whom has interrupted it: what is kept, and how to go on."""
+        if path is None:
+            return (
+                "interrupted: nothing is kept; give patch(..., resume='sweep.safetensors') to keep "
+                "what is finished and to go on from there"
+            )
+        done, all_ = int((~self.effects.isnan()).sum()), self.effects.numel()
+        return (
+            f"interrupted: {done:,} of {all_:,} effects are kept in {str(path)!r}; make the same "
+            "call again, with this `resume`, to go on"
+        )
 
     def note(
         self, side: str, index: Int[Tensor, " row"], found: Float[Tensor, " row"], *, eps: float

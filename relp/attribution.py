@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from relp.capture import ROOT, Capture, captures
+from relp.capture import ROOT, Capture, captures, undisturbed
 from relp.norms import NormMap
 from relp.propagation import module_names
 from relp.rulebook import DEEPLIFT, RELP, Rules
@@ -33,9 +33,7 @@ EDGE_BYTES = 384 << 20
 NODE_BYTES = 512 << 20
 
 
-# the caller may be inside torch.no_grad() or torch.inference_mode()
-@torch.inference_mode(False)
-@torch.enable_grad()
+@undisturbed
 def attribute(
     model: Any,
     task: Any,
@@ -99,7 +97,7 @@ def attribute(
             f"level={level!r}; at node level neurons are components"
         )
     sites = Sites.of(model).splitting(neurons)
-    _must_fit(sites, task)
+    must_fit(sites, task)
     chosen = sites.chosen(components) if level == "node" else ()
     where = _places(sites, chosen)
     names = node_sites(sites, chosen) if level == "node" else edge_sites(sites)
@@ -504,7 +502,7 @@ def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None
         )
 
 
-def _must_fit(sites: Sites, task: Any) -> None:
+def must_fit(sites: Sites, task: Any) -> None:
     """A token that the model does not have would be an index error from deep inside it."""
     cfg = sites.model.cfg
     for label in ("clean", "corrupt", "answers", "foils"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,9 @@ from relp.rulebook import Rules
 from relp.sites import Edit, Sites, bias, editing, is_plain, reading, shape, weight
 
 __all__ = ["Capture", "capture", "captures", "observe"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ROOT = "L0.resid"
 """Where relevance ends: token plus position embedding, as block 0 gets it."""
@@ -48,6 +52,31 @@ class Capture:
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""
         return self.other[site] - self.own[site]
+
+
+def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+    """A verb that computes the same whatever modes of torch its caller is in.
+
+    Those are `no_grad`, `inference_mode`, `autocast` (half precision in places), a default dtype,
+    and compiled modules, which no rule and no hook could reach: they run as they are written.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for device in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            if (default := torch.get_default_dtype()) != torch.float32:
+                stack.callback(torch.set_default_dtype, default)
+                torch.set_default_dtype(torch.float32)
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            return function(*args, **kwargs)
+
+    return run
 
 
 def observe(

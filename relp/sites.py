@@ -15,6 +15,7 @@ and `L3.mixer` take the places of q, k, v and z, attn.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -304,7 +305,7 @@ class Sites:
         first = next(self.model.parameters())
         if not first.is_meta:
             return first.device
-        embedding = self.model.original_model.get_input_embeddings()
+        embedding = _inner(self.model.original_model.get_input_embeddings())
         return torch.device(embedding._hf_hook.execution_device)  # its weights are offloaded
 
 
@@ -455,6 +456,26 @@ def editing(sites: Sites, edits: Mapping[str, Edit]) -> Iterator[None]:
             f"an edited site must be passed when the model runs; {missing[0]!r} was not; turn off "
             "use_split_qkv_input, use_attn_result and use_hook_mlp_in, which take other paths"
         )
+
+
+def weights_identity(model: Any) -> dict[str, str]:
+    """What tells a model's weights from others: their `dtype`, and a hash of all (`weights`).
+
+    Weights are hashed as they lie in memory, name by name; those on a disk are fetched.
+    """
+    from accelerate.utils import align_module_device  # not at the top: it takes a second
+
+    digest, dtypes = hashlib.sha256(), set()
+    for module in getattr(model, "original_model", model).modules():
+        with torch.no_grad(), align_module_device(module):
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for name, tensor in own:
+                if tensor.is_floating_point():
+                    dtypes.add(str(tensor.dtype).removeprefix("torch."))
+                digest.update(f"{name} {list(tensor.shape)}".encode())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
+    return {"dtype": "+".join(sorted(dtypes)), "weights": digest.hexdigest()[:16]}
 
 
 # -- projections -----------------------------------------------------------------------------------

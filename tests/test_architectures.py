@@ -14,6 +14,7 @@ from conftest import boot, random_task, state
 from torch.nn.modules import module as hooks
 
 from circuits import assemble, faithfulness, patch, top
+from circuits.rerun import Rerun
 from relp import (
     CP_LRP,
     DEEPLIFT,
@@ -24,8 +25,12 @@ from relp import (
     attribute,
     propagate,
 )
+from relp.sites import Sites
 
 OPAQUE = ("LSTM",)
+FROM_THE_START = ("OPT", "Mamba", "Mamba2")
+"""Runs of these cannot begin at a later position: no keys and values, or positions and pairs are
+one axis in the MLP."""
 ROUTED = ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV2", "DeepseekV3")
 HALVED = ("GPT2", "Gemma2", "Mamba")
 each_preset = pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
@@ -169,6 +174,17 @@ def test_patching_everything_closes_the_gap(built: tuple[Architecture, Any, Path
         torch.testing.assert_close(effects.nodes[:, layer, -1], effects.gap, rtol=1e-3, atol=1e-6)
         # experts get other batches of tokens, so their sums round differently
         assert float(effects.nodes[:, layer, :-1].abs().max()) < 1e-5
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("built", [*DECODERS, "BERT"], indirect=True)
+def test_runs_begin_where_the_change_is(built: tuple[Architecture, Any, Path]) -> None:
+    """The bridge hears of a cache by the name that this transformers has for it; no warning."""
+    architecture, model, _ = built
+    task, before = random_task(model, pairs=2, length=6), everything(model)
+    rerun = Rerun.of(Sites.of(model), task, (), side="clean")
+    later = architecture.name not in (*FROM_THE_START, "BERT")
+    assert (len(rerun.past), rerun.start(4)) == ((2, 4) if later else (0, 0))
     assert everything(model) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformer_lens import patching
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits import agreement, assemble, faithfulness, patch, top
+from circuits import patching as patching_module
 from circuits.graph import real_edges, size
 from circuits.rerun import Rerun
 from relp import GRADIENT, RELP, Component, Effects, attribute
@@ -324,11 +326,19 @@ def test_an_interrupted_sweep_goes_on(
     whole = patch(tiny, task, **arguments)
     with monkeypatch.context() as patched:
         interrupt(patched, after=3)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stop:
             patch(tiny, task, resume=file, **arguments)
     with safe_open(str(file), framework="pt") as kept:
         done = ~kept.get_tensor("effects").isnan()
     assert 0 < int(done.sum()) < done.numel()
+    assert str(stop.value) == (
+        f"interrupted: {int(done.sum())} of {done.numel()} effects are kept in {str(file)!r}; make "
+        "the same call again, with this `resume`, to go on"
+    )
+    with monkeypatch.context() as patched:
+        interrupt(patched, after=1)
+        with pytest.raises(KeyboardInterrupt, match="nothing is kept; give patch"):
+            patch(tiny, task, **arguments)
     resumed = patch(tiny, task, resume=file, **arguments)
     name = f"{level}s"
     torch.testing.assert_close(getattr(resumed, name), getattr(whole, name), equal_nan=True)
@@ -344,7 +354,9 @@ def some_edges(model: Any) -> list[tuple[str, str]]:
     return [(f"L{i}H{h}", f"{last}.v") for i in range(2) for h in range(4)]
 
 
-def test_the_file_of_another_sweep_is_refused(tiny: Any, tmp_path: Path) -> None:
+def test_the_file_of_another_sweep_is_refused(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "sweep.safetensors"
     task = random_task(tiny, pairs=2, length=3)
 
@@ -363,12 +375,22 @@ def test_the_file_of_another_sweep_is_refused(tiny: Any, tmp_path: Path) -> None
         sweep(task.with_metric("probability_difference"))
     with pytest.raises(ValueError, match="differs in cells"):
         sweep(components=["L0.mlp"])
-    weight = tiny.blocks[2].mlp.out.original_component.weight
+    weight = tiny.blocks[2].attn.o.original_component.weight  # [d_in, d_out], or the other way
     with torch.no_grad():
-        weight *= 2
-        with pytest.raises(ValueError, match="the metric of its runs is another now"):
+        before, rows = weight.clone(), weight.shape[0] // 4
+        weight[: 2 * rows] = weight[: 2 * rows].roll(rows, 0)  # the same numbers elsewhere
+        with pytest.raises(ValueError, match="differs in weights"):
             sweep()
-        weight /= 2
+        weight.copy_(before)
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.1.hook_out", lambda act, hook: 1.5 * act)]),
+        pytest.raises(ValueError, match="the metric of its runs is another now"),
+    ):
+        sweep()
+    monkeypatch.setattr("circuits.sweep.version", lambda name: "0.0" if name == "torch" else "1")
+    with pytest.raises(ValueError, match=r"differs in versions: '.*torch 2.*', now '.*torch 0\.0"):
+        sweep()
+    monkeypatch.undo()
     sweep(random_task(tiny, pairs=2, length=3)).save(file)
     with pytest.raises(ValueError, match="must be a file that an interrupted sweep wrote"):
         sweep()
@@ -376,6 +398,54 @@ def test_the_file_of_another_sweep_is_refused(tiny: Any, tmp_path: Path) -> None
         patch(tiny, task, resume="sweep.pt")
     with pytest.raises(FileNotFoundError, match="must lie in an existing folder"):
         patch(tiny, task, resume=tmp_path / "none" / "sweep.safetensors", progress=False)
+
+
+def bars(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a bar showed, step by step."""
+    return [part for part in re.split(r"[\r\n]", capsys.readouterr().err) if "exact" in part]
+
+
+def test_the_bar_counts_what_will_run(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what changes nothing: half of the positions here, nor what was measured before."""
+    task = random_task(tiny, pairs=2, length=6)
+    corrupt = torch.cat([task.clean[:, :3], task.corrupt[:, 3:]], 1)
+    task = Task.from_tokens(task.clean, corrupt, task.answers, task.foils)
+    shown: list[tuple[int, int]] = []
+    inner = patching_module._Progress.advance
+
+    def advance(self: Any, work: int, runs: int) -> None:
+        inner(self, work, runs)
+        shown.append((self._bar.n, self._bar.total))
+
+    monkeypatch.setattr(patching_module._Progress, "advance", advance)
+    file = tmp_path / "sweep.safetensors"
+    arguments: dict[str, Any] = {"components": ["resid"], "batch_size": 2, "resume": file}
+    with monkeypatch.context() as patched:
+        interrupt(patched, after=4)
+        with pytest.raises(KeyboardInterrupt):
+            patch(tiny, task, **arguments)
+    # Positions 3, 4 and 5 of blocks 0, 1 and 2: what is run is 3, 2 and 1 positions, of 4, 3 and 2
+    # blocks, the unembedding counted as one; times two pairs.
+    whole = 2 * (3 + 2 + 1) * (4 + 3 + 2)
+    assert [total for _, total in shown] == [whole] * 4
+    assert [n for n, _ in shown] == [2 * 4 * 1, 2 * 4 * 3, 2 * 4 * 6, 2 * (4 * 6 + 3 * 1)]
+    done = shown[-1][0]
+    shown.clear()
+    patch(tiny, task, **arguments)
+    assert {total for _, total in shown} == {whole - done} == {shown[-1][0]}
+    assert len(shown) == 9 - 4
+
+
+def test_slow_sweeps_say_so_once(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    task = random_task(tiny, pairs=4, length=4).with_metric(mean_spread)
+    patch(tiny, task, components=["L1.mlp"], batch_size=1)
+    said = [line for line in bars(capsys) if "all positions" in line]
+    assert len(said) == 1 and "because the metric 'mean_spread' may read all positions" in said[0]
+    patch(tiny, task, components=["L1.mlp"], progress=False)
+    patch(tiny, random_task(tiny), components=["L1.mlp"])
+    assert not any("all positions" in line for line in bars(capsys))
 
 
 def test_smaller_batches_when_memory_runs_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
