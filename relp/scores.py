@@ -110,6 +110,8 @@ class Scores:
     """What stands at each position (see `relp.attribution.token_labels`), or empty."""
     places: tuple[str, ...] = ()
     """What the position axis holds instead of tokens: the named spans, and `other` for the rest."""
+    resolution: float = 0.0
+    """Changes of the metric up to this are rounding, no effect; 0 for estimates."""
     components: tuple[str, ...] = ()
     nodes: Float[Tensor, "pair component pos"] | None = None
     writers: tuple[str, ...] = ()
