@@ -194,7 +194,7 @@ def evaluate(
         many.append(replace(many[0], rules=name, edges=drawn, direction="denoise"))
     masks = [_best(s, sizes, signed) for s in many]
     length = max(m.shape[1] for m in masks)
-    clean, corrupt = endpoints(sites, task)
+    clean, corrupt = endpoints(sites, task, stacklevel=3)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
     metric = circuit_metrics(sites, task, together, progress=progress)
     return Evaluation(
@@ -225,7 +225,7 @@ def compare(
     """
     sites = circuit_sites(model, [one, other])
     masks = circuit_masks(sites, task, [one, other])
-    clean, corrupt = endpoints(sites, task)
+    clean, corrupt = endpoints(sites, task, stacklevel=3)
     metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 

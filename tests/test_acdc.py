@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import random_task
+from conftest import able_task
 from test_graph import make_scores, names
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def found(circuit) -> dict[tuple[str, str], float]:
 
 @pytest.fixture
 def task(tiny):
-    return random_task(tiny, pairs=2, length=4)
+    return able_task(tiny, pairs=2, length=4)
 
 
 @pytest.mark.parametrize("tau", [0.003, 0.05])
@@ -141,7 +141,7 @@ def test_on_a_model(tiny, task):
 @pytest.mark.parametrize("name", ["Mamba", "Olmo2"])
 def test_on_other_blocks(name, tmp_path):
     model = ARCHITECTURES[name].build(tmp_path)
-    task, sites = random_task(model, pairs=2, length=3), Sites.of(model)
+    task, sites = able_task(model, pairs=2, length=3), Sites.of(model)
     graph = best(model, task, 12)
     mask = circuit_masks(sites, task, graph)[0, 0]
     expected = slowly(circuit_metrics, sites, task, 0.01, mask)
