@@ -7,7 +7,7 @@ import pytest
 from test_graph import circuit_of, make_scores, names
 
 from circuits.graph import assemble, real_edges, size
-from circuits.prune import between, connect, greedy, threshold, top, top_nodes
+from circuits.prune import between, connect, greedy, random, threshold, top, top_nodes
 
 
 def slowly(graph: nx.MultiDiGraph, edges: int, signed: bool) -> set[tuple[str, str, str]]:
@@ -108,6 +108,17 @@ def test_top_nodes_are_the_best_heads_and_mlps(kv_heads):
     for choose in (lambda: greedy(graph, edges=0.5), lambda: top_nodes(graph, nodes=0.5)):
         with pytest.raises(TypeError):
             choose()
+
+
+def test_random_circuits_are_drawn_by_their_seed_and_not_by_score():
+    graph = assemble(make_scores(layers=3, kv_heads=1))
+    one, again, other = (random(graph, edges=12, seed=seed) for seed in (0, 0, 1))
+    assert names(one) == names(again) != names(other)
+    assert names(connect(one)) == names(one) and 0 < size(one) <= 12
+    assert size(random(graph, edges=12, connected=False)) == 12
+    for *_, data in real_edges(graph):
+        data["score"] = 0.0
+    assert names(random(graph, edges=12)) == names(one)
 
 
 def test_the_input_is_left_alone_and_shares_nothing():
