@@ -123,6 +123,20 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
     assert len(rows) < circuit.graph["total_edges"] / 2
 
 
+@pytest.mark.parametrize("tiny", ["llama"], indirect=True)
+def test_key_value_heads_are_heard_through_the_heads_that_they_serve(tiny):
+    sites = Sites.of(tiny)
+    heard = {
+        sites.readers[r]: [sites.writers[w] for w in through]
+        for r, through in MODULE._heard(sites).items()
+    }
+    for slot in "kv":
+        assert heard[f"L1KV0.{slot}"] == ["L1H0", "L1H1"]
+        assert heard[f"L1KV1.{slot}"] == ["L1H2", "L1H3"]
+    assert heard["L1H2.q"] == ["L1H2"] and heard["L1.mlp.in"] == ["L1.mlp"]
+    assert set(sites.readers) - set(heard) == {"logits.in"}
+
+
 def best(model: Any, task: Any, edges: int):
     """A circuit that does something of what the model does."""
     scores = attribute(model, task, rules=GRADIENT, level="edge", progress=False)

@@ -103,6 +103,11 @@ def test_top_nodes_are_the_best_heads_and_mlps(kv_heads):
         assert names(kept) == names(between(graph, ranked[:nodes]))
         assert names(connect(kept)) == names(kept)
     assert nx.utils.graphs_equal(top_nodes(graph, nodes=15), graph)
+    # key/value heads, whose score is 0, are not counted before nodes that do harm either
+    ranked.sort(key=lambda n: -graph.nodes[n]["score"])
+    assert graph.nodes[ranked[-2]]["score"] < 0
+    kept = top_nodes(graph, nodes=14, signed=True)
+    assert names(kept) == names(between(graph, ranked[:14]))
     with pytest.raises(ValueError, match="got -1"):
         top_nodes(graph, nodes=-1)
     for choose in (lambda: greedy(graph, edges=0.5), lambda: top_nodes(graph, nodes=0.5)):
