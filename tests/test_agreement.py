@@ -110,6 +110,22 @@ def test_noise_is_no_effect_before_positions_are_summed_nor_in_figures() -> None
     assert row.auroc == 0
 
 
+def test_what_lies_behind_a_prompts_end_is_no_effect_of_zero() -> None:
+    x = torch.tensor([[[1.0, 2, 0], [4, -3, 0]], [[1.0, -2, 3], [2, 5, 1]]])
+    y = torch.tensor([[[2.0, 1, 0], [5, 1, 0]], [[1.0, 2, -3], [1, 4, 2]]])
+    one, other = (
+        Scores(
+            **LABELS, clean=torch.ones(2), corrupt=torch.zeros(2), lengths=torch.tensor([2, 3]),
+            components=("L0H0", "L0H1"), nodes=table, resolution=NOISE,
+        )
+        for table in (x, y)
+    )  # fmt: skip
+    (row,) = agreement(one, other).itertuples()
+    first = np.corrcoef(x[0, :, :2].flatten(), y[0, :, :2].flatten())[0, 1]
+    second = np.corrcoef(x[1].flatten(), y[1].flatten())[0, 1]
+    assert row.pearson == pytest.approx((first + second) / 2) and row.unresolved == 0
+
+
 def test_noise_of_edges_is_no_effect_and_what_was_not_measured_stays_so(tiny: Any) -> None:
     task = random_task(tiny, length=3)
     scores = attribute(tiny, task, level="edge")
