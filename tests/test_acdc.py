@@ -137,6 +137,14 @@ def test_key_value_heads_are_heard_through_the_heads_that_they_serve(tiny):
     assert set(sites.readers) - set(heard) == {"logits.in"}
 
 
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_neurons_come_with_their_mlp_before_the_heads(tiny):
+    sites = Sites.of(tiny).splitting(["L2N3", "L2N7"])
+    order = [sites.readers[r] for _, r in MODULE._order(sites, all_edges(sites))]
+    start = ["logits.in", "L2N7.in", "L2N3.in", "L2.mlp.in", "L2H3.q", "L2H3.k"]
+    assert list(dict.fromkeys(order))[:6] == start
+
+
 def best(model: Any, task: Any, edges: int):
     """A circuit that does something of what the model does."""
     scores = attribute(model, task, rules=GRADIENT, level="edge", progress=False)
