@@ -71,6 +71,10 @@ def acdc(
         The circuit. An edge's score is what its cut did to the metric, -`tau` or less, in the
         direction `noise`; a node's is the sum over its outgoing edges in the circuit.
 
+    Warns:
+        UserWarning: the search was interrupted; or the model cannot do the task, as for
+            `faithfulness`.
+
     Raises:
         TypeError: `graph` is no circuit, or `model` no TransformerBridge.
         ValueError: `tau` is not above 0, `graph` is by position or not of this model, or the
@@ -87,7 +91,7 @@ def acdc(
             "attribute(level='edge') without positions=True"
         )
     sites = Sites.of(model) if graph is None else circuit_sites(model, graph)
-    clean, corrupt = endpoints(sites, task)
+    clean, corrupt = endpoints(sites, task, stacklevel=3)
     mask = all_edges(sites) if graph is None else circuit_masks(sites, task, graph)[0, 0]
     order = _order(sites, mask)
     state = _State(0, mask, torch.zeros(mask.shape))

@@ -35,9 +35,12 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     positions, mean over pairs), `relative_error` (norm of the difference over the norm of the
     effects, mean over pairs), `overlap` (share of the `k` largest |effects|, or of all that are
     not 0 if they are fewer, that are among as many largest |scores|, mean over pairs), `pairs` (how
-    many the correlations are over). Where fewer than three effects are not 0 there is no
-    correlation worth the name: if one token differs, the embedding has a single effect, and any
-    estimate of the right sign would get 1. Nor is there if all are equal.
+    many the correlations are over), `unresolved` (share of the effects that are at most their
+    `resolution`, which is rounding; 0 for effects that state none). Where fewer than three effects
+    are not 0 there is no correlation worth the name: if one token differs, the embedding has a
+    single effect, and any estimate of the right sign would get 1. Nor is there if all are equal.
+    All of this is NaN where no pair has any. What is at most the resolution of its own side counts
+    as 0 throughout.
 
     Raises:
         ValueError: the two are not about the same components, pairs, task or direction, or `k` is
@@ -50,6 +53,9 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     for s in many:
         for kind, samples in points(s, effect):
             correlations, errors = [], []
+            unresolved = 0.0
+            if effect.resolution:
+                unresolved = float(np.mean(np.concatenate([y for _, y in samples]) == 0))
             for x, y in samples:
                 nonzero = int(np.count_nonzero(y))
                 if nonzero:
@@ -59,9 +65,9 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
                     correlations.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]))
             # the one sample of edges is a mean over all pairs
             pairs = len(correlations) if s.level == "node" else len(s.clean) * len(correlations)
-            rows.append((s.rules, kind, *_mean(correlations), *_mean(errors), pairs))
+            rows.append((s.rules, kind, *_mean(correlations), *_mean(errors), pairs, unresolved))
     columns = ["rules", "kind", "pearson", "spearman", "relative_error", "overlap", "pairs"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=[*columns, "unresolved"])
 
 
 def auroc(
@@ -72,8 +78,9 @@ def auroc(
     >>> auroc(attribute(model, task), ["L9H9", "L9H6", "L10H0"])
 
     1 if all that is in the circuit has larger scores than all that is not, 0.5 by chance; ties
-    count half. Columns: `rules`, `kind`, `auroc`, `known` (how many are in the circuit), `others`.
-    Kinds of which the circuit holds nothing or everything are left out: there is nothing to tell.
+    count half, and effects within their `resolution` are ties at 0. Columns: `rules`, `kind`,
+    `auroc`, `known` (how many are in the circuit), `others`. Kinds of which the circuit holds
+    nothing or everything are left out: there is nothing to tell.
 
     Names of components are looked for among node scores summed over positions, or among writers
     with their edge scores summed; kinds are those of components. A graph is compared edge by edge
@@ -86,7 +93,7 @@ def auroc(
     """
     many = [scores] if isinstance(scores, Scores) else list(scores)
     rows = []
-    for s in many:
+    for s in map(_resolved, many):
         if s.edges is not None and isinstance(known, nx.Graph):
             values, inside, kinds = _edge_labels(s, known)
         else:
@@ -105,9 +112,12 @@ def auroc(
 def points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
     """What `agreement` compares: for each kind, scores and effects of each pair (edges: of all).
 
+    Values within the resolution of their side are 0.
+
     Raises:
         ValueError: as `agreement`.
     """
+    scores, effect = _resolved(scores), _resolved(effect)
     if scores.nodes is not None and effect.tokens == ALL_POSITIONS:
         together = scores.nodes.sum(-1, keepdim=True)
         scores = replace(scores, nodes=together, tokens=ALL_POSITIONS)
@@ -133,6 +143,17 @@ def _edge_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Poi
         chosen = measured & torch.tensor([kind in ("edge", slot) for slot in slots])
         if chosen.any():
             yield kind, [(_flat(scores.edges[chosen]), _flat(effect.edges[chosen]))]
+
+
+def _resolved(scores: Scores) -> Scores:
+    """The same with 0 for what is rounding: before sums, in which it would add up."""
+    if not scores.resolution:
+        return scores
+
+    def resolved(table: Tensor | None) -> Tensor | None:
+        return None if table is None else table.masked_fill(table.abs() <= scores.resolution, 0.0)
+
+    return replace(scores, nodes=resolved(scores.nodes), edges=resolved(scores.edges))
 
 
 def _varies(values: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -376,9 +377,13 @@ def _agreement_table(scores: Sequence[Any], effect: Any) -> Table:
     for kind in dict.fromkeys(frame["kind"]):
         rows = frame[frame["kind"] == kind].set_index("rules")
         cells = (
-            f"{'–' if rows.loc[r, 'pairs'] == 0 else format(rows.loc[r, 'pearson'], '.3f')} "
-            f"({rows.loc[r, 'relative_error']:.2f})"
+            f"{_or_dash(rows.loc[r, 'pearson'], '.3f')} "
+            f"({_or_dash(rows.loc[r, 'relative_error'], '.2f')})"
             for r in (s.rules for s in scores)
         )
         table.add_row(kind, *cells)
     return table
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)

@@ -5,7 +5,10 @@
     found.compare("RELP", "GRADIENT")  # is the difference more than the choice of pairs?
 
 Intervals and tests are over pairs: they say how the numbers would vary with other prompts, the
-circuits staying as they are. Judge circuits on other pairs than those they were found with.
+circuits staying as they are. Judge circuits on other pairs than those they were found with. One
+pair says nothing about others: intervals and p-values are NaN. A few say little: a bootstrap over
+two pairs spans their two values, and the least p-value of n pairs is 2^(1-n), so that six pairs are
+the fewest that can show a difference at the level of 5 %.
 """
 
 from __future__ import annotations
@@ -62,7 +65,10 @@ class Evaluation:
         return (self.metric.mean(-1) - self.corrupt.mean()) / gap
 
     def to_dataframe(self, *, seed: int = 0) -> pd.DataFrame:
-        """One row per circuit: its faithfulness and the 95 % bootstrap interval over pairs."""
+        """One row per circuit: its faithfulness and the 95 % bootstrap interval over pairs.
+
+        `low` and `high` are NaN for a single pair.
+        """
         shares = _shares(self.metric, self.clean, self.corrupt, _resamples(len(self.clean), seed))
         low, high = _interval(shares)
         return pd.DataFrame(
@@ -82,13 +88,15 @@ class Evaluation:
         CPR, the circuit performance ratio, is the area under faithfulness by size: higher is
         better, and it can exceed 1. CMD, the circuit-model distance, is the area under |1 - f|: 0
         is best. Both by trapezoids from the smallest size to the largest, as MIB
-        (arXiv:2504.13151), whose tables take CPR from signed and CMD from absolute ranking.
+        (arXiv:2504.13151), whose tables take CPR from signed and CMD from absolute ranking. The
+        intervals are NaN for a single pair.
         """
         shares = _shares(self.metric, self.clean, self.corrupt, _resamples(len(self.clean), seed))
+        found = self._areas(self.faithfulness.double().numpy())
         table = {"rules": list(self.rules)}
         for i, name in enumerate(("CPR", "CMD")):
             low, high = _interval(self._areas(shares)[..., i])
-            table[name] = self._areas(self.faithfulness.double().numpy())[..., i].tolist()
+            table[name] = found[..., i].tolist()
             table |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
         return pd.DataFrame(table)
 
@@ -97,7 +105,10 @@ class Evaluation:
 
         One row for CPR, one for CMD and one for the faithfulness at each size: `difference` (one
         minus other), its 95 % bootstrap interval, and the two-sided `p_value` of the permutation
-        test that swaps the two within random pairs.
+        test that swaps the two within random pairs. With n pairs it is at least 2^(1-n), as
+        swapping all or none gives the same difference, and at least 1/10000, as 9999 draws are
+        made; so 1/2 for two pairs, whatever they are. For a single pair all but the difference is
+        NaN.
 
         Raises:
             ValueError: a name is not among `rules`.
@@ -131,8 +142,10 @@ class Evaluation:
         table = pd.DataFrame(
             self.faithfulness.tolist(), self.rules, [f"{s:.1%}" for s in self.sizes]
         )
-        areas = self.areas().set_index("rules")[["CPR", "CMD"]]
-        return areas.join(table).to_html(float_format="{:.3f}".format)
+        areas = self._areas(self.faithfulness.double().numpy())
+        for i, name in enumerate(("CPR", "CMD")):
+            table.insert(i, name, areas[:, i])
+        return table.to_html(float_format="{:.3f}".format)
 
 
 def evaluate(
@@ -163,6 +176,9 @@ def evaluate(
         seed: what the random rankings are drawn with.
         progress: show a bar.
 
+    Warns:
+        UserWarning: the model cannot do the task, as for `faithfulness`.
+
     Raises:
         ValueError: scores are of nodes, of another model, not finite or two of one name; sizes are
             not ascending in (0, 1]; or as for `faithfulness`.
@@ -178,7 +194,7 @@ def evaluate(
         many.append(replace(many[0], rules=name, edges=drawn, direction="denoise"))
     masks = [_best(s, sizes, signed) for s in many]
     length = max(m.shape[1] for m in masks)
-    clean, corrupt = endpoints(sites, task)
+    clean, corrupt = endpoints(sites, task, stacklevel=3)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
     metric = circuit_metrics(sites, task, together, progress=progress)
     return Evaluation(
@@ -204,11 +220,12 @@ def compare(
 ) -> pd.DataFrame:
     """Whether one circuit is more faithful than another by more than the choice of pairs.
 
-    One row, as `Evaluation.compare` gives for each measure. Errors are those of `faithfulness`.
+    One row, as `Evaluation.compare` gives for each measure. Errors and warnings are those of
+    `faithfulness`.
     """
     sites = circuit_sites(model, [one, other])
     masks = circuit_masks(sites, task, [one, other])
-    clean, corrupt = endpoints(sites, task)
+    clean, corrupt = endpoints(sites, task, stacklevel=3)
     metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 
@@ -273,7 +290,9 @@ def _best(
 
 
 def _resamples(pairs: int, seed: int) -> Float[np.ndarray, "resample pair"]:
-    """Weight of each pair in each bootstrap sample; each row sums to 1."""
+    """Weight of each pair in each bootstrap sample; each row sums to 1. NaN for a single pair."""
+    if pairs < 2:
+        return np.full((RESAMPLES, pairs), np.nan)
     counts = np.random.default_rng(seed).multinomial(pairs, [1 / pairs] * pairs, RESAMPLES)
     return counts / pairs
 
@@ -281,11 +300,15 @@ def _resamples(pairs: int, seed: int) -> Float[np.ndarray, "resample pair"]:
 def _shares(
     metric: Tensor, clean: Tensor, corrupt: Tensor, weights: Float[np.ndarray, "resample pair"]
 ) -> np.ndarray:
-    """`[..., pair]` -> `[resample, ...]`: faithfulness, the ratio of means, in each sample."""
+    """`[..., pair]` -> `[resample, ...]`: faithfulness, the ratio of means, in each sample.
+
+    NaN in a sample without a gap: then there is no interval either.
+    """
     low, high = (weights @ m.double().numpy() for m in (corrupt, clean))
     means = np.tensordot(weights, metric.double().numpy(), (1, -1))
     shape = (-1, *[1] * (means.ndim - 1))
-    return (means - low.reshape(shape)) / (high - low).reshape(shape)
+    gap = np.where(high == low, np.nan, high - low)
+    return (means - low.reshape(shape)) / gap.reshape(shape)
 
 
 def _interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -315,12 +338,13 @@ def _paired(
     moved = swapped @ (metrics[1] - metrics[0]).double().numpy().T / pairs / gap
     chance = measures(one(even) + moved) - measures(other(even) - moved)
     extreme = (abs(chance) >= abs(apart) * (1 - 1e-9)).sum(0)
+    p_value = (extreme + 1) / (RESAMPLES + 1)
     return pd.DataFrame(
         {
             "measure": names,
             "difference": apart[0],
             "low": low,
             "high": high,
-            "p_value": (extreme + 1) / (RESAMPLES + 1),
+            "p_value": p_value if pairs > 1 else np.nan,
         }
     )

@@ -10,6 +10,7 @@ norm's output is split over them, as `DEEPLIFT` does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -67,6 +68,12 @@ def faithfulness(
     Returns:
         A float, or a list of floats for a sequence.
 
+    Warns:
+        UserWarning: the model cannot do the task, so that the share is one of noise: the mean gap
+            is below two standard errors over pairs, whose gaps have both signs; or, with a metric
+            that compares answer and foil, the gap is negative, or the clean prompts favour the
+            foil on average or on half of the pairs.
+
     Raises:
         ValueError: an edge of the circuit is not one of the model, or the metric has no gap
             between clean and corrupt prompts.
@@ -90,7 +97,7 @@ def completeness(
     (m(M \\ C) - m(∅)) / (m(full) - m(∅)): near 0 if the circuit holds all that does the task, 1 if
     the rest does it as well. This is the completeness of Marks et al. 2024, arXiv:2403.19647, and
     the incompleteness score of Wang et al. 2022, arXiv:2211.00593, for the whole circuit knocked
-    out (K = C). Arguments, return value and errors are those of `faithfulness`.
+    out (K = C). Arguments, return value, warnings and errors are those of `faithfulness`.
     """
     sites = circuit_sites(model, circuit)
     masks = all_edges(sites) & ~circuit_masks(sites, task, circuit)
@@ -107,7 +114,7 @@ def minimality(
     `score` and `contribution` = f(C) - f(C without the edge), a share of the clean-corrupt gap.
     An edge near 0 could go; a negative one works against the rest. This is the minimality score of
     Wang et al. 2022, arXiv:2211.00593, of single edges with nothing else knocked out (K = ∅).
-    Costs one circuit evaluation per edge. Errors are those of `faithfulness`.
+    Costs one circuit evaluation per edge. Errors and warnings are those of `faithfulness`.
     """
     sites = circuit_sites(model, circuit)
     (mask,) = circuit_masks(sites, task, circuit)
@@ -125,13 +132,20 @@ def minimality(
 def _shares(
     sites: Sites, task: Any, masks: Bool[Tensor, "circuit pos writer reader"], progress: bool
 ) -> Float[Tensor, " circuit"]:
-    clean, corrupt = endpoints(sites, task)
+    clean, corrupt = endpoints(sites, task, stacklevel=4)
     found = circuit_metrics(sites, task, masks, progress=progress and len(masks) > 1)
     return (found.mean(1) - corrupt.mean()) / (clean.mean() - corrupt.mean())
 
 
-def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+def endpoints(
+    sites: Sites, task: Any, *, stacklevel: int = 2
+) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """The metric on the clean and on the corrupt prompts, between which circuits are placed.
+
+    `stacklevel`: whose line a warning names, 2 for the caller's.
+
+    Warns:
+        UserWarning: the model cannot do the task, as for `faithfulness`.
 
     Raises:
         ValueError: the two do not differ, so that there is nothing to recover.
@@ -160,7 +174,30 @@ def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Te
             "faithfulness needs a metric that differs between clean and corrupt prompts; both "
             f"average {float(clean.mean()):.4g}; use prompts whose answers differ"
         )
+    if doubt := _doubt(task, clean, corrupt):
+        warnings.warn(doubt, stacklevel=stacklevel)
     return clean, corrupt
+
+
+def _doubt(task: Any, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"]) -> str:
+    """Why shares of the gap would be shares of noise, or nothing."""
+    gap, pairs = (clean - corrupt).double(), len(clean)
+    mean = float(gap.mean())
+    # A single pair has no spread, and pairs that all agree leave no doubt about the sign.
+    error = float(gap.std()) / pairs**0.5 if pairs > 1 else 0.0
+    doubted = abs(mean) < 2 * error and bool((gap > 0).any()) and bool((gap < 0).any())
+    right = int((clean > 0).sum())
+    if task.metric.compares_answers:
+        doubted |= mean < 0 or 2 * right <= pairs or float(clean.mean()) <= 0
+    if not doubted:
+        return ""
+    able = f"it is right on {right} of {pairs} clean prompts, and " * task.metric.compares_answers
+    spread = f" ± {error:.2g} (standard error over pairs)" if pairs > 1 else ""
+    return (
+        f"the model must be able to do the task, or circuits explain noise; {able}the gap in "
+        f"{task.metric.name!r} between clean and corrupt prompts is {mean:.3g}{spread}; use "
+        "task.filter_correct(model), or a model that can do the task"
+    )
 
 
 # -- circuits as masks -----------------------------------------------------------------------------

@@ -117,9 +117,14 @@ class Metric:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
+    def compares_answers(self) -> bool:
+        """True for the metrics that are above 0 just where the answer is preferred to the foil."""
+        return self.function in BUILT_IN.values()
+
+    @property
     def reads_answer_only(self) -> bool:
         """True for the built-in metrics: they read nothing but the answer position's logits."""
-        return self.function in BUILT_IN.values() or isinstance(self.function, KLDivergence)
+        return self.compares_answers or isinstance(self.function, KLDivergence)
 
     @property
     def flat_at_zero(self) -> bool:

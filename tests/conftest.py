@@ -141,6 +141,18 @@ def random_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -
     return Task.from_tokens(clean, corrupt, answers, foils)
 
 
+def able_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -> Task:
+    """As `random_task`, but `model` can do it: the answer is what it says to the clean prompt.
+
+    The foil is the token that the clean prompt lowers most, so that every pair has a real gap.
+    """
+    task = random_task(model, pairs=pairs, length=length, seed=seed)
+    with torch.no_grad():
+        clean, corrupt = (model(tokens)[:, -1].float() for tokens in (task.clean, task.corrupt))
+    foils = (clean - corrupt).argmin(-1)
+    return Task.from_tokens(task.clean, task.corrupt, clean.argmax(-1), foils)
+
+
 @pytest.fixture
 def everything_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms and softmaxes of transformers compute in float32, whatever the model is in."""

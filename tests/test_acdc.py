@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import random_task
+from conftest import able_task
 from test_graph import make_scores, names
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def found(circuit) -> dict[tuple[str, str], float]:
 
 @pytest.fixture
 def task(tiny):
-    return random_task(tiny, pairs=2, length=4)
+    return able_task(tiny, pairs=2, length=4)
 
 
 @pytest.mark.parametrize("tau", [0.003, 0.05])
@@ -123,6 +123,28 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
     assert len(rows) < circuit.graph["total_edges"] / 2
 
 
+@pytest.mark.parametrize("tiny", ["llama"], indirect=True)
+def test_key_value_heads_are_heard_through_the_heads_that_they_serve(tiny):
+    sites = Sites.of(tiny)
+    heard = {
+        sites.readers[r]: [sites.writers[w] for w in through]
+        for r, through in MODULE._heard(sites).items()
+    }
+    for slot in "kv":
+        assert heard[f"L1KV0.{slot}"] == ["L1H0", "L1H1"]
+        assert heard[f"L1KV1.{slot}"] == ["L1H2", "L1H3"]
+    assert heard["L1H2.q"] == ["L1H2"] and heard["L1.mlp.in"] == ["L1.mlp"]
+    assert set(sites.readers) - set(heard) == {"logits.in"}
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_neurons_come_with_their_mlp_before_the_heads(tiny):
+    sites = Sites.of(tiny).splitting(["L2N3", "L2N7"])
+    order = [sites.readers[r] for _, r in MODULE._order(sites, all_edges(sites))]
+    start = ["logits.in", "L2N7.in", "L2N3.in", "L2.mlp.in", "L2H3.q", "L2H3.k"]
+    assert list(dict.fromkeys(order))[:6] == start
+
+
 def best(model: Any, task: Any, edges: int):
     """A circuit that does something of what the model does."""
     scores = attribute(model, task, rules=GRADIENT, level="edge", progress=False)
@@ -141,7 +163,7 @@ def test_on_a_model(tiny, task):
 @pytest.mark.parametrize("name", ["Mamba", "Olmo2"])
 def test_on_other_blocks(name, tmp_path):
     model = ARCHITECTURES[name].build(tmp_path)
-    task, sites = random_task(model, pairs=2, length=3), Sites.of(model)
+    task, sites = able_task(model, pairs=2, length=3), Sites.of(model)
     graph = best(model, task, 12)
     mask = circuit_masks(sites, task, graph)[0, 0]
     expected = slowly(circuit_metrics, sites, task, 0.01, mask)

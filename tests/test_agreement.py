@@ -12,8 +12,11 @@ from conftest import random_task
 from torch import Tensor
 
 from circuits import agreement, assemble, auroc, draw, patch, top
-from circuits.graph import real_edges
+from circuits.agreement import points
+from circuits.cli import _agreement_table
+from circuits.graph import all_edges, real_edges
 from relp import GRADIENT, RELP, Effects, Scores, attribute
+from relp.scores import ALL_POSITIONS
 
 LABELS = {"model": "m", "task": "t", "rules": "r", "direction": "denoise", "metric": "x"}
 
@@ -41,6 +44,102 @@ def test_overlap_and_error_by_hand() -> None:
     assert row["pearson"] == pytest.approx(np.corrcoef([4, -3, 2, 1, 0], [3, 1, -4, 2, 0])[0, 1])
     with pytest.raises(ValueError, match="`k` must be at least 1; got 0"):
         agreement(scores, effect, k=0)
+
+
+def test_three_effects_have_a_correlation_and_two_have_none() -> None:
+    effect = nodes([[4.0, -3.0, 2.0, 0.0, 9.0], [4.0, -3.0, 0.0, 0.0, 9.0]])
+    scores = nodes([[3.0, 1.0, -4.0, 2.0, 9.0], [3.0, 1.0, -4.0, 2.0, 9.0]])
+    row = agreement(scores, effect).set_index("kind").loc["head"]
+    assert row["pairs"] == 1
+    assert row["pearson"] == pytest.approx(np.corrcoef([4, -3, 2, 0], [3, 1, -4, 2])[0, 1])
+
+
+NOISE = 2.0**-20
+
+
+def test_effects_within_their_resolution_count_as_zero() -> None:
+    values = [[4.0, -3.0, 2.0, NOISE, -NOISE, 9.0], [0.0, 0.0, 5.0, NOISE / 2, -NOISE, 9.0]]
+    effect = nodes(values, resolution=NOISE)
+    scores = nodes([[3.0, 1.0, -4.0, 2.0, 1.0, 9.0], [2.0, 0.0, 5.0, 0.0, 1.0, 8.0]])
+    table = agreement(scores, effect).set_index("kind")
+    row = table.loc["head"]
+    assert row["unresolved"] == pytest.approx(0.6) and table.loc["mlp", "unresolved"] == 0
+    # they stay in the correlation, as 0; the second pair has a single effect
+    expected = np.corrcoef([4, -3, 2, 0, 0], [3, 1, -4, 2, 1])[0, 1]
+    assert row["pearson"] == pytest.approx(expected, abs=1e-12) and row["pairs"] == 1
+    # three real effects, of which all are among the three largest scores but one; one of one
+    assert row["overlap"] == pytest.approx((2 / 3 + 1) / 2)
+    errors = np.sqrt(1 + 16 + 36 + 4 + 1) / np.sqrt(16 + 9 + 4), np.sqrt(4 + 1) / 5
+    assert row["relative_error"] == pytest.approx(np.mean(errors), abs=1e-12)
+
+    above = nodes(values, resolution=NOISE / 2)
+    row = agreement(scores, above).set_index("kind").loc["head"]
+    assert row["pairs"] == 1 and row["unresolved"] == pytest.approx(0.3)
+    row = agreement(scores, nodes(values)).set_index("kind").loc["head"]
+    assert row["pairs"] == 2 and row["unresolved"] == 0  # nothing was said about noise
+
+
+def test_noise_alone_agrees_with_nothing() -> None:
+    effect = nodes([[NOISE, -NOISE, NOISE / 2, NOISE / 3, 9.0]], resolution=NOISE)
+    scores = nodes([[1.0, -1.0, 0.5, 0.3, 9.0]])
+    row = agreement(scores, effect).set_index("kind").loc["head"]
+    assert row[["pearson", "spearman", "relative_error", "overlap"]].isna().all()
+    assert row["pairs"] == 0 and row["unresolved"] == 1
+    # as scores they are no better: all zero, they do not vary
+    row = agreement(effect, scores).set_index("kind").loc["head"]
+    assert np.isnan(row["pearson"]) and row["unresolved"] == 0 and row["relative_error"] == 1
+    cells = [list(column.cells) for column in _agreement_table([scores], effect).columns]
+    assert cells == [["head", "mlp"], ["– (–)", "– (0.00)"]]
+
+
+def test_noise_is_no_effect_before_positions_are_summed_nor_in_figures() -> None:
+    wide = torch.tensor([[[NOISE, NOISE, 2.0], [NOISE, NOISE, NOISE], [3.0, 0.0, -1.0]]])
+    labels: dict[str, Any] = {
+        "clean": torch.ones(1), "corrupt": torch.zeros(1), "components": ("L0H0", "L0H1", "L0H2")
+    }  # fmt: skip
+    one = Effects(**LABELS, **labels, nodes=wide, lengths=torch.tensor([3]), resolution=NOISE)
+    together = Effects(
+        **LABELS, **labels, nodes=torch.tensor([[[2.0], [NOISE], [1.0]]]),
+        lengths=torch.tensor([3]), tokens=ALL_POSITIONS, resolution=NOISE,
+    )  # fmt: skip
+    ((kind, [(x, y)]),) = points(one, together)
+    assert kind == "head" and x.tolist() == [2, 0, 2] and y.tolist() == [2, 0, 1]
+    shown = draw(one, together, kind="head").data[1]
+    assert list(shown.x) == [2, 0, 1] and list(shown.y) == [2, 0, 2]
+    (row,) = auroc(one, ["L0H1"]).itertuples()
+    assert row.auroc == 0
+
+
+def test_what_lies_behind_a_prompts_end_is_no_effect_of_zero() -> None:
+    x = torch.tensor([[[1.0, 2, 0], [4, -3, 0]], [[1.0, -2, 3], [2, 5, 1]]])
+    y = torch.tensor([[[2.0, 1, 0], [5, 1, 0]], [[1.0, 2, -3], [1, 4, 2]]])
+    one, other = (
+        Scores(
+            **LABELS, clean=torch.ones(2), corrupt=torch.zeros(2), lengths=torch.tensor([2, 3]),
+            components=("L0H0", "L0H1"), nodes=table, resolution=NOISE,
+        )
+        for table in (x, y)
+    )  # fmt: skip
+    (row,) = agreement(one, other).itertuples()
+    first = np.corrcoef(x[0, :, :2].flatten(), y[0, :, :2].flatten())[0, 1]
+    second = np.corrcoef(x[1].flatten(), y[1].flatten())[0, 1]
+    assert row.pearson == pytest.approx((first + second) / 2) and row.unresolved == 0
+
+
+def test_noise_of_edges_is_no_effect_and_what_was_not_measured_stays_so(tiny: Any) -> None:
+    task = random_task(tiny, length=3)
+    scores = attribute(tiny, task, level="edge")
+    assert scores.edges is not None
+    only = torch.tensor([r.endswith(".q") for r in scores.readers])
+    values = scores.edges[all_edges(scores) & only]
+    limit = float(values.abs().median())
+    measured = torch.where(only, scores.edges, torch.nan)
+    effect = replace(scores, edges=measured, rules="exact", resolution=limit)
+    row = agreement(scores, effect).set_index("kind").loc["q"]
+    assert row["unresolved"] == pytest.approx(float((values.abs() <= limit).double().mean()))
+    assert 0 < row["unresolved"] < 1
+    real = torch.where(values.abs() <= limit, 0, values)
+    assert row["relative_error"] == pytest.approx(float((values - real).norm() / real.norm()))
 
 
 @pytest.mark.parametrize("positions", [False, True])
@@ -160,6 +259,9 @@ def test_ties_count_half() -> None:
     scores = nodes([[1.0, -1.0, 1.0, 0.0, 5.0]])
     (row,) = auroc(scores, ["L0H0"]).itertuples()
     assert row.auroc == pytest.approx((0.5 + 0.5 + 1) / 3)
+    noise = nodes([[NOISE, -NOISE, 0.0, 1.0, 5.0]], resolution=NOISE)
+    (row,) = auroc(noise, ["L0H0"]).itertuples()
+    assert row.auroc == pytest.approx((0.5 + 0.5 + 0) / 3)
 
 
 @pytest.mark.parametrize("positions", [False, True])

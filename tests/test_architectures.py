@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, DECODERS, Architecture, conservation, measure
-from conftest import boot, random_task, state
+from conftest import able_task, boot, random_task, state
 from torch.nn.modules import module as hooks
 
 from circuits import assemble, faithfulness, patch, top
@@ -146,7 +146,7 @@ def test_edges_sum_to_nodes_and_circuits_are_faithful(
     built: tuple[Architecture, Any, Path],
 ) -> None:
     _, model, _ = built
-    task = random_task(model, pairs=3)
+    task = able_task(model, pairs=3)
     nodes = attribute(model, task)
     edges = attribute(model, task, level="edge")
     assert nodes.nodes is not None and edges.edges is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_task
+from conftest import able_task
 from scipy import stats
 
 from circuits import assemble, compare, evaluate, faithfulness, random, top
@@ -17,13 +18,19 @@ from circuits.graph import size
 from relp import GRADIENT, RELP, attribute
 
 
-def evaluation(metric: torch.Tensor, sizes: tuple[float, ...]) -> Evaluation:
-    """Pairs go from 0 (corrupt) to 2 (clean)."""
-    rules, count, pairs = metric.shape
+def evaluation(
+    above: torch.Tensor, sizes: tuple[float, ...], gap: torch.Tensor | None = None
+) -> Evaluation:
+    """Circuits whose metric is `above` that of each pair's corrupt run; the gap is 2 if not given.
+
+    No two pairs have the same corrupt metric, so that no number forgets it unnoticed.
+    """
+    rules, count, pairs = above.shape
+    corrupt = torch.linspace(-3, 2, pairs)
     return Evaluation(
         model="m", task="t", rules=tuple(f"rules {i}" for i in range(rules)), sizes=sizes,
-        edges=torch.ones(rules, count, dtype=torch.long), metric=metric,
-        clean=torch.full((pairs,), 2.0), corrupt=torch.zeros(pairs), signed=False,
+        edges=torch.ones(rules, count, dtype=torch.long), metric=corrupt + above,
+        clean=corrupt + (2.0 if gap is None else gap), corrupt=corrupt, signed=False,
     )  # fmt: skip
 
 
@@ -32,7 +39,7 @@ def evaluation(metric: torch.Tensor, sizes: tuple[float, ...]) -> Evaluation:
     [(False, False, "noise"), (True, True, "denoise"), (True, True, "noise")],
 )
 def test_equals_single_circuits(tiny: Any, positions: bool, signed: bool, direction: str) -> None:
-    task = random_task(tiny, pairs=2, length=3)
+    task = able_task(tiny, pairs=2, length=3)
     scores = attribute(tiny, task, level="edge", positions=positions, direction=direction)
     sizes = (0.05, 0.3, 1.0)
     found = evaluate(tiny, task, scores, sizes=sizes, signed=signed, random=0, progress=False)
@@ -56,12 +63,59 @@ def test_areas_by_hand() -> None:
     assert row["CMD"] == pytest.approx(0.4 * 0.75 + 0.5 * 0.25)
     # all pairs are alike, so that resampling them changes nothing
     assert row["CPR_low"] == pytest.approx(row["CPR"]) == row["CPR_high"]
-    assert "0.925" in found._repr_html_() and "ranked by |score|" in repr(found)
+    html = found._repr_html_()
+    assert re.findall(r"<th>(.*?)</th>", html)[1:6] == ["CPR", "CMD", "10.0%", "50.0%", "100.0%"]
+    assert re.findall(r"<td>(.*?)</td>", html) == ["0.925", "0.425", "0.000", "1.500", "1.000"]
+    assert "ranked by |score|" in repr(found)
+
+
+def test_one_pair_has_no_interval_and_no_p_value(tiny: Any) -> None:
+    found = evaluation(torch.tensor([[[1.0], [2.0]], [[0.5], [2.0]]]), (0.5, 1.0))
+    areas, table = found.areas(), found.to_dataframe()
+    compared = found.compare("rules 0", "rules 1")
+    missing = [areas.filter(regex="low|high"), table[["low", "high"]]]
+    missing.append(compared[["low", "high", "p_value"]])
+    assert all(frame.isna().all(axis=None) for frame in missing)
+    assert areas["CPR"].tolist() == pytest.approx([0.5 * 0.75, 0.5 * 0.625])
+    assert table["faithfulness"].tolist() == pytest.approx([0.5, 1, 0.25, 1])
+    assert compared["difference"].tolist() == pytest.approx([0.0625 * 1, -0.0625 * 1, 0.25, 0])
+    assert "nan" not in found._repr_html_().lower()
+
+    task = able_task(tiny, pairs=1, length=3)
+    graph = assemble(attribute(tiny, task, level="edge"))
+    (row,) = compare(tiny, task, graph, top(graph, edges=0)).itertuples()
+    assert row.difference == pytest.approx(1, abs=1e-4)
+    assert np.isnan([row.low, row.high, row.p_value]).all()
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5])
+def test_few_pairs_have_no_small_p_value(pairs: int) -> None:
+    """However large a difference is, all swapped or none give it: 2 of 2^n."""
+    above = torch.stack([torch.full((1, pairs), 2.0), torch.zeros(1, pairs)])
+    found = evaluation(above, (1.0,)).compare("rules 0", "rules 1")
+    assert found["p_value"].iloc[-1] == pytest.approx(2.0 ** (1 - pairs), abs=0.02)
+
+
+def test_two_pairs_span_their_interval() -> None:
+    row = evaluation(torch.tensor([[[0.4, 1.2]]]), (1.0,)).to_dataframe().iloc[0]
+    assert [row["low"], row["faithfulness"], row["high"]] == pytest.approx([0.2, 0.4, 0.6])
+
+
+def test_no_p_value_is_below_the_number_of_draws() -> None:
+    above = torch.stack([torch.full((1, 40), 2.0), torch.zeros(1, 40)])
+    found = evaluation(above, (1.0,)).compare("rules 0", "rules 1")
+    assert found["p_value"].iloc[-1] == 1 / 10_000
+
+
+def test_samples_without_a_gap_leave_no_interval() -> None:
+    found = evaluation(torch.ones(1, 1, 4), (1.0,), torch.tensor([3.0, -1.0, -1.0, 1.0]))
+    row = found.to_dataframe().iloc[0]
+    assert row["faithfulness"] == pytest.approx(2) and np.isnan([row["low"], row["high"]]).all()
 
 
 def test_random_edges_are_mibs_baseline(tiny: Any) -> None:
     """MIB's grid, its random baseline's shape, and the same numbers for the same seed."""
-    task = random_task(tiny, pairs=2, length=3)
+    task = able_task(tiny, pairs=2, length=3)
     scores = attribute(tiny, task, level="edge")
     one, again, other = (
         evaluate(tiny, task, scores, random=2, seed=s, progress=False) for s in (0, 0, 1)
@@ -78,7 +132,7 @@ def test_intervals_are_scipys() -> None:
     generator = torch.Generator().manual_seed(0)
     values = 1 + torch.rand(1, 1, 12, generator=generator)
     clean = 2 + torch.rand(12, generator=generator)
-    found = replace(evaluation(values, (1.0,)), clean=clean)
+    found = evaluation(values, (1.0,), clean)
     expected = stats.bootstrap(
         (values[0, 0].double().numpy(), clean.double().numpy()),
         lambda m, c, axis=-1: m.mean(axis) / c.mean(axis),
@@ -109,7 +163,7 @@ def test_the_paired_test_is_scipys() -> None:
 
 
 def test_comparing_circuits(tiny: Any) -> None:
-    task = random_task(tiny, pairs=6, length=3)
+    task = able_task(tiny, pairs=6, length=3)
     graph = assemble(attribute(tiny, task, level="edge"))
     circuit, drawn = top(graph, edges=60), random(graph, edges=60, seed=1)
     shares = faithfulness(tiny, task, [circuit, drawn], progress=False)
@@ -120,7 +174,7 @@ def test_comparing_circuits(tiny: Any) -> None:
 
 
 def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
-    task = random_task(tiny, length=3)
+    task = able_task(tiny, length=3)
     scores = attribute(tiny, task, level="edge")
     assert scores.edges is not None
     for wrong, message in (
@@ -137,7 +191,7 @@ def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
             r"those of 'RELP' are by span \('end', 'other'\); leave `positions` out, or give",
         ),
         (
-            attribute(tiny, random_task(tiny, length=2), level="edge", positions=True),
+            attribute(tiny, able_task(tiny, length=2), level="edge", positions=True),
             r"prompts of their 2 positions; the task has lengths \[3\]",
         ),
     ):

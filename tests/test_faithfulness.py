@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import networkx as nx
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import boot, random_task
+from conftest import able_task, boot, random_task
 from test_edges import MODELS, Reference, build
 from torch import Tensor
 from transformer_lens.tools.analysis import attribution_patching as lens
@@ -24,11 +26,12 @@ from circuits import (
     random,
     top,
 )
-from circuits.faithfulness import circuit_masks, circuit_metrics, endpoints
+from circuits.faithfulness import _doubt, circuit_masks, circuit_metrics, endpoints
 from circuits.graph import all_edges, real_edges, size
 from relp import RELP, Component, attribute
 from relp.sites import Sites
 from tasks import Task
+from tasks.metrics import KLDivergence
 
 
 def graph_of(model: Any, task: Task, *, positions: bool = False) -> nx.MultiDiGraph:
@@ -57,7 +60,7 @@ def theirs(edge: tuple[str, dict[str, Any]]) -> tuple[lens.Node, lens.Node]:
 
 def test_equals_transformer_lens(gpt2_folder: Path) -> None:
     model = boot(gpt2_folder)
-    task = random_task(model, pairs=1, length=4)
+    task = able_task(model, pairs=1, length=4)
     graph = graph_of(model, task, positions=True)
     circuits = [random(graph, edges=n, connected=False) for n in (60, 300, 500)]
     ours = faithfulness(model, task, circuits, progress=False)
@@ -72,7 +75,7 @@ def test_equals_transformer_lens(gpt2_folder: Path) -> None:
 
 
 def test_the_complement_is_the_rest_of_the_graph(tiny: Any) -> None:
-    task = random_task(tiny, pairs=2, length=4)
+    task = able_task(tiny, pairs=2, length=4)
     graph = graph_of(tiny, task)
     circuit = top(graph, edges=size(graph) // 3)
     rest = graph.copy()
@@ -86,7 +89,7 @@ def test_the_complement_is_the_rest_of_the_graph(tiny: Any) -> None:
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_minimality_cuts_one_edge_at_a_time(tiny: Any, positions: bool) -> None:
-    task = random_task(tiny, pairs=2, length=3)
+    task = able_task(tiny, pairs=2, length=3)
     circuit = top(graph_of(tiny, task, positions=positions), edges=12)
     table = minimality(tiny, task, circuit, progress=False)
     assert len(table) == size(circuit)
@@ -101,8 +104,117 @@ def test_minimality_cuts_one_edge_at_a_time(tiny: Any, positions: bool) -> None:
         assert found[u, data["reader"], data["pos"]] == pytest.approx(whole - share, abs=1e-5)
 
 
+def prefers_the_foil(model: Any, *, pairs: int = 4, wrong: int = 4) -> Task:
+    """A task that `model` can do, but for the first pairs, whose answer is the other's foil."""
+    task = able_task(model, pairs=pairs, length=4)
+    turned = torch.arange(pairs) < wrong
+    answers, foils = (
+        torch.where(turned, one, other)
+        for one, other in ((task.foils, task.answers), (task.answers, task.foils))
+    )
+    return replace(task, answers=answers, foils=foils)
+
+
+def doubt(clean: list[float], gap: list[float], metric: Any = "logit_difference") -> str:
+    pairs = len(clean)
+    task = Task.from_tokens(
+        torch.ones(pairs, 2), torch.zeros(pairs, 2), [0] * pairs, [1] * pairs, metric=metric
+    )
+    values = torch.tensor(clean, dtype=torch.float32)
+    return _doubt(task, values, values - torch.tensor(gap))
+
+
+def own(logits: Tensor) -> Tensor:
+    return logits[:, -1, 0]
+
+
+def test_what_is_doubted_is_a_gap_of_noise_or_a_model_that_is_wrong() -> None:
+    right = [1.0, 2.0, 3.0, 4.0]
+    # mean 0.5, standard error 0.5; and mean 2, standard error 1, which is two of them
+    assert doubt(right, [1, 1, 1, -1]) and not doubt(right, [3, 3, 3, -1])
+    assert not doubt([1, 2], [0.1, 10])  # one pair does most of it, but both say the same
+    assert not doubt([1, 1, 1, -0.5], [1, 1, 1, 1])
+    assert doubt([1, 1, -0.5, -0.5], [1, 1, 1, 1])  # half is what a coin gets right
+    assert doubt([1, 1, 1, -4], [1, 1, 1, 1])  # the foil on average
+    assert doubt([1, 1, 1, 0, 0, 0], [1] * 6)  # a tie is not right
+    assert doubt(right, [-1, -1, -1, -1]) and not doubt(right, [-1, -1, -1, -1], own)
+    assert doubt(right, [-1, -1, -1, 1], own)
+    assert not doubt([-1, -2], [1, 1], own) and not doubt([1], [0.1]) and doubt([-1], [0.1])
+    assert doubt([1, 1, -0.5, -0.5], [1, 1, 1, 1], "probability_difference")
+
+
+def test_the_doubt_says_how_many_pairs_are_right() -> None:
+    assert doubt([1, 1, 1, -0.5], [1, 1, 1, -1]) == (
+        "the model must be able to do the task, or circuits explain noise; it is right on 3 of 4 "
+        "clean prompts, and the gap in 'logit_difference' between clean and corrupt prompts is "
+        "0.5 ± 0.5 (standard error over pairs); use task.filter_correct(model), or a model that "
+        "can do the task"
+    )
+    assert doubt([-1], [0.25]) == (
+        "the model must be able to do the task, or circuits explain noise; it is right on 0 of 1 "
+        "clean prompts, and the gap in 'logit_difference' between clean and corrupt prompts is "
+        "0.25; use task.filter_correct(model), or a model that can do the task"
+    )
+    divergence = KLDivergence(torch.zeros(2, 3))
+    assert doubt([0.0, 0.0], [1, -1.5], divergence).startswith(
+        "the model must be able to do the task, or circuits explain noise; the gap in "
+        "'KLDivergence' between clean and corrupt prompts is -0.25 ± 1.2 (standard error"
+    )
+
+
+def as_users_have_it(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module without the tests' type checker, whose own frames would count as callers."""
+    path = Path(__file__).parent.parent / "circuits" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"plain_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_each_verb_warns_its_caller_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, evaluation, search = (
+        as_users_have_it(name, monkeypatch) for name in ("faithfulness", "evaluation", "acdc")
+    )
+    for module in (evaluation, search):
+        monkeypatch.setattr(module, "endpoints", plain.endpoints)
+    task = prefers_the_foil(tiny)
+    scores = attribute(tiny, task, level="edge")
+    circuit = top(assemble(scores), edges=3, connected=False)
+    for verb in (
+        lambda: plain.faithfulness(tiny, task, circuit),
+        lambda: plain.completeness(tiny, task, [circuit, circuit], progress=False),
+        lambda: plain.minimality(tiny, task, circuit, progress=False),
+        lambda: evaluation.evaluate(tiny, task, scores, sizes=[0.5], progress=False),
+        lambda: evaluation.compare(tiny, task, circuit, circuit),
+        lambda: search.acdc(tiny, task, tau=0.1, graph=circuit, progress=False),
+        lambda: plain.endpoints(Sites.of(tiny), task),
+    ):
+        with pytest.warns(UserWarning, match="it is right on 0 of 4 clean prompts") as record:
+            verb()
+        assert [Path(warning.filename).name for warning in record] == [Path(__file__).name]
+
+
+def test_the_pairs_that_the_model_gets_right_raise_no_doubt(tiny: Any) -> None:
+    task = prefers_the_foil(tiny, wrong=2)
+    circuit = graph_of(tiny, task)
+    with pytest.warns(UserWarning, match="it is right on 2 of 4 clean prompts"):
+        faithfulness(tiny, task, circuit)
+    assert faithfulness(tiny, task.filter_correct(tiny), circuit) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_a_metric_without_a_gap_is_refused(tiny: Any) -> None:
+    task = able_task(tiny, length=3)
+    circuit = graph_of(tiny, task)
+    with pytest.raises(ValueError, match=r"both average 2; use prompts whose answers differ"):
+        faithfulness(tiny, task.with_metric(lambda logits: 0 * logits[:, -1, 0] + 2), circuit)
+
+
 def test_loose_ends_change_nothing(tiny: Any) -> None:
-    task = random_task(tiny, pairs=2, length=4)
+    task = able_task(tiny, pairs=2, length=4)
     graph = graph_of(tiny, task)
     loose = random(graph, edges=size(graph) // 4, connected=False)
     assert size(connect(loose)) < size(loose)
@@ -194,7 +306,7 @@ OTHERS = (
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_edges_are_the_clean_run_and_none_the_corrupt(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name].build(tmp_path)
-    task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
+    task, sites = able_task(model, pairs=2, length=4), Sites.of(model)
     every = all_edges(sites)
     found = circuit_metrics(sites, task, torch.stack([every, torch.zeros_like(every)])[:, None])
     torch.testing.assert_close(found, torch.stack(endpoints(sites, task)), atol=1e-4, rtol=1e-4)

@@ -3,12 +3,13 @@
 import functools
 import inspect
 import time
+import types
 
 import networkx as nx
 import pytest
 import torch
 
-from circuits.graph import EDGE, GRAPH, NODE, assemble, real_edges, size
+from circuits.graph import EDGE, GRAPH, NODE, all_edges, assemble, real_edges, size
 from circuits.prune import connect, threshold, top
 from relp.scores import Component, Scores, precedes
 
@@ -148,6 +149,30 @@ def test_grouped_query_attention_has_key_value_nodes():
     assert size(graph) == graph.graph["total_edges"] == 4 + 4 + 5 + 8 * 6 + 10 + 11
 
 
+def test_key_value_heads_come_before_the_heads_they_serve():
+    order = list(assemble(make_scores(heads=2, kv_heads=1)))
+    assert order[:5] == ["embed", "L0KV0", "L0H0", "L0H1", "L0.mlp"]
+
+
+def test_parallel_blocks_have_no_edges_from_heads_to_their_own_mlp():
+    scores = make_scores(parallel=True)
+    graph = assemble(scores)
+    assert graph.has_edge("L0H0", "L1.mlp") and not graph.has_edge("L1H0", "L1.mlp")
+    assert size(graph) == int(all_edges(scores).sum()) == 46 - 2 * 2
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_neurons_hear_what_their_mlp_hears(parallel):
+    names = [f"L{layer}{part}" for layer in (0, 1) for part in ("H0", "N3", "N7", ".mlp")]
+    readers = [*(f"{n}.{s}" for n in names for s in ("qv" if "H" in n else ("in",))), "logits.in"]
+    layout = types.SimpleNamespace(writers=["embed", *names], readers=readers, parallel=parallel)
+    found = all_edges(layout)
+    for w, row in zip(layout.writers, found.tolist(), strict=True):
+        for r, exists in zip(readers, row, strict=True):
+            owner, _ = Component.of_reader(r)
+            assert exists == precedes(Component.parse(w), owner, parallel=parallel), (w, r)
+
+
 def test_uneven_groups_are_refused():
     with pytest.raises(ValueError, match="layer 0 has 3 and 2"):
         assemble(make_scores(heads=3, kv_heads=2))
@@ -283,6 +308,10 @@ def test_threshold():
     positive = threshold(graph, 0.0, signed=True, connected=False)
     assert all(d["score"] >= 0 for *_, d in real_edges(positive))
     assert len(threshold(graph, 1e9)) == 0
+    least = graph.edges["embed", "L0H0", "q"]["score"]
+    for minimum, signed in ((abs(least), False), (least, True)):
+        kept = threshold(graph, minimum, signed=signed, connected=False)
+        assert kept.has_edge("embed", "L0H0", "q")  # the minimum itself stays
     for bad in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="`minimum` must be"):
             threshold(graph, bad)

@@ -10,7 +10,7 @@ import networkx as nx
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import boot, random_task
+from conftest import able_task, boot, random_task
 from test_edges import MODELS, Reference, build
 from test_faithfulness import alone, split
 from torch import Tensor
@@ -310,7 +310,7 @@ def test_single_edges_by_finite_differences(
 @torch.no_grad()
 def test_circuits_with_neurons_equal_a_slow_run(named: tuple[str, Any]) -> None:
     _, model = named
-    task, sites = random_task(model, pairs=2, length=4), Sites.of(model).splitting(NEURONS)
+    task, sites = able_task(model, pairs=2, length=4), Sites.of(model).splitting(NEURONS)
     every = all_edges(sites)
     generator = torch.Generator().manual_seed(0)
     masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
@@ -327,7 +327,7 @@ def test_circuits_with_neurons_equal_a_slow_run(named: tuple[str, Any]) -> None:
 
 
 def test_a_missing_neuron_is_cut_and_not_part_of_its_mlp(tiny: Any) -> None:
-    task = random_task(tiny, pairs=2, length=4)
+    task = able_task(tiny, pairs=2, length=4)
     scores = attribute(tiny, task, level="edge", neurons=NEURONS)
     graph, plain = assemble(scores), assemble(attribute(tiny, task, level="edge"))
     assert graph.graph["neurons"] == "L0N5 L1N0 L1N7" and plain.graph["neurons"] == ""
@@ -380,7 +380,7 @@ def test_a_missing_neuron_is_cut_and_not_part_of_its_mlp(tiny: Any) -> None:
 
 
 def test_circuits_with_neurons_are_chosen_judged_and_kept(tiny: Any, tmp_path: Path) -> None:
-    task = random_task(tiny, pairs=2, length=4)
+    task = able_task(tiny, pairs=2, length=4)
     scores = attribute(tiny, task, level="edge", neurons=NEURONS)
     graph = assemble(scores)
     some = between(graph, ["L1N7", "L0.mlp", "L2H1"])

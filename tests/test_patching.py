@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import boot, random_task, save_tokenizer
+from conftest import able_task, boot, random_task, save_tokenizer
 from replica import Replica
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -585,7 +585,7 @@ def heard_by(circuit: Any) -> dict[tuple[str, int], set[str]]:
 @pytest.mark.parametrize("positions", [False, True])
 def test_circuits_equal_a_slow_run_reader_by_reader(tiny: Any, positions: bool) -> None:
     """The replica gives every reader its own residual stream, in float64."""
-    task = random_task(tiny, pairs=2, length=5)
+    task = able_task(tiny, pairs=2, length=5)
     scores = attribute(tiny, task, rules=RELP, level="edge", positions=positions)
     graph = assemble(scores)
     circuits = [top(graph, edges=size(graph) * share // 10) for share in (1, 3, 6)]

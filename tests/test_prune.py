@@ -7,7 +7,7 @@ import pytest
 from test_graph import circuit_of, make_scores, names
 
 from circuits.graph import assemble, real_edges, size
-from circuits.prune import between, connect, greedy, threshold, top, top_nodes
+from circuits.prune import between, connect, greedy, random, threshold, top, top_nodes
 
 
 def slowly(graph: nx.MultiDiGraph, edges: int, signed: bool) -> set[tuple[str, str, str]]:
@@ -103,11 +103,27 @@ def test_top_nodes_are_the_best_heads_and_mlps(kv_heads):
         assert names(kept) == names(between(graph, ranked[:nodes]))
         assert names(connect(kept)) == names(kept)
     assert nx.utils.graphs_equal(top_nodes(graph, nodes=15), graph)
+    # key/value heads, whose score is 0, are not counted before nodes that do harm either
+    ranked.sort(key=lambda n: -graph.nodes[n]["score"])
+    assert graph.nodes[ranked[-2]]["score"] < 0
+    kept = top_nodes(graph, nodes=14, signed=True)
+    assert names(kept) == names(between(graph, ranked[:14]))
     with pytest.raises(ValueError, match="got -1"):
         top_nodes(graph, nodes=-1)
     for choose in (lambda: greedy(graph, edges=0.5), lambda: top_nodes(graph, nodes=0.5)):
         with pytest.raises(TypeError):
             choose()
+
+
+def test_random_circuits_are_drawn_by_their_seed_and_not_by_score():
+    graph = assemble(make_scores(layers=3, kv_heads=1))
+    one, again, other = (random(graph, edges=12, seed=seed) for seed in (0, 0, 1))
+    assert names(one) == names(again) != names(other)
+    assert names(connect(one)) == names(one) and 0 < size(one) <= 12
+    assert size(random(graph, edges=12, connected=False)) == 12
+    for *_, data in real_edges(graph):
+        data["score"] = 0.0
+    assert names(random(graph, edges=12)) == names(one)
 
 
 def test_the_input_is_left_alone_and_shares_nothing():

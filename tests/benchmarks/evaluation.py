@@ -36,7 +36,7 @@ def main(pairs: int = 16, exact: bool = False) -> None:
     print(MEANING.format(pairs=pairs))
     for name in zoo.names():
         table = compared(name, pairs, exact=exact)
-        print(f"{name}\n{table.to_string(float_format='{:.3f}'.format)}\n", flush=True)
+        print(f"{name}\n{table.to_string(float_format='{:.3f}'.format, na_rep='–')}\n", flush=True)
 
 
 def compared(name: str, pairs: int, *, exact: bool) -> pd.DataFrame:
