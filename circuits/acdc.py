@@ -27,6 +27,7 @@ from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites,
 from circuits.graph import all_edges, assemble, check_circuit, real_edges
 from circuits.prune import keep
 from relp.attribution import provenance
+from relp.capture import undisturbed
 from relp.scores import Component, Scores
 from relp.sites import Sites
 
@@ -39,6 +40,7 @@ _NEXT = "acdc_next"
 """Graph attribute of an interrupted search: the first edge that it did not decide."""
 
 
+@undisturbed
 def acdc(
     model: Any,
     task: Any,
@@ -91,7 +93,7 @@ def acdc(
             "attribute(level='edge') without positions=True"
         )
     sites = Sites.of(model) if graph is None else circuit_sites(model, graph)
-    clean, corrupt = endpoints(sites, task, stacklevel=3)
+    clean, corrupt = endpoints(sites, task, stacklevel=4)
     mask = all_edges(sites) if graph is None else circuit_masks(sites, task, graph)[0, 0]
     order = _order(sites, mask)
     state = _State(0, mask, torch.zeros(mask.shape))
@@ -107,7 +109,7 @@ def acdc(
             warnings.warn(
                 f"interrupted: the search decided {state.at} of {len(order)} edges, and the "
                 "circuit returned has all others; give it as `graph` to go on",
-                stacklevel=2,
+                stacklevel=3,
             )
     writers, readers = sites.writers, sites.readers
     found = Scores(

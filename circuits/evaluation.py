@@ -27,6 +27,7 @@ from torch import Tensor
 
 from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.graph import all_edges
+from relp.capture import undisturbed
 from relp.scores import Component, Scores
 from relp.sites import Sites
 
@@ -148,6 +149,7 @@ class Evaluation:
         return table.to_html(float_format="{:.3f}".format)
 
 
+@undisturbed
 def evaluate(
     model: Any,
     task: Any,
@@ -194,7 +196,7 @@ def evaluate(
         many.append(replace(many[0], rules=name, edges=drawn, direction="denoise"))
     masks = [_best(s, sizes, signed) for s in many]
     length = max(m.shape[1] for m in masks)
-    clean, corrupt = endpoints(sites, task, stacklevel=3)
+    clean, corrupt = endpoints(sites, task, stacklevel=4)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
     metric = circuit_metrics(sites, task, together, progress=progress)
     return Evaluation(
@@ -210,6 +212,7 @@ def evaluate(
     )
 
 
+@undisturbed
 def compare(
     model: Any,
     task: Any,
@@ -225,7 +228,7 @@ def compare(
     """
     sites = circuit_sites(model, [one, other])
     masks = circuit_masks(sites, task, [one, other])
-    clean, corrupt = endpoints(sites, task, stacklevel=3)
+    clean, corrupt = endpoints(sites, task, stacklevel=4)
     metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from circuits.graph import all_edges, check_circuit, real_edges
 from circuits.rerun import output_shapes, skipping
-from relp.attribution import head_changes, neuron_outputs
-from relp.capture import ROOT, answers_only, observe
+from relp.attribution import head_changes, must_fit, neuron_outputs
+from relp.capture import ROOT, answers_only, observe, precise_logits, undisturbed
 from relp.norms import NormMap
 from relp.rulebook import DEEPLIFT
 from relp.scores import Component
@@ -47,6 +47,7 @@ BATCH_BYTES = 256 << 20
 """Memory for the writers' changes of the circuits and pairs that share a run."""
 
 
+@undisturbed
 def faithfulness(
     model: Any,
     task: Any,
@@ -85,6 +86,7 @@ def faithfulness(
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
 
+@undisturbed
 def completeness(
     model: Any,
     task: Any,
@@ -105,6 +107,7 @@ def completeness(
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
 
+@undisturbed
 def minimality(
     model: Any, task: Any, circuit: nx.MultiDiGraph, *, progress: bool = True
 ) -> pd.DataFrame:
@@ -132,7 +135,7 @@ def minimality(
 def _shares(
     sites: Sites, task: Any, masks: Bool[Tensor, "circuit pos writer reader"], progress: bool
 ) -> Float[Tensor, " circuit"]:
-    clean, corrupt = endpoints(sites, task, stacklevel=4)
+    clean, corrupt = endpoints(sites, task, stacklevel=5)
     found = circuit_metrics(sites, task, masks, progress=progress and len(masks) > 1)
     return (found.mean(1) - corrupt.mean()) / (clean.mean() - corrupt.mean())
 
@@ -153,6 +156,7 @@ def endpoints(
             it (a hook, a part of the model without edges) breaks it on every pair, and trying all
             would take a single circuit half as long again.
     """
+    must_fit(sites, task)
     metrics = {side: torch.zeros(len(task)) for side in ("clean", "corrupt")}
     for side, values in metrics.items():
         for index, batch in task.buckets(_rows(sites, task)):
@@ -160,10 +164,12 @@ def endpoints(
     clean, corrupt = metrics["clean"], metrics["corrupt"]
     every = all_edges(sites)
     late = {*sites.blocks[-1].readers, "logits.in"}
-    # a circuit beside it that differs at the end only: the blocks before are skipped as well
+    # A circuit beside it that differs at the end only: the blocks before are skipped as well. And
+    # the whole twice: what acts on one row of a batch (a hook) would act on one circuit.
     beside = every & torch.tensor([reader not in late for reader in sites.readers])
-    whole = circuit_metrics(sites, task.select([0]), torch.stack([every, beside])[:, None])
-    error = float((whole[0] - clean[:1]).abs())
+    masks = torch.stack([every, beside, every])[:, None]
+    whole = circuit_metrics(sites, task.select([0]), masks)[::2]
+    error = float((whole - clean[:1]).abs().max())
     if error > 1e-2 * max(1.0, float(clean.abs().max())):
         raise RuntimeError(
             "all edges together must give the clean run; the rebuilt run's metric misses it by "
@@ -387,7 +393,12 @@ class _Run:
         edits["final"] = partial(self.read, "logits.in")
         tokens = task.clean.to(self.sites.device).repeat(len(self.masks), 1)
         others = [b.layer for b in self.sites.blocks if b.layer not in layers]
-        with torch.no_grad(), skipping(self.sites, others, outputs), editing(self.sites, edits):
+        with (
+            torch.no_grad(),
+            precise_logits(self.sites),
+            skipping(self.sites, others, outputs),
+            editing(self.sites, edits),
+        ):
             logits: Tensor = self.sites.model(tokens)
         return logits
 

@@ -164,8 +164,8 @@ def test_the_doubt_says_how_many_pairs_are_right() -> None:
 
 def as_users_have_it(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module without the tests' type checker, whose own frames would count as callers."""
-    path = Path(__file__).parent.parent / "circuits" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"plain_{name}", path)
+    path = Path(__file__).parent.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"plain_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -175,8 +175,11 @@ def as_users_have_it(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
 def test_each_verb_warns_its_caller_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = as_users_have_it("relp/capture", monkeypatch).undisturbed
+    monkeypatch.setattr("relp.capture.undisturbed", undisturbed)
     plain, evaluation, search = (
-        as_users_have_it(name, monkeypatch) for name in ("faithfulness", "evaluation", "acdc")
+        as_users_have_it(f"circuits/{name}", monkeypatch)
+        for name in ("faithfulness", "evaluation", "acdc")
     )
     for module in (evaluation, search):
         monkeypatch.setattr(module, "endpoints", plain.endpoints)
@@ -190,7 +193,7 @@ def test_each_verb_warns_its_caller_once(tiny: Any, monkeypatch: pytest.MonkeyPa
         lambda: evaluation.evaluate(tiny, task, scores, sizes=[0.5], progress=False),
         lambda: evaluation.compare(tiny, task, circuit, circuit),
         lambda: search.acdc(tiny, task, tau=0.1, graph=circuit, progress=False),
-        lambda: plain.endpoints(Sites.of(tiny), task),
+        lambda: plain.endpoints(Sites.of(tiny), task, stacklevel=2),
     ):
         with pytest.warns(UserWarning, match="it is right on 0 of 4 clean prompts") as record:
             verb()
