@@ -1,7 +1,9 @@
 """Labelled results: names, tables worked out by hand, and files that come back as they were."""
 
+import copy
 import json
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
@@ -160,6 +162,33 @@ def test_a_result_is_frozen_and_says_where_it_comes_from() -> None:
     ):
         assert repr(result) == f"{what}, {labels}"
     assert (scores.level, edge_scores().level) == ("node", "edge")
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda scores: pickle.loads(pickle.dumps(scores))],
+    ids=["deep copy", "another process"],
+)
+@pytest.mark.parametrize("kind", [Scores, Effects])
+@pytest.mark.parametrize("make", [node_scores, edge_scores])
+def test_copies_are_results_like_the_first(
+    make: Callable[..., Scores], kind: type[Scores], again: Callable[[Scores], Scores]
+) -> None:
+    result = make(
+        kind,
+        tokens=("When", " Mary"),
+        spans={"end": torch.tensor([1, 0]), "S1": torch.tensor([0, 1])},
+        remainder={"blocks.0": 0.5},
+    )
+    made = again(result)
+    assert same(made, result) and list(made.spans) == ["end", "S1"]
+    assert made.clean.data_ptr() != result.clean.data_ptr()
+    assert made.spans["end"].data_ptr() != result.spans["end"].data_ptr()
+    assert made.to_dataframe().equals(result.to_dataframe())
+    with pytest.raises(TypeError):
+        made.spans["end"] = torch.tensor([0, 0])  # type: ignore[index]
+    with pytest.raises(FrozenInstanceError):
+        made.rules = "GRADIENT"  # type: ignore[misc]
 
 
 def test_the_gap_has_the_sign_of_a_patch() -> None:
