@@ -32,7 +32,7 @@ class Task:
     `tasks.ioi`. `task.metric(logits)` gives one number per pair; the default is the logit of the
     answer minus that of the foil at the pair's answer position, `spans["end"]`.
 
-    A task keeps copies of what it is given, on the CPU, and never changes.
+    A task keeps copies, on the CPU: what is done later to the tensors given changes nothing.
 
     Raises:
         ValueError: shapes do not agree, a row of `corrupt` has not the length of its row of
