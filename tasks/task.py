@@ -484,8 +484,7 @@ def _entries(values: Any) -> list[Any]:
     """
     if isinstance(values, (str, bytes, Mapping, Set)):  # these would give other entries
         raise TypeError(f"{type(values).__name__} is no list")
-    # where there is such a method, it turns an array's own kinds of entry into Python's
-    return list(values.tolist() if hasattr(values, "tolist") else values)
+    return list(values)
 
 
 def _rows(values: Any, label: str) -> list[Tensor]:

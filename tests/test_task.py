@@ -171,11 +171,13 @@ def test_batch_size_must_be_positive() -> None:
 
 
 def test_select_takes_rows_in_the_order_asked_for_and_trims() -> None:
-    part = mixed(name="mix", metric="probability_difference").select([2, 0, 2])
+    ends = [0, 2, 1, 3, 1, 0]
+    task = mixed(name="mix", metric="probability_difference", spans={"end": ends})
+    part = task.select([2, 0, 2])
     assert part.clean.tolist() == [[12, 0, 1], [10, 0, -1], [12, 0, 1]]
     assert part.corrupt.tolist() == [[1, 0, 12], [0, 10, -1], [1, 0, 12]]
     assert part.answers.tolist() == [2, 0, 2] and part.foils.tolist() == [8, 6, 8]
-    assert part.spans["end"].tolist() == [2, 1, 2]
+    assert part.spans["end"].tolist() == [1, 0, 1]
     assert part.name == "mix" and part.metric.function is probability_difference
 
 
@@ -282,6 +284,19 @@ def test_an_answer_must_be_one_token(tokenizer: PreTrainedTokenizerFast) -> None
             Task.from_prompts(tokenizer, CLEAN[1:], CORRUPT[1:], [answer], [" Paul"])
 
 
+def test_an_answer_must_leave_its_prompt_as_it_was() -> None:
+    """`ab` is a, b, and with `cd` behind it a, bc, d: one more, but not after the prompt."""
+    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "d", "bc"])}
+    bpe = Tokenizer(models.BPE(vocabulary, [("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    made = Task.from_prompts(tokenizer, ["ab"], ["bb"], ["d"], ["a"])
+    assert made.answers.tolist() == [3] and made.foils.tolist() == [0]
+    assert full_message(lambda: Task.from_prompts(tokenizer, ["ab"], ["bb"], ["cd"], ["a"])) == (
+        "an answer must be exactly one token after its prompt; 'cd' after 'ab' is ['d']; "
+        "choose a word of one token, with its leading space"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -379,6 +394,11 @@ def test_the_constructor_checks_shapes_and_padding() -> None:
     assert full_message(lambda: replace(task, corrupt=shorter)) == (
         "`corrupt` must have the length of `clean`: pair 1 has 3 and 2 tokens; "
         "choose prompts that align token by token"
+    )
+    outside = torch.tensor([[3, 0, 1], [3, -7, 2]])
+    assert full_message(lambda: replace(task, corrupt=outside)) == (
+        "token ids must be non-negative, and -1 only after a prompt's end: pair 1 is "
+        "[3, 2, 2] / [3, -7, 2]; use Task.from_tokens for prompts of different lengths"
     )
     for bad in (torch.tensor([[3, -1, 1], [3, 2, 2]]), torch.tensor([[3, 1, 1], [3, -7, 2]])):
         i = int((bad < 0).any(1).nonzero()[0])
@@ -558,6 +578,46 @@ def test_a_metric_sees_the_task_of_its_own_rows() -> None:
     renamed = replace(task, name="other", answers=task.answers + 1)
     assert renamed.metric.task is renamed and isinstance(renamed.metric, Metric)
     assert renamed.metric(torch.zeros(6, 1, 12)).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_divergence_keeps_numbers_of_its_own() -> None:
+    given = torch.zeros(2, 4, requires_grad=True)
+    metric = KLDivergence(given)
+    with torch.no_grad():
+        given += 7
+    assert not metric.reference.requires_grad and not bool(metric.reference.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_divergence_is_computed_in_single_precision(dtype: torch.dtype) -> None:
+    """Half precision would round logarithms of a few hundred words by more than many effects."""
+    values = torch.randn(2, 3, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    task = two()
+    metric = KLDivergence.of(lambda tokens: values, task)
+    assert metric.reference.dtype == torch.float32
+    assert torch.equal(metric.reference, values[:, -1].float().log_softmax(-1))
+    shifted = values.roll(1, -1)
+    wanted = metric(shifted.float(), task)
+    assert torch.equal(metric(shifted, task), wanted) and float(wanted.max()) < -0.1
+
+
+def test_a_divergence_is_of_the_tasks_pairs() -> None:
+    for pairs in (1, 3):
+        task = two().with_metric(KLDivergence(torch.zeros(pairs, 4)))
+        assert full_message(lambda task=task: task.metric(logits_at(VALUES))) == (
+            f"KLDivergence must be made of the task it is used on; it holds {pairs} pairs and the "
+            "task 2; use task.with_metric(KLDivergence.of(model, task))"
+        )
+
+
+def test_memory_that_runs_out_in_a_metric_is_no_fault_of_it() -> None:
+    """Whoever runs the batch halves it then."""
+
+    def metric(logits: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        two().with_metric(metric).metric(logits_at(VALUES))
 
 
 def test_kl_divergence_follows_the_rows() -> None:
@@ -962,7 +1022,10 @@ def test_a_prompt_may_fill_the_context(tiny: Any) -> None:
 @pytest.mark.parametrize("make", [ioi, lambda given: Task.from_prompts(given, **TEXTS)])
 def test_what_is_no_tokenizer_is_refused(tiny: Any, make: Callable[[Any], object]) -> None:
     """A model can be called on text, too."""
-    for given in (tiny, tiny.original_model, None, "gpt2", gpt2().backend_tokenizer, len):
+    for given in (
+        *(tiny, tiny.original_model, None, "gpt2", len),
+        *(gpt2().backend_tokenizer, PreTrainedTokenizerFast),
+    ):
         assert full_message(lambda given=given: make(given), TypeError) == (
             "`tokenizer` must be a Hugging Face tokenizer; "
             f"got {type(given).__name__}; pass model.tokenizer"
