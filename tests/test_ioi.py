@@ -319,6 +319,37 @@ def test_an_unknown_token_is_not_a_name() -> None:
         ioi(whole_words(["Then", "When", *NAMES[:4]]))
 
 
+def test_a_name_behind_a_token_for_the_space_is_not_whole() -> None:
+    vocabulary = {w: i for i, w in enumerate(["<unk>", " ", "Then", *NAMES])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    with pytest.raises(ValueError, match=r"got 0 \(none\)"):
+        ioi(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>"))
+
+
+def test_one_length_is_the_commonest() -> None:
+    lengths = ioi(gpt2(), pairs=300, mixed_lengths=True, seed=1).lengths
+    assert set(ioi(gpt2(), pairs=8).lengths.tolist()) == {int(lengths.mode().values)}
+
+
+@pytest.mark.parametrize("corruption", ["flip", "abc"])
+def test_prompts_are_checked_token_by_token(corruption: str) -> None:
+    prompt = draw(random.Random(0), NAMES, abba=True)
+    with pytest.raises(ValueError) as error:
+        build(gpt2(), [replace(prompt, s=prompt.io)], corruption=corruption)
+    assert str(error.value).startswith(
+        "a prompt must hold IO once and S twice, as one token each; got 3 and 3 in '"
+    )
+    if corruption == "abc":  # one name stays, or is of two tokens
+        for first in (prompt.io, f"{prompt.io} {prompt.s}"):
+            strange = replace(prompt, fresh=(first, *prompt.fresh[1:]))
+            with pytest.raises(ValueError) as error:
+                build(gpt2(), [prompt, strange], corruption=corruption)
+            assert str(error.value).startswith(
+                "`clean` and `corrupt` must differ at the names only: pair 1 has "
+            )
+
+
 @pytest.mark.parametrize("corruption", ["flip", "abc"])
 def test_prompts_hold_no_unknown_words(corruption: str) -> None:
     texts = [t.format(A="", B="", S="", place="", object="") for t in TEMPLATES]

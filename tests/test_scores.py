@@ -223,22 +223,22 @@ def test_means_are_over_the_pairs_that_have_the_position() -> None:
 
 def test_sums_over_spans_follow_each_pair() -> None:
     """Pair 0 has `a` and `b` at 0 and 2; pair 1 both at 1, where the first name counts."""
-    nodes = torch.tensor([[[1.0, 2.0, 4.0, 8.0]], [[16.0, 32.0, 64.0, 0.0]]])
+    nodes = torch.tensor([[[1.0, 2.0, 4.0, 8.0]], [[16.0, 32.0, 0.0, 0.0]]])
     scores = Scores(
-        **(LABELS | {"lengths": torch.tensor([4, 3])}),
+        **(LABELS | {"lengths": torch.tensor([4, 2])}),
         components=("embed",), nodes=nodes,
         spans={"a": torch.tensor([0, 1]), "b": torch.tensor([2, 1])},
     )  # fmt: skip
     summed = scores.by_span()
     assert summed.nodes is not None and summed.places == summed.tokens == ("a", "b", "other")
-    assert summed.nodes.tolist() == [[[1.0, 4.0, 10.0]], [[32.0, 0.0, 80.0]]]
-    assert summed.mean.tolist() == [[16.5, 2.0, 45.0]]  # a prompt has every place, however short
+    assert summed.nodes.tolist() == [[[1.0, 4.0, 10.0]], [[32.0, 0.0, 16.0]]]
+    assert summed.mean.tolist() == [[16.5, 2.0, 13.0]]  # a prompt has every place, however short
     frame = summed.to_dataframe()
     assert list(frame) == ["component", "kind", "layer", "head", "span", "score"]
     assert frame["span"].tolist() == ["a", "b", "other"] and frame["score"].tolist() == [
         16.5,
         2,
-        45,
+        13,
     ]
     assert summed.by_span() is summed
     whole = replace(scores, nodes=nodes[:, :, :1], tokens=ALL_POSITIONS)

@@ -868,6 +868,8 @@ def test_a_task_does_not_remember_in_which_mode_it_was_made(shipped: Any) -> Non
     for task in made:
         for tensor in (*(getattr(task, label) for label in TEXTS), *task.spans.values()):
             assert not tensor.is_inference() and tensor.device.type == "cpu"
+        reference = getattr(task.metric.function, "reference", None)
+        assert reference is None or not reference.is_inference()
         scores = attribute(shipped, task)
         assert scores.nodes is not None and bool(scores.nodes.any())
     assert torch.equal(attribute(shipped, made[0]).nodes, attribute(shipped, made[-1]).nodes)
