@@ -145,6 +145,13 @@ class Scores:
                 f"got {list(self.edges.shape)}"
             )
 
+    # a copy, and what another process gets, has spans of its own that are as read-only as these
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "spans": dict(self.spans)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, spans=MappingProxyType(state["spans"]))
+
     # -- reading -------------------------------------------------------------------------------
 
     @property

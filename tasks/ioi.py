@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from tasks.task import Task, answer_id, encode
+from tasks.task import Task, answer_id, encode, must_be_tokenizer, must_know
 
 __all__ = ["ioi"]
 
@@ -137,14 +135,10 @@ def ioi(
 
     Raises:
         ValueError: `pairs` is below 1, `corruption` is unknown, or the tokenizer keeps fewer than
-            five names whole or does not keep the prompts of a pair aligned.
-        TypeError: `tokenizer` cannot be called on text.
+            five names whole, does not know a word or does not keep the prompts of a pair aligned.
+        TypeError: `tokenizer` is none.
     """
-    if not callable(tokenizer):
-        raise TypeError(
-            "`tokenizer` must be a Hugging Face tokenizer; "
-            f"got {type(tokenizer).__name__}; pass model.tokenizer"
-        )
+    must_be_tokenizer(tokenizer)
     if not isinstance(pairs, int) or pairs < 1:
         raise ValueError(
             f"`pairs` must be a whole number of at least 1; got {pairs!r}; "
@@ -196,13 +190,15 @@ def build(
     """The task made of these prompts, with every position and answer checked token by token.
 
     Raises:
-        ValueError: a name is not one token in its prompt, or the two prompts of a pair differ
-            elsewhere than at the names.
+        ValueError: the tokenizer does not know a word, a name is not one token in its prompt, or
+            the two prompts of a pair differ elsewhere than at the names.
     """
     clean, corrupt, answers, foils = [], [], [], []
     spans: dict[str, list[int]] = {"IO": [], "S1": [], "S2": [], "end": []}
     for i, prompt in enumerate(prompts):
         text, other_text = prompt.text(), prompt.text(corruption)
+        must_know(tokenizer, text, f"pair {i} of `clean`")
+        must_know(tokenizer, other_text, f"pair {i} of `corrupt`")
         row = encode(tokenizer, text, prepend_bos=prepend_bos)
         other = encode(tokenizer, other_text, prepend_bos=prepend_bos)
         answer = answer_id(tokenizer, text, f" {prompt.io}")
@@ -223,8 +219,8 @@ def build(
                 f"{sorted(names)} ({text!r} / {other_text!r}); use a tokenizer that keeps names "
                 "whole after a space"
             )
-        clean.append(torch.tensor(row))
-        corrupt.append(torch.tensor(other))
+        clean.append(row)
+        corrupt.append(other)
         answers.append(answer)
         foils.append(foil)
         for label, at in zip(spans, (io[0], s[0], s[1], len(row) - 1), strict=True):

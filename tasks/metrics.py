@@ -48,12 +48,16 @@ class KLDivergence:
     reference: Float[Tensor, "pair d_vocab"]
     """Log-probabilities of the clean run at each pair's answer position."""
 
+    @torch.inference_mode(False)  # a tensor made inside it could not be differentiated with
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reference", self.reference.detach().clone())
+
     @classmethod
     def of(cls, model: Any, task: Task) -> KLDivergence:
         """Runs the clean prompts once and keeps the log-probabilities that the model gave.
 
         Raises:
-            ValueError: the model is in train mode.
+            ValueError: the model is in train mode, or has not the task's tokens or positions.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(task)
         for index, logits in clean_answers(model, task):
@@ -84,8 +88,10 @@ def clean_answers(
     """Runs the clean prompts: which pairs, and the logits at their answer positions.
 
     Raises:
-        ValueError: the model is in train mode.
+        ValueError: the model is in train mode, or has not the task's tokens or positions.
     """
+    if (cfg := getattr(model, "cfg", None)) is not None:
+        task.must_fit(cfg, str(getattr(cfg, "model_name", type(model).__name__)))
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     if training := [name or "the model" for name, module in modules if module.training]:
         raise ValueError(

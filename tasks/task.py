@@ -7,10 +7,11 @@ accepts, so that a padded row can never reach a model unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -31,10 +32,13 @@ class Task:
     `tasks.ioi`. `task.metric(logits)` gives one number per pair; the default is the logit of the
     answer minus that of the foil at the pair's answer position, `spans["end"]`.
 
+    A task keeps copies, on the CPU: what is done later to the tensors given changes nothing.
+
     Raises:
         ValueError: shapes do not agree, a row of `corrupt` has not the length of its row of
-            `clean`, a token id is negative, a span points outside its prompt, or an answer is its
-            own foil and the metric their difference.
+            `clean` or is the same, a token id is negative, a span points outside its prompt, or an
+            answer is its own foil and the metric their difference.
+        TypeError: token ids or positions are not whole numbers, or the metric is none.
     """
 
     clean: Int[Tensor, "pair pos"]
@@ -47,7 +51,11 @@ class Task:
     """A name, a callable `(logits)` or `(logits, task)`; reading the field gives a bound Metric."""
     name: str = "task"
 
+    @torch.inference_mode(False)  # tensors made inside it could not be differentiated with
     def __post_init__(self) -> None:
+        for label in ("clean", "corrupt", "answers", "foils"):
+            ids = whole_numbers(getattr(self, label), f"`{label}`")
+            object.__setattr__(self, label, ids)
         pairs = self.clean.shape[0] if self.clean.dim() == 2 else -1
         if pairs < 1 or self.corrupt.shape != self.clean.shape:
             raise ValueError(
@@ -85,7 +93,14 @@ class Task:
                 f"{self.clean[i].tolist()} / {self.corrupt[i].tolist()}; "
                 "use Task.from_tokens for prompts of different lengths"
             )
-        spans = {k: torch.as_tensor(v, dtype=torch.long) for k, v in self.spans.items()}
+        same = (self.clean == self.corrupt).all(1).nonzero().flatten()
+        if len(same):
+            raise ValueError(
+                f"`corrupt` must differ from `clean`, or nothing can be patched: pair "
+                f"{int(same[0])} has the same tokens on both sides; change in `corrupt` what the "
+                "answer hangs on"
+            )
+        spans = {k: whole_numbers(v, f"span {k!r}") for k, v in self.spans.items()}
         spans.setdefault("end", lengths - 1)
         for label, at in spans.items():
             if at.shape != (pairs,) or bool(((at < 0) | (at >= lengths)).any()):
@@ -118,27 +133,37 @@ class Task:
             )
         object.__setattr__(self, "metric", Metric(function, self))
 
+    # a copy, and what another process gets, has spans of its own that are as read-only as these
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "spans": dict(self.spans)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, spans=MappingProxyType(state["spans"]))
+
     # -- building ------------------------------------------------------------------------------
 
     @classmethod
     def from_tokens(
         cls,
-        clean: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
-        corrupt: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
-        answers: Tensor | Sequence[int],
-        foils: Tensor | Sequence[int],
+        clean: Iterable[Iterable[SupportsIndex]],
+        corrupt: Iterable[Iterable[SupportsIndex]],
+        answers: Iterable[SupportsIndex],
+        foils: Iterable[SupportsIndex],
         *,
-        spans: Mapping[str, Tensor | Sequence[int]] | None = None,
+        spans: Mapping[str, Iterable[SupportsIndex]] | None = None,
         metric: str | Callable[..., Tensor] = "logit_difference",
         name: str = "task",
     ) -> Task:
         """From token ids: `[pair, pos]` tensors, or lists of rows when lengths differ.
 
+        A list may be anything that holds its entries in order: an array, a column of a table.
+
         Raises:
-            ValueError: a pair's two prompts have different lengths, or a token id is negative.
+            ValueError: a pair's two prompts have different lengths or are the same, or a token id
+                is negative.
+            TypeError: token ids are not whole numbers.
         """
-        rows = [torch.as_tensor(r, dtype=torch.long).flatten() for r in clean]
-        others = [torch.as_tensor(r, dtype=torch.long).flatten() for r in corrupt]
+        rows, others = _rows(clean, "clean"), _rows(corrupt, "corrupt")
         if len(rows) != len(others):
             raise ValueError(
                 f"`clean` and `corrupt` must hold as many prompts; got {len(rows)} and "
@@ -158,9 +183,9 @@ class Task:
         return cls(
             clean=_stack(rows),
             corrupt=_stack(others),
-            answers=torch.as_tensor(answers, dtype=torch.long),
-            foils=torch.as_tensor(foils, dtype=torch.long),
-            spans={k: torch.as_tensor(v, dtype=torch.long) for k, v in (spans or {}).items()},
+            answers=whole_numbers(answers, "`answers`"),
+            foils=whole_numbers(foils, "`foils`"),
+            spans={k: whole_numbers(v, f"span {k!r}") for k, v in (spans or {}).items()},
             metric=metric,
             name=name,
         )
@@ -169,10 +194,10 @@ class Task:
     def from_prompts(
         cls,
         tokenizer: Any,
-        clean: Sequence[str],
-        corrupt: Sequence[str],
-        answers: Sequence[str],
-        foils: Sequence[str],
+        clean: Iterable[str],
+        corrupt: Iterable[str],
+        answers: Iterable[str],
+        foils: Iterable[str],
         *,
         metric: str | Callable[..., Tensor] = "logit_difference",
         name: str = "task",
@@ -180,22 +205,28 @@ class Task:
     ) -> Task:
         """From text. An answer is what follows its prompt, such as `" Mary"`, and is one token.
 
-        `prepend_bos` puts the tokenizer's beginning-of-sequence token first, as TransformerLens
-        does, if it has one.
+        A list may be anything that holds its texts in order: a tuple, an array, a column of a
+        table. `prepend_bos` puts the tokenizer's beginning-of-sequence token first, as
+        TransformerLens does, if it has one.
 
         Raises:
-            ValueError: prompts of a pair tokenize to different lengths, or an answer is not one
-                token after its prompt.
+            ValueError: prompts of a pair tokenize to different lengths or to the same tokens, an
+                answer is not one token after its prompt, the tokenizer does not know a word, or
+                the lists are not of one length.
+            TypeError: an entry is no text, or `tokenizer` is none.
         """
-        lists = {"clean": clean, "corrupt": corrupt, "answers": answers, "foils": foils}
-        for label, texts in lists.items():
-            if isinstance(texts, str) or len(texts) != len(clean) or len(texts) == 0:
-                count = "one or more" if label == "clean" else len(clean)
-                raise ValueError(
-                    f"`{label}` must be a list of {count} texts, one per "
-                    f"pair; got {texts if isinstance(texts, str) else len(texts)!r}; "
-                    "give clean, corrupt, answers and foils lists of one length"
-                )
+        must_be_tokenizer(tokenizer)
+        clean = _texts(clean, "clean")
+        corrupt, answers, foils = (
+            _texts(texts, label, len(clean))
+            for label, texts in (("corrupt", corrupt), ("answers", answers), ("foils", foils))
+        )
+        answered = [p + a for p, a in zip(clean, answers, strict=True)]
+        foiled = [p + f for p, f in zip(clean, foils, strict=True)]
+        whole = {"clean": clean, "corrupt": corrupt, "answers": answered, "foils": foiled}
+        for label, texts in whole.items():
+            for i, text in enumerate(texts):
+                must_know(tokenizer, text, f"pair {i} of `{label}`")
         rows = [encode(tokenizer, text, prepend_bos=prepend_bos) for text in clean]
         others = [encode(tokenizer, text, prepend_bos=prepend_bos) for text in corrupt]
         for i, (row, other) in enumerate(zip(rows, others, strict=True)):
@@ -206,13 +237,41 @@ class Task:
                     "choose words of one token"
                 )
         return cls.from_tokens(
-            [torch.tensor(r) for r in rows],
-            [torch.tensor(r) for r in others],
+            rows,
+            others,
             [answer_id(tokenizer, p, a) for p, a in zip(clean, answers, strict=True)],
             [answer_id(tokenizer, p, f) for p, f in zip(clean, foils, strict=True)],
             metric=metric,
             name=name,
         )
+
+    # -- checking ------------------------------------------------------------------------------
+
+    def must_fit(self, cfg: Any, model_name: str) -> None:
+        """Checks that a model of this configuration has all tokens and positions of the task.
+
+        A token that the model does not have would be an index error from deep inside it.
+
+        Args:
+            cfg: has `d_vocab` and `n_ctx`, both in tokens, as a `TransformerBridge`'s `cfg` has.
+            model_name: what the message calls the model.
+
+        Raises:
+            ValueError: a token id is `d_vocab` or more, or a prompt longer than `n_ctx`.
+        """
+        for label in ("clean", "corrupt", "answers", "foils"):
+            highest = int(getattr(self, label).max())
+            if highest >= int(cfg.d_vocab):
+                raise ValueError(
+                    f"`{label}` must hold token ids below the model's d_vocab {cfg.d_vocab}; got "
+                    f"{highest}; build the task with the tokenizer of {model_name!r}"
+                )
+        longest = int(self.lengths.max())
+        if longest > int(cfg.n_ctx):
+            raise ValueError(
+                f"prompts must have no more tokens than the model's n_ctx {cfg.n_ctx}; the longest "
+                f"has {longest}; drop the longer pairs with task.select"
+            )
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -250,14 +309,21 @@ class Task:
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, self.spans["end"].to(logits.device)]
 
-    def select(self, index: Tensor | Sequence[int]) -> Task:
+    def select(self, index: Iterable[Any]) -> Task:
         """The task of some of the pairs, in the order of `index` (rows may repeat), or by a mask.
 
         Raises:
-            ValueError: no pair is left.
+            ValueError: no pair is left, or a mask is not of this task.
         """
-        at = torch.as_tensor(index)
-        at = at.nonzero().flatten() if at.dtype == torch.bool else at.long()
+        at = _tensor(index)
+        if at.dtype == torch.bool:
+            if at.shape != (len(self),):
+                raise ValueError(
+                    f"a mask must have one entry per pair, shape [{len(self)}]; got "
+                    f"{list(at.shape)}; make it from what this task's pairs gave"
+                )
+            at = at.nonzero().flatten()
+        at = whole_numbers(at, "a selection")
         if len(at) == 0:
             raise ValueError(
                 f"a selection must keep at least one pair; got none of the {len(self)} pairs of "
@@ -295,11 +361,12 @@ class Task:
         """Only the pairs where `model` prefers the answer to the foil on the clean prompt.
 
         Raises:
-            ValueError: the model is right on no pair, or in train mode.
+            ValueError: the model is right on no pair, in train mode, or has not the task's tokens
+                or positions.
         """
-        right = torch.zeros(len(self), dtype=torch.bool)
+        right = torch.zeros_like(self.answers, dtype=torch.bool)
         for index, logits in clean_answers(model, self):
-            last, rows = logits.cpu(), torch.arange(len(index))
+            last, rows = logits.cpu(), torch.arange(len(index), device="cpu")
             right[index] = last[rows, self.answers[index]] > last[rows, self.foils[index]]
         if not bool(right.any()):
             raise ValueError(
@@ -307,6 +374,48 @@ class Task:
                 f"{len(self)} pairs of task {self.name!r}; use a model that can do the task"
             )
         return self.select(right.nonzero().flatten())
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def must_be_tokenizer(tokenizer: Any) -> None:
+    """Checks for what is read of a tokenizer: a model, say, can be called on text as well.
+
+    Raises:
+        TypeError: it is none.
+    """
+    methods = ("__call__", "decode", "convert_ids_to_tokens")
+    if isinstance(tokenizer, type) or not all(hasattr(tokenizer, name) for name in methods):
+        raise TypeError(
+            "`tokenizer` must be a Hugging Face tokenizer; "
+            f"got {type(tokenizer).__name__}; pass model.tokenizer"
+        )
+
+
+def must_know(tokenizer: Any, text: str, what: str) -> None:
+    """Checks that no word of `text` becomes the unknown token, which stands for any word.
+
+    The unknown token of byte-level tokenizers is their end-of-text token: a text may hold it.
+
+    Raises:
+        ValueError: one does.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = getattr(tokenizer, "unk_token", None) or getattr(model, "unk_token", None)
+    if unknown is None:
+        return
+
+    def unknowns(text: str) -> int:
+        ids = encode(tokenizer, text, prepend_bos=False)
+        return list(tokenizer.convert_ids_to_tokens(ids)).count(unknown) - text.count(unknown)
+
+    if unknowns(text) > 0:
+        words = [repr(word) for word in text.split() if unknowns(word) > 0]
+        raise ValueError(
+            f"{what} must be of words that the tokenizer knows; {', '.join(words) or repr(text)} "
+            f"in {_tail(text)} would be {unknown!r}; choose other words, or another tokenizer"
+        )
 
 
 def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> list[int]:
@@ -334,6 +443,90 @@ def answer_id(tokenizer: Any, prompt: str, answer: str) -> int:
             f"{_tail(prompt)} is {pieces}; choose a word of one token, with its leading space"
         )
     return int(after[-1])
+
+
+# -- lists -----------------------------------------------------------------------------------------
+
+
+def whole_numbers(values: Any, what: str) -> Tensor:
+    """Token ids or positions, in any kind of list, as int64 on the CPU; always a copy.
+
+    Raises:
+        TypeError: they are not whole numbers.
+    """
+    try:
+        made = _tensor(values)
+        got = str(made.dtype)
+        whole = not (made.is_floating_point() or made.is_complex() or made.dtype == torch.bool)
+    except (TypeError, ValueError, RuntimeError):
+        got, whole = reprlib.repr(values), False
+    if not whole:
+        raise TypeError(
+            f"{what} must hold whole numbers; got {got}; give integers, and lists of one length"
+        )
+    return made.to("cpu", torch.long, copy=True)
+
+
+def _tensor(values: Any) -> Tensor:
+    """Numbers in any kind of list as a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    entries = _entries(values)
+    # no numbers at all would be floats, and the default device may be another
+    return torch.tensor(entries, dtype=None if entries else torch.long, device="cpu")
+
+
+def _entries(values: Any) -> list[Any]:
+    """The entries of anything that holds them in order.
+
+    Raises:
+        TypeError: `values` does not.
+    """
+    if isinstance(values, (str, bytes, Mapping, Set)):  # these would give other entries
+        raise TypeError(f"{type(values).__name__} is no list")
+    return list(values)
+
+
+def _rows(values: Any, label: str) -> list[Tensor]:
+    """Prompts as token ids, one row each."""
+    try:
+        given = _entries(values)
+    except TypeError:
+        raise TypeError(
+            f"`{label}` must be a list of prompts as token ids; got {type(values).__name__}; "
+            "use Task.from_prompts for texts"
+        ) from None
+    rows = [whole_numbers(row, f"row {i} of `{label}`") for i, row in enumerate(given)]
+    for i, row in enumerate(rows):
+        if row.dim() == 0 or row.numel() != row.shape[-1]:
+            raise ValueError(
+                f"row {i} of `{label}` must be the token ids of one prompt; got shape "
+                f"{list(row.shape)}; give one row per prompt"
+            )
+    return [row.flatten() for row in rows]
+
+
+def _texts(values: Any, label: str, count: int | None = None) -> list[str]:
+    """A list of as many texts as there are pairs."""
+    try:
+        texts = _entries(values)
+        got = str(len(texts))
+    except TypeError:
+        texts, got = [], repr(values) if isinstance(values, str) else type(values).__name__
+    if getattr(values, "ndim", 1) != 1:  # the entries of a table are its columns' names
+        texts, got = [], f"{type(values).__name__} of {values.ndim} dimensions"
+    if not texts or count not in (None, len(texts)):
+        raise ValueError(
+            f"`{label}` must be a list of {'one or more' if count is None else count} texts, one "
+            f"per pair; got {got}; give clean, corrupt, answers and foils lists of one length"
+        )
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"`{label}` must hold texts only; pair {i} has {reprlib.repr(text)}, of type "
+                f"{type(text).__name__}; give it a text, or leave that pair out of all four lists"
+            )
+    return texts
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:

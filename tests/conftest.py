@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def able_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -> 
         clean, corrupt = (model(tokens)[:, -1].float() for tokens in (task.clean, task.corrupt))
     foils = (clean - corrupt).argmin(-1)
     return Task.from_tokens(task.clean, task.corrupt, clean.argmax(-1), foils)
+
+
+def ragged_task(model: Any, *, seed: int = 0) -> Task:
+    """Pairs of three lengths, answered before their last token, and not at one place per length."""
+    lengths, ends = (6, 4, 6, 7, 4), (3, 2, 4, 5, 1)
+    even = random_task(model, pairs=len(lengths), length=max(lengths), seed=seed)
+    clean, corrupt = (
+        [row[:length] for row, length in zip(side, lengths, strict=True)]
+        for side in (even.clean, even.corrupt)
+    )
+    spans = {"name": (2, 0, 1, 3, 1), "end": ends}
+    return Task.from_tokens(clean, corrupt, even.answers, even.foils, spans=spans)
+
+
+def without_a_difference(task: Task) -> Task:
+    """The clean prompts on both sides, which no task can be built with."""
+    same = copy.copy(task)
+    vars(same)["corrupt"] = task.clean
+    return same
 
 
 @pytest.fixture

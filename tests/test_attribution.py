@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import boot, random_task, save_tokenizer, state
+from conftest import boot, random_task, save_tokenizer, state, without_a_difference
 from replica import Replica
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -137,8 +137,7 @@ def test_positions_sum_to_the_edges(tiny: Any) -> None:
 @pytest.mark.parametrize("rules", ALL, ids=ids)
 @pytest.mark.parametrize("level", ["node", "edge"])
 def test_identical_pairs_score_zero(tiny: Any, rules: Rules, level: str) -> None:
-    task = random_task(tiny)
-    same = Task.from_tokens(task.clean, task.clean, task.answers, task.foils)
+    same = without_a_difference(random_task(tiny))
     scores = attribute(tiny, same, rules=rules, level=level)
     values = scores.nodes if level == "node" else scores.edges
     assert values is not None

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from tasks import ioi, zoo
-from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, draw
+from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, build, draw
 
 rng = random.Random(0)
 TEXTS = [
@@ -305,10 +307,65 @@ def test_names_in_pieces_are_left_out() -> None:
     )
 
 
+def whole_words(words: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {w: i for i, w in enumerate(["<unk>", *words])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+
+
 def test_an_unknown_token_is_not_a_name() -> None:
-    words = ["<unk>", "Then", "When", *NAMES[:4]]
-    bpe = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
     with pytest.raises(ValueError, match=f"got 4 \\({', '.join(NAMES[:4])}\\)"):
-        ioi(plain)
+        ioi(whole_words(["Then", "When", *NAMES[:4]]))
+
+
+def test_a_name_behind_a_token_for_the_space_is_not_whole() -> None:
+    vocabulary = {w: i for i, w in enumerate(["<unk>", " ", "Then", *NAMES])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    with pytest.raises(ValueError, match=r"got 0 \(none\)"):
+        ioi(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>"))
+
+
+def test_one_length_is_the_commonest() -> None:
+    lengths = ioi(gpt2(), pairs=300, mixed_lengths=True, seed=1).lengths
+    assert set(ioi(gpt2(), pairs=8).lengths.tolist()) == {int(lengths.mode().values)}
+
+
+@pytest.mark.parametrize("corruption", ["flip", "abc"])
+def test_prompts_are_checked_token_by_token(corruption: str) -> None:
+    prompt = draw(random.Random(0), NAMES, abba=True)
+    with pytest.raises(ValueError) as error:
+        build(gpt2(), [replace(prompt, s=prompt.io)], corruption=corruption)
+    assert str(error.value).startswith(
+        "a prompt must hold IO once and S twice, as one token each; got 3 and 3 in '"
+    )
+    if corruption == "abc":  # one name stays, or is of two tokens
+        for first in (prompt.io, f"{prompt.io} {prompt.s}"):
+            strange = replace(prompt, fresh=(first, *prompt.fresh[1:]))
+            with pytest.raises(ValueError) as error:
+                build(gpt2(), [prompt, strange], corruption=corruption)
+            assert str(error.value).startswith(
+                "`clean` and `corrupt` must differ at the names only: pair 1 has "
+            )
+
+
+@pytest.mark.parametrize("corruption", ["flip", "abc"])
+def test_prompts_hold_no_unknown_words(corruption: str) -> None:
+    texts = [t.format(A="", B="", S="", place="", object="") for t in TEMPLATES]
+    used = dict.fromkeys(re.findall(r"\w+|,", " ".join([*texts, *PLACES, *OBJECTS])))
+    known = [*used, *NAMES[:9]]
+    task = ioi(whole_words(known), corruption=corruption, mixed_lengths=True)
+    assert not bool((task.clean == 0).any() or (task.corrupt == 0).any())
+    known.remove("bank")
+    with pytest.raises(ValueError) as error:
+        ioi(whole_words(known), pairs=200, corruption=corruption, mixed_lengths=True)
+    assert re.fullmatch(
+        r"pair \d+ of `clean` must be of words that the tokenizer knows; 'bank,?' in '.+' would be "
+        "'<unk>'; choose other words, or another tokenizer",
+        str(error.value),
+    )
+    prompt = draw(random.Random(0), NAMES[:9], abba=True)
+    strange = replace(prompt, fresh=("Zebra", *prompt.fresh[1:]))
+    with pytest.raises(ValueError, match="pair 1 of `corrupt` must be of words .*; 'Zebra' in '"):
+        build(whole_words([*used, *NAMES[:9]]), [prompt, strange], corruption="abc")

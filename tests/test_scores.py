@@ -1,7 +1,9 @@
 """Labelled results: names, tables worked out by hand, and files that come back as they were."""
 
+import copy
 import json
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relp import Component, Effects, Scores
-from relp.scores import precedes
+from relp.scores import ALL_POSITIONS, precedes
 
 LABELS = {
     "model": "tiny",
@@ -112,6 +114,20 @@ def test_what_precedes_what_follows_the_order_of_a_forward_pass() -> None:
         assert got == (written[writer] < read[reader]), (writer, reader)
 
 
+def test_neurons_read_and_write_as_their_layers_mlp_does() -> None:
+    """Parallel blocks: the MLP reads what the block's heads read, not what they write."""
+    for reader in ("L1N5", "L1.mlp"):
+        parsed = Component.parse(reader)
+        for writer in ("L1H0", "L1.attn", "L1.mixer"):
+            assert precedes(Component.parse(writer), parsed)
+            assert not precedes(Component.parse(writer), parsed, parallel=True)
+        for writer, before in (("L0N3", True), ("L0.mlp", True), ("L1N3", False), ("L2H0", False)):
+            for parallel in (False, True):
+                assert precedes(Component.parse(writer), parsed, parallel=parallel) == before
+        assert not precedes(parsed, Component.parse("L1H0"))
+        assert precedes(parsed, Component.parse("L2H0"), parallel=True)
+
+
 # -- what a result holds ---------------------------------------------------------------------------
 
 
@@ -162,9 +178,84 @@ def test_a_result_is_frozen_and_says_where_it_comes_from() -> None:
     assert (scores.level, edge_scores().level) == ("node", "edge")
 
 
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda scores: pickle.loads(pickle.dumps(scores))],
+    ids=["deep copy", "another process"],
+)
+@pytest.mark.parametrize("kind", [Scores, Effects])
+@pytest.mark.parametrize("make", [node_scores, edge_scores])
+def test_copies_are_results_like_the_first(
+    make: Callable[..., Scores], kind: type[Scores], again: Callable[[Scores], Scores]
+) -> None:
+    result = make(
+        kind,
+        tokens=("When", " Mary"),
+        spans={"end": torch.tensor([1, 0]), "S1": torch.tensor([0, 1])},
+        remainder={"blocks.0": 0.5},
+    )
+    made = again(result)
+    assert same(made, result) and list(made.spans) == ["end", "S1"]
+    assert made.clean.data_ptr() != result.clean.data_ptr()
+    assert made.spans["end"].data_ptr() != result.spans["end"].data_ptr()
+    assert made.to_dataframe().equals(result.to_dataframe())
+    with pytest.raises(TypeError):
+        made.spans["end"] = torch.tensor([0, 0])  # type: ignore[index]
+    with pytest.raises(FrozenInstanceError):
+        made.rules = "GRADIENT"  # type: ignore[misc]
+
+
 def test_the_gap_has_the_sign_of_a_patch() -> None:
     assert node_scores().gap.tolist() == [3.0, 3.5]
     assert node_scores(direction="noise").gap.tolist() == [-3.0, -3.5]
+
+
+def test_means_are_over_the_pairs_that_have_the_position() -> None:
+    """Position 1 is pair 0's only (10 c + 1), and position 2 is nobody's."""
+    nodes = torch.nn.functional.pad(node_scores().nodes, (0, 1))
+    nodes[1, :, 1] = 0.0
+    scores = node_scores(nodes=nodes, lengths=torch.tensor([2, 1]))
+    assert scores.mean.tolist() == [[-5.0 * c, 10.0 * c + 1, 0.0] for c in range(6)]
+    assert full_message(lambda: edge_scores().mean) == (
+        "mean is of node scores; these are edge scores, averaged already"
+    )
+
+
+def test_sums_over_spans_follow_each_pair() -> None:
+    """Pair 0 has `a` and `b` at 0 and 2; pair 1 both at 1, where the first name counts."""
+    nodes = torch.tensor([[[1.0, 2.0, 4.0, 8.0]], [[16.0, 32.0, 0.0, 0.0]]])
+    scores = Scores(
+        **(LABELS | {"lengths": torch.tensor([4, 2])}),
+        components=("embed",), nodes=nodes,
+        spans={"a": torch.tensor([0, 1]), "b": torch.tensor([2, 1])},
+    )  # fmt: skip
+    summed = scores.by_span()
+    assert summed.nodes is not None and summed.places == summed.tokens == ("a", "b", "other")
+    assert summed.nodes.tolist() == [[[1.0, 4.0, 10.0]], [[32.0, 0.0, 16.0]]]
+    assert summed.mean.tolist() == [[16.5, 2.0, 13.0]]  # a prompt has every place, however short
+    frame = summed.to_dataframe()
+    assert list(frame) == ["component", "kind", "layer", "head", "span", "score"]
+    assert frame["span"].tolist() == ["a", "b", "other"] and frame["score"].tolist() == [
+        16.5,
+        2,
+        13,
+    ]
+    assert summed.by_span() is summed
+    whole = replace(scores, nodes=nodes[:, :, :1], tokens=ALL_POSITIONS)
+    assert whole.by_span() is whole
+    assert full_message(lambda: edge_scores().by_span()) == (
+        "by_span sums node scores; these are edge scores, averaged over pairs; call "
+        "attribute(level='edge', positions='spans')"
+    )
+
+
+def test_what_is_not_explained_is_shown() -> None:
+    scores = node_scores(remainder={"blocks.0.mlp": 0.5, "blocks.1.<mlp>": -0.75})
+    assert repr(scores).endswith("metric='logit_difference', remainder=-0.2500)")
+    assert "remainder" not in repr(node_scores())
+    shown = "<br>not explained (the runs branch differently): "
+    assert f"{shown}blocks.0.mlp +0.5000, blocks.1.&lt;mlp&gt; -0.7500" in scores._repr_html_()
+    assert shown not in node_scores()._repr_html_()
 
 
 def test_components_of_one_kind() -> None:
@@ -212,6 +303,11 @@ def test_table_of_edges_has_those_that_exist() -> None:
     assert list(frame) == ["writer", "reader", "slot", "score"]
     assert list(frame.itertuples(index=False, name=None)) == rows
 
+    apart = {"writers": ("embed", "L0H0"), "readers": ("L0H0.q", "L0.mlp.in", "logits.in")}
+    for parallel in (False, True):
+        pairs = edge_scores(parallel=parallel, **apart).to_dataframe()[["writer", "reader"]]
+        assert (("L0H0", "L0.mlp.in") in pairs.itertuples(index=False, name=None)) != parallel
+
     frame = edge_scores(Effects, positions=True).to_dataframe()
     assert list(frame) == ["writer", "reader", "slot", "pos", "effect"]
     wanted = [(u, r, slot, p, x * (1, 10)[p]) for u, r, slot, x in rows for p in range(2)]
@@ -226,6 +322,8 @@ def test_top_is_by_absolute_value_and_keeps_the_sign() -> None:
         ("embed", "logits.in", 3.0),
     ]
     assert len(edge_scores().top(100)) == 4
+    ties = replace(edge_scores(), edges=torch.ones(2, 3))  # as the table has them
+    assert ties.top(3).equals(ties.to_dataframe()[:3])
     assert node_scores(Effects).top(1).iloc[0]["effect"] == -25.5
     assert full_message(lambda: edge_scores().top(0)) == (
         "`k` must be at least 1; got 0; ask for one row or more"
@@ -274,6 +372,9 @@ def test_a_file_gives_back_what_was_saved(
         task="</x>",
         tokens=("Ġ", "\n"),
         spans={"end": end, "last": end, "S1 (first)": torch.tensor([[0, 1], [1, 0]])[:, 0]},
+        clean=torch.tensor([[2.0, 0.0], [4.0, 0.0]], requires_grad=True)[:, 0],
+        remainder={"blocks.0.mlp": 0.5, "blocks.1.mlp": -0.25},
+        parallel=True,
     )
     path = tmp_path / "scores.safetensors"
     assert result.save(path) == path and Scores.load(str(path)).level == result.level

@@ -1,20 +1,26 @@
 """Tasks and metrics: alignment, positions and read-outs, worked out by hand."""
 
-from collections.abc import Callable
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jaxtyping
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import random_task
+from conftest import ragged_task, random_task, without_a_difference
 from test_ioi import gpt2, llama
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from circuits import patch
 from relp import DEEPLIFT, GRADIENT, RELP, attribute
-from tasks import KLDivergence, Task, logit_difference, probability_difference
+from tasks import KLDivergence, Task, ioi, logit_difference, probability_difference
 from tasks.metrics import Metric, takes_task
 
 CLEAN = ["When Mary and John went to the store, John gave a drink to", "Then Tom smiled at"]
@@ -165,11 +171,13 @@ def test_batch_size_must_be_positive() -> None:
 
 
 def test_select_takes_rows_in_the_order_asked_for_and_trims() -> None:
-    part = mixed(name="mix", metric="probability_difference").select([2, 0, 2])
+    ends = [0, 2, 1, 3, 1, 0]
+    task = mixed(name="mix", metric="probability_difference", spans={"end": ends})
+    part = task.select([2, 0, 2])
     assert part.clean.tolist() == [[12, 0, 1], [10, 0, -1], [12, 0, 1]]
     assert part.corrupt.tolist() == [[1, 0, 12], [0, 10, -1], [1, 0, 12]]
     assert part.answers.tolist() == [2, 0, 2] and part.foils.tolist() == [8, 6, 8]
-    assert part.spans["end"].tolist() == [2, 1, 2]
+    assert part.spans["end"].tolist() == [1, 0, 1]
     assert part.name == "mix" and part.metric.function is probability_difference
 
 
@@ -193,7 +201,7 @@ def test_with_metric_changes_the_read_out_only() -> None:
     assert other.metric.name == "probability_difference"
     assert task.metric.name == "logit_difference"
     for field in ("clean", "corrupt", "answers", "foils"):
-        assert getattr(other, field) is getattr(task, field)
+        assert torch.equal(getattr(other, field), getattr(task, field))
     assert torch.equal(other.spans["first"], task.spans["first"])
 
 
@@ -274,6 +282,19 @@ def test_an_answer_must_be_one_token(tokenizer: PreTrainedTokenizerFast) -> None
     for answer in ("", "tending"):  # nothing at all, and a change of the prompt's last token
         with pytest.raises(ValueError, match="an answer must be exactly one token after its"):
             Task.from_prompts(tokenizer, CLEAN[1:], CORRUPT[1:], [answer], [" Paul"])
+
+
+def test_an_answer_must_leave_its_prompt_as_it_was() -> None:
+    """`ab` is a, b, and with `cd` behind it a, bc, d: one more, but not after the prompt."""
+    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "d", "bc"])}
+    bpe = Tokenizer(models.BPE(vocabulary, [("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    made = Task.from_prompts(tokenizer, ["ab"], ["bb"], ["d"], ["a"])
+    assert made.answers.tolist() == [3] and made.foils.tolist() == [0]
+    assert full_message(lambda: Task.from_prompts(tokenizer, ["ab"], ["bb"], ["cd"], ["a"])) == (
+        "an answer must be exactly one token after its prompt; 'cd' after 'ab' is ['d']; "
+        "choose a word of one token, with its leading space"
+    )
 
 
 @pytest.mark.parametrize(
@@ -374,6 +395,11 @@ def test_the_constructor_checks_shapes_and_padding() -> None:
         "`corrupt` must have the length of `clean`: pair 1 has 3 and 2 tokens; "
         "choose prompts that align token by token"
     )
+    outside = torch.tensor([[3, 0, 1], [3, -7, 2]])
+    assert full_message(lambda: replace(task, corrupt=outside)) == (
+        "token ids must be non-negative, and -1 only after a prompt's end: pair 1 is "
+        "[3, 2, 2] / [3, -7, 2]; use Task.from_tokens for prompts of different lengths"
+    )
     for bad in (torch.tensor([[3, -1, 1], [3, 2, 2]]), torch.tensor([[3, 1, 1], [3, -7, 2]])):
         i = int((bad < 0).any(1).nonzero()[0])
         with pytest.raises(ValueError) as error:
@@ -449,7 +475,7 @@ def test_probability_difference_by_hand() -> None:
 def test_kl_divergence_by_hand() -> None:
     """Clean (½, ½) and (¼, ¾), run (¼, ¾) and (¼, ¾): -½ ln(2 · ⅔) = -½ ln(4/3), and 0."""
     reference = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
-    task = Task.from_tokens(rows(3, 3), rows(3, 3), [1, 1], [0, 0])
+    task = two()
     task = task.with_metric(KLDivergence(reference.log()))
     logits = logits_at([[1.0, 3.0], [2.0, 6.0]]).log()
     want = torch.tensor([-0.5 * torch.log(torch.tensor(4 / 3)), 0.0])
@@ -487,7 +513,7 @@ def test_a_divergence_says_nothing_at_the_clean_run(tiny: Any) -> None:
         assert scores.nodes is not None and float(scores.nodes.abs().max()) > 1e-2
     effect = patch(tiny, task, components=["embed"], direction="noise", positions=False)
     assert effect.nodes is not None and float(effect.nodes.max()) < -1e-2
-    same = replace(task, corrupt=task.clean)  # nothing differs: 0 is true there
+    same = without_a_difference(task)  # 0 is true there
     assert attribute(tiny, same, direction="denoise").nodes.abs().max() < 1e-6
     vocabulary = int(tiny.cfg.d_vocab)
     elsewhere = KLDivergence(torch.eye(2, vocabulary).log_softmax(-1))  # not this model's own
@@ -554,6 +580,46 @@ def test_a_metric_sees_the_task_of_its_own_rows() -> None:
     assert renamed.metric(torch.zeros(6, 1, 12)).tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_divergence_keeps_numbers_of_its_own() -> None:
+    given = torch.zeros(2, 4, requires_grad=True)
+    metric = KLDivergence(given)
+    with torch.no_grad():
+        given += 7
+    assert not metric.reference.requires_grad and not bool(metric.reference.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_divergence_is_computed_in_single_precision(dtype: torch.dtype) -> None:
+    """Half precision would round logarithms of a few hundred words by more than many effects."""
+    values = torch.randn(2, 3, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    task = two()
+    metric = KLDivergence.of(lambda tokens: values, task)
+    assert metric.reference.dtype == torch.float32
+    assert torch.equal(metric.reference, values[:, -1].float().log_softmax(-1))
+    shifted = values.roll(1, -1)
+    wanted = metric(shifted.float(), task)
+    assert torch.equal(metric(shifted, task), wanted) and float(wanted.max()) < -0.1
+
+
+def test_a_divergence_is_of_the_tasks_pairs() -> None:
+    for pairs in (1, 3):
+        task = two().with_metric(KLDivergence(torch.zeros(pairs, 4)))
+        assert full_message(lambda task=task: task.metric(logits_at(VALUES))) == (
+            f"KLDivergence must be made of the task it is used on; it holds {pairs} pairs and the "
+            "task 2; use task.with_metric(KLDivergence.of(model, task))"
+        )
+
+
+def test_memory_that_runs_out_in_a_metric_is_no_fault_of_it() -> None:
+    """Whoever runs the batch halves it then."""
+
+    def metric(logits: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        two().with_metric(metric).metric(logits_at(VALUES))
+
+
 def test_kl_divergence_follows_the_rows() -> None:
     reference = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     task = mixed(metric=KLDivergence(reference))
@@ -614,3 +680,483 @@ def test_logits_of_other_rows_are_refused() -> None:
             f"logits must be [pair, pos, d_vocab] with 2 pairs; got {shape}; "
             "use the task that holds exactly those rows (task.select)"
         )
+
+
+# -- what is given in other forms ------------------------------------------------------------------
+
+TEXTS = {
+    "clean": ["Then Tom smiled at", "Then Mary smiled at"],
+    "corrupt": ["Then Paul smiled at", "Then John smiled at"],
+    "answers": [" Tom", " Mary"],
+    "foils": [" Paul", " John"],
+}
+
+
+class Column:
+    """A lazy column that can be walked along, and does not know its length."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values)
+
+
+FORMS: dict[str, Callable[[list[Any]], Any]] = {
+    "tuple": tuple,
+    "array": np.array,
+    "array of objects": lambda values: np.array(values, dtype=object),
+    "rows kept by a filter": lambda values: pd.Series([values[0], *values]).iloc[1:],
+    "categories": lambda values: pd.Series(values, dtype="category"),
+    "generator": lambda values: (v for v in values),
+    "lazy column": Column,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lists_may_be_columns_arrays_or_generators(form: str) -> None:
+    make = FORMS[form]
+    task = Task.from_prompts(gpt2(), **TEXTS)
+    given = Task.from_prompts(gpt2(), **{label: make(texts) for label, texts in TEXTS.items()})
+    ids = [getattr(task, label).tolist() for label in TEXTS]
+    rows = [make([tuple(row) for row in side]) for side in ids[:2]]
+    spans = {"end": make([2, 1])}
+    as_ids = Task.from_tokens(*rows, make(ids[2]), make(ids[3]), spans=spans)
+    for other in (given, as_ids):
+        for label in TEXTS:
+            assert torch.equal(getattr(other, label), getattr(task, label))
+    assert as_ids.spans["end"].tolist() == [2, 1]
+    assert given.select(make([1, 0, 1])).answers.tolist() == [ids[2][i] for i in (1, 0, 1)]
+    assert given.select(make([False, True])).answers.tolist() == ids[2][1:]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("label", "entry", "shown"),
+    [
+        ("clean", float("nan"), "nan, of type float"),
+        ("corrupt", None, "None, of type NoneType"),
+        ("answers", 3, "3, of type int"),
+        ("foils", pd.NA, "<NA>, of type NAType"),
+    ],
+)
+@pytest.mark.parametrize(
+    "form", [list, lambda v: pd.Series(v, dtype=object)], ids=["list", "column"]
+)
+def test_an_entry_that_is_no_text_is_named(
+    label: str, entry: Any, shown: str, form: Callable[[list[Any]], Any]
+) -> None:
+    changed = TEXTS | {label: form([TEXTS[label][0], entry])}
+    assert full_message(lambda: Task.from_prompts(gpt2(), **changed), TypeError) == (
+        f"`{label}` must hold texts only; pair 1 has {shown}; "
+        "give it a text, or leave that pair out of all four lists"
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "NoneType"),
+        (7, "int"),
+        (b"Then", "bytes"),
+        (set(TEXTS["corrupt"]), "set"),
+        (dict(enumerate(TEXTS["corrupt"])), "dict"),
+        (
+            pd.DataFrame({"one": TEXTS["corrupt"], "two": TEXTS["corrupt"]}),
+            "DataFrame of 2 dimensions",
+        ),
+        (np.array([TEXTS["corrupt"], TEXTS["corrupt"]]), "ndarray of 2 dimensions"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_named(value: Any, shown: str) -> None:
+    assert full_message(lambda: Task.from_prompts(gpt2(), **(TEXTS | {"corrupt": value}))) == (
+        f"`corrupt` must be a list of 2 texts, one per pair; got {shown}; "
+        "give clean, corrupt, answers and foils lists of one length"
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_token_ids_and_positions_are_whole_numbers() -> None:
+    given = {
+        "clean": [[3, 1], [3, 2]],
+        "corrupt": [[3, 0], [3, 0]],
+        "answers": [1, 2],
+        "foils": [0, 0],
+    }
+    tail = "; give integers, and lists of one length"
+    for label, value, what, got in (
+        ("clean", [[3, 1], [3.0, 2.5]], "row 1 of `clean`", "torch.float32"),
+        ("corrupt", ["ab", "cd"], "row 0 of `corrupt`", "'ab'"),
+        ("clean", [3, 1], "row 0 of `clean`", "3"),
+        ("answers", [1, None], "`answers`", "[1, None]"),
+        ("answers", [1, float("nan")], "`answers`", "torch.float32"),
+        ("foils", torch.zeros(2, requires_grad=True), "`foils`", "torch.float32"),
+        ("foils", [True, False], "`foils`", "torch.bool"),
+        ("foils", [1j, 0], "`foils`", "torch.complex64"),
+        ("foils", {0: 1, 1: 2}, "`foils`", "{0: 1, 1: 2}"),
+        ("foils", [[1], [1, 2]], "`foils`", "[[1], [1, 2]]"),
+        ("spans", {"S1": [0.5, 1]}, "span 'S1'", "torch.float32"),
+    ):
+        made = given | {label: value}
+        assert full_message(lambda made=made: Task.from_tokens(**made), TypeError) == (
+            f"{what} must hold whole numbers; got {got}{tail}"
+        )
+    assert full_message(lambda: replace(two(), answers=torch.ones(2)), TypeError) == (
+        "`answers` must hold whole numbers; got torch.float32" + tail
+    )
+    assert full_message(lambda: two().select([0.0, 1.0]), TypeError) == (
+        "a selection must hold whole numbers; got torch.float32" + tail
+    )
+    assert full_message(
+        lambda: Task.from_tokens("a text", **dict(list(given.items())[1:])), TypeError
+    ) == (
+        "`clean` must be a list of prompts as token ids; got str; use Task.from_prompts for texts"
+    )
+    for bad in (torch.zeros(2, 2, 2, dtype=torch.long), torch.tensor([3, 1])):
+        shape = list(bad.shape[1:])
+        row = list(bad)
+        assert full_message(lambda row=row: Task.from_tokens(**(given | {"clean": row}))) == (
+            f"row 0 of `clean` must be the token ids of one prompt; got shape {shape}; "
+            "give one row per prompt"
+        )
+    small = Task.from_tokens(**{k: torch.tensor(v, dtype=torch.uint8) for k, v in given.items()})
+    assert small.clean.dtype == small.answers.dtype == torch.long
+    batches = [torch.tensor([row]) for row in given["clean"]]  # as tokenizers return tensors
+    assert Task.from_tokens(**(given | {"clean": batches})).clean.tolist() == given["clean"]
+
+
+def test_a_mask_is_of_this_task() -> None:
+    for entries in (5, 7):
+        assert full_message(lambda n=entries: mixed().select([True] * n)) == (
+            f"a mask must have one entry per pair, shape [6]; got [{entries}]; "
+            "make it from what this task's pairs gave"
+        )
+
+
+def test_what_the_caller_does_to_his_tensors_later_changes_nothing() -> None:
+    sides = [
+        torch.tensor(ids) for ids in ([[3, 1], [3, 2]], [[3, 0], [3, 0]], [1, 2], [0, 0], [1, 0])
+    ]
+    *ids, end = sides
+    spans = {"end": end}
+    made = [Task.from_tokens(*ids, spans=spans), Task(*ids, spans)]
+    for tensor in sides:
+        tensor += 7
+    spans.clear()
+    for task in made:
+        assert [getattr(task, label).tolist() for label in TEXTS] == [
+            [[3, 1], [3, 2]], [[3, 0], [3, 0]], [1, 2], [0, 0],
+        ]  # fmt: skip
+        assert task.spans["end"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("shipped", ["ioi-gpt2"], indirect=True)
+def test_a_task_does_not_remember_in_which_mode_it_was_made(shipped: Any) -> None:
+    with torch.inference_mode():
+        tensors = torch.tensor([[5, 6, 7], [5, 8, 9]]), torch.tensor([[5, 6, 8], [5, 8, 7]])
+        made = [
+            ioi(shipped.tokenizer, pairs=2),
+            Task.from_prompts(shipped.tokenizer, **TEXTS),
+            Task.from_tokens(*tensors, [1, 2], [3, 4]),
+            Task(*tensors, *torch.tensor([[1, 2], [3, 4]])),
+        ]
+        made += [task.with_metric(KLDivergence.of(shipped, task)) for task in made[:1]]
+        made += [task.select([1]) for task in made] + [next(made[0].buckets(1))[1]]
+    with torch.device("meta"):  # stands for any default device
+        made.append(ioi(shipped.tokenizer, pairs=2))
+    for task in made:
+        for tensor in (*(getattr(task, label) for label in TEXTS), *task.spans.values()):
+            assert not tensor.is_inference() and tensor.device.type == "cpu"
+        reference = getattr(task.metric.function, "reference", None)
+        assert reference is None or not reference.is_inference()
+        scores = attribute(shipped, task)
+        assert scores.nodes is not None and bool(scores.nodes.any())
+    assert torch.equal(attribute(shipped, made[0]).nodes, attribute(shipped, made[-1]).nodes)
+
+
+# -- words that are not known ----------------------------------------------------------------------
+
+KNOWN = ["[UNK]", "[CLS]", "When", "Mary", "and", "John", "Tom", "went"]
+
+
+def words(known: list[str] = KNOWN, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, with one token for all that it does not know."""
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token=known[0]))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+@pytest.mark.parametrize(
+    "special",
+    [{"unk_token": "[UNK]"}, {"unk_token": "[UNK]", "bos_token": "[UNK]"}, {"bos_token": "[CLS]"}],
+    ids=["named", "first token too", "not named"],
+)
+def test_unknown_words_are_refused(special: dict[str, str]) -> None:
+    tokenizer = words(**special)
+    first, second = ["When Mary and John went", "When Mary and Tom went"]
+    good = {
+        "clean": [first] * 2,
+        "corrupt": [second] * 2,
+        "answers": [" Mary"] * 2,
+        "foils": [" John"] * 2,
+    }
+    assert Task.from_prompts(tokenizer, **good).answers.tolist() == [3, 3]
+    for label, text, shown in (
+        ("clean", "When Zebra and John went", "'Zebra' in 'When Zebra and John went'"),
+        (
+            "corrupt",
+            "When Mary Zebra Giraffe went",
+            "'Zebra', 'Giraffe' in '… Mary Zebra Giraffe went'",
+        ),
+        ("answers", " Zebra", "'Zebra' in '…Mary and John went Zebra'"),
+        ("foils", " Zebra", "'Zebra' in '…Mary and John went Zebra'"),
+    ):
+        bad = good | {label: [good[label][0], text]}
+        assert full_message(lambda bad=bad: Task.from_prompts(tokenizer, **bad)) == (
+            f"pair 1 of `{label}` must be of words that the tokenizer knows; {shown} would be "
+            "'[UNK]'; choose other words, or another tokenizer"
+        )
+    if special.get("unk_token"):  # who writes it means it, and only as often as it is written
+        good["clean"][1], good["corrupt"][1] = first + " [UNK]", second + " [UNK]"
+        assert Task.from_prompts(tokenizer, **good).clean[1].tolist().count(0) >= 1
+        good["clean"][1], good["corrupt"][1] = first + " [UNK] Zebra", second + " [UNK] Tom"
+        with pytest.raises(ValueError, match="pair 1 of `clean` must be of words .* 'Zebra' in"):
+            Task.from_prompts(tokenizer, **good)
+
+
+def test_byte_level_tokenizers_know_every_word() -> None:
+    """Their unknown token is the one that starts a text, and may be written in one as well."""
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=gpt2().backend_tokenizer, bos_token=end, eos_token=end, unk_token=end
+    )
+    for start, count in (("", 1), (end, 1), (f"漢 {end}", 2)):
+        task = Task.from_prompts(
+            tokenizer, [f"{start}Then Tom met"], [f"{start}Then Paul met"], [" Tom"], [" Paul"]
+        )
+        assert task.clean[0].tolist().count(tokenizer.unk_token_id) == count
+
+
+# -- pairs without a difference --------------------------------------------------------------------
+
+
+def test_pairs_that_do_not_differ_are_refused() -> None:
+    task = mixed()
+    corrupt = task.corrupt.clone()
+    corrupt[4] = task.clean[4]
+    twice = TEXTS | {"corrupt": [TEXTS["corrupt"][0], TEXTS["clean"][1]]}
+    for i, call in (
+        (0, lambda: Task.from_tokens([[1, 2]], [[1, 2]], [0], [1])),
+        (1, lambda: Task.from_prompts(gpt2(), **twice)),
+        (4, lambda: replace(task, corrupt=corrupt)),
+        (0, lambda: without_a_difference(task).select([2, 1])),
+    ):
+        assert full_message(call) == (
+            f"`corrupt` must differ from `clean`, or nothing can be patched: pair {i} has the same "
+            "tokens on both sides; change in `corrupt` what the answer hangs on"
+        )
+
+
+# -- models that the task is not for ---------------------------------------------------------------
+
+
+class Never(nn.Module):
+    """A model that must not run, with the configuration of a bridge."""
+
+    def __init__(self, **cfg: Any) -> None:
+        super().__init__()
+        self.cfg = SimpleNamespace(**cfg)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        raise AssertionError("ran")
+
+
+@pytest.mark.parametrize("call", [KLDivergence.of, lambda m, task: task.filter_correct(m)])
+def test_models_that_the_task_is_not_for_are_refused_before_they_run(
+    call: Callable[[Any, Task], object],
+) -> None:
+    """`mixed` has tokens up to 15 on either side, answers to 5, foils to 11, and 4 positions."""
+    model, task = Never(d_vocab=15, n_ctx=4, model_name="m").eval(), mixed()
+    message = (
+        "`{}` must hold token ids below the model's d_vocab {}; got {}; "
+        "build the task with the tokenizer of 'm'"
+    )
+    assert full_message(lambda: call(model, task)) == message.format("clean", 15, 15)
+    few = task.select([0])  # tokens 10 and 0, answer 0, foil 6
+    for label, d_vocab, changes in (
+        ("corrupt", 11, {"corrupt": few.corrupt + 1}),
+        ("answers", 11, {"answers": few.answers + 11}),
+        ("foils", 11, {"foils": few.foils + 5}),
+    ):
+        model.cfg.d_vocab = d_vocab
+        changed = replace(few, **changes)
+        assert full_message(lambda t=changed: call(model, t)) == message.format(label, 11, 11)
+        model.cfg.d_vocab = 12
+        with pytest.raises(AssertionError, match="ran"):  # the highest token that it has
+            call(model, changed)
+    model.cfg.d_vocab = 16
+    with pytest.raises(AssertionError, match="ran"):  # as many positions as it has
+        call(model, task)
+    model.cfg.n_ctx = 3
+    assert full_message(lambda: call(model, task)) == (
+        "prompts must have no more tokens than the model's n_ctx 3; the longest has 4; "
+        "drop the longer pairs with task.select"
+    )
+    del model.cfg.model_name
+    model.cfg.d_vocab = 1
+    assert "the tokenizer of 'Never'" in full_message(lambda: call(model, task))
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+def test_a_prompt_may_fill_the_context(tiny: Any) -> None:
+    for extra in (0, 1):
+        task = random_task(tiny, pairs=1, length=int(tiny.cfg.n_ctx) + extra)
+        if extra == 0:
+            task.must_fit(tiny.cfg, "m")
+            assert attribute(tiny, task, components=["embed"]).nodes is not None
+        else:
+            with pytest.raises(ValueError, match="than the model's n_ctx 64; the longest has 65;"):
+                task.must_fit(tiny.cfg, "m")
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("make", [ioi, lambda given: Task.from_prompts(given, **TEXTS)])
+def test_what_is_no_tokenizer_is_refused(tiny: Any, make: Callable[[Any], object]) -> None:
+    """A model can be called on text, too."""
+    for given in (
+        *(tiny, tiny.original_model, None, "gpt2", len),
+        *(gpt2().backend_tokenizer, PreTrainedTokenizerFast),
+    ):
+        assert full_message(lambda given=given: make(given), TypeError) == (
+            "`tokenizer` must be a Hugging Face tokenizer; "
+            f"got {type(given).__name__}; pass model.tokenizer"
+        )
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def second_logit(logits: Tensor, task: Task) -> Tensor:
+    return logits[torch.arange(len(task)), task.spans["end"], 1]
+
+
+class Scaled:
+    """A metric with a number of its own."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, logits: Tensor, task: Task) -> Tensor:
+        return self.factor * logit_difference(logits, task)
+
+
+COPIES: list[Callable[[Any], Any]] = [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+
+
+@pytest.mark.parametrize("again", COPIES, ids=["deep copy", "another process"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "logit_difference",
+        second_logit,
+        Scaled(-2.0),
+        KLDivergence(torch.eye(6, 12).log_softmax(-1)),
+    ],
+    ids=["built in", "function", "object", "divergence"],
+)
+def test_copies_are_tasks_like_the_first(again: Callable[[Any], Any], metric: Any) -> None:
+    task = mixed(metric=metric, name="mix", spans={"end": [0, 2, 1, 3, 1, 0], "first": [0] * 6})
+    logits = torch.randn(6, 4, 12, generator=torch.Generator().manual_seed(0))
+    made, bound = again(task), again(task.metric)
+    for other in (made, bound.task):
+        assert other is not task and other.name == "mix" and list(other.spans) == ["end", "first"]
+        for one, two in (
+            *((getattr(task, label), getattr(other, label)) for label in TEXTS),
+            *zip(task.spans.values(), other.spans.values(), strict=True),
+        ):
+            assert torch.equal(one, two) and one.data_ptr() != two.data_ptr()
+        assert other.metric.task is other and other.metric.name == task.metric.name
+        assert torch.equal(other.metric(logits), task.metric(logits))
+        with pytest.raises(TypeError):
+            other.spans["end"] = task.spans["end"]
+        for whole, part in zip(task.buckets(2), other.buckets(2), strict=True):
+            assert torch.equal(whole[0], part[0]) and torch.equal(whole[1].clean, part[1].clean)
+    assert bound is bound.task.metric
+    assert list(task.spans) == ["end", "first"] and task.metric.task is task
+
+
+def test_a_function_without_a_name_stays_in_its_process() -> None:
+    task = mixed(metric=lambda logits: logits[:, -1, 0])
+    assert copy.deepcopy(task).metric.function is task.metric.function
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(task)
+
+
+@pytest.mark.parametrize("again", COPIES, ids=["deep copy", "another process"])
+def test_copies_give_the_same_scores(tiny: Any, again: Callable[[Any], Any]) -> None:
+    task = ragged_task(tiny)
+    scores, others = attribute(tiny, task), attribute(tiny, again(task))
+    assert torch.equal(scores.nodes, others.nodes) and torch.equal(
+        again(scores).nodes, scores.nodes
+    )
+    assert list(others.spans) == list(scores.spans) and torch.equal(others.clean, scores.clean)
+
+
+# -- pairs that have little in common --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_every_pair_is_read_at_its_own_end(tiny: Any, batch_size: int | None) -> None:
+    """Each pair's own run, alone and by hand, wherever its bucket puts it."""
+    task = ragged_task(tiny)
+    assert sorted(set(task.lengths.tolist())) == [4, 6, 7]
+    assert bool((task.spans["end"] < task.lengths - 1).all())
+    alone = []
+    for i, end in enumerate(task.spans["end"].tolist()):
+        with torch.no_grad():
+            at_end = tiny(task.clean[i, None, : int(task.lengths[i])])[0, end]
+        alone.append(at_end)
+    rows, last = range(len(task)), torch.stack(alone)
+    wanted = last[rows, task.answers] - last[rows, task.foils]
+    chances = last.softmax(-1)
+    wanted_chances = chances[rows, task.answers] - chances[rows, task.foils]
+    divergence = KLDivergence.of(tiny, task)
+    torch.testing.assert_close(divergence.reference, last.log_softmax(-1))
+    for metric, values in (
+        ("logit_difference", wanted),
+        ("probability_difference", wanted_chances),
+        (divergence, torch.zeros(5)),
+    ):
+        for index, bucket in task.with_metric(metric).buckets(batch_size):
+            with torch.no_grad():
+                got = bucket.metric(tiny(bucket.clean))
+            torch.testing.assert_close(got, values[index], rtol=1e-4, atol=1e-5)
+            for name, at in task.spans.items():
+                assert torch.equal(bucket.spans[name], at[index])
+    right = (wanted > 0).nonzero().flatten()
+    assert 0 < len(right) < 5
+    kept = task.filter_correct(tiny)
+    assert torch.equal(kept.answers, task.answers[right])
+    assert torch.equal(kept.spans["end"], task.spans["end"][right])
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_pairs_together_are_the_pairs_alone(tiny: Any, level: str) -> None:
+    task = ragged_task(tiny)
+    together = attribute(tiny, task, level=level)
+    alone = [attribute(tiny, task.select([i]), level=level) for i in range(len(task))]
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(together.clean[i], one.clean[0], rtol=1e-4, atol=1e-5)
+        if together.nodes is not None and one.nodes is not None:
+            length = int(task.lengths[i])
+            torch.testing.assert_close(
+                together.nodes[i, :, :length], one.nodes[0], rtol=1e-3, atol=1e-5
+            )
+            assert not bool(together.nodes[i, :, length:].any())
+            beyond = together.nodes[i, :, int(task.spans["end"][i]) + 1 :]
+            assert not bool(beyond.any())  # nothing after the answer's position can matter
+    if together.edges is not None:
+        mean = torch.stack([one.edges for one in alone if one.edges is not None]).mean(0)
+        torch.testing.assert_close(together.edges, mean, rtol=1e-3, atol=1e-5)
