@@ -123,6 +123,8 @@ def test_spans_that_lie_apart_take_the_place_of_positions():
         np.testing.assert_allclose(figure.data[0].z[1], expected, atol=1e-6)
         by_position = draw(scores, kind="mlp", positions=True)
         assert by_position.data[0].customdata[1, 3] == "L1.mlp@3"
+    named = replace(scores, spans={"<b>": spans["name"], "end": spans["end"]})
+    assert draw(named, kind="mlp").data[0].customdata[1, 0] == "L1.mlp@&lt;b&gt;"
     same = make_nodes(spans={"name": torch.tensor([1, 1, 1]), "end": end}, tokens=tuple("abcd"))
     assert draw(same).data[0].customdata[0, 3] == "L0.resid@3"
     effect = replace(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
