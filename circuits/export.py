@@ -315,28 +315,19 @@ def to_gexf(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     bare.graph.clear()
     buffer = io.BytesIO()
     nx.write_gexf(bare, buffer)
-    root = ET.fromstring(buffer.getvalue())
-    space = root.tag.partition("}")[0] + "}"
-    ET.register_namespace("", space[1:-1])
-    meta = root.find(f"{space}meta")
-    assert meta is not None
-    ET.SubElement(meta, f"{space}description").text = json.dumps(graph.graph)
-    return _xml(root)
+    before, meta, after = buffer.getvalue().decode("utf-8").partition("</meta>")
+    labels = html.escape(json.dumps(graph.graph), quote=False)
+    return f"{before}<description>{labels}</description>{meta}{after}"
 
 
 def from_gexf(text: str) -> nx.MultiDiGraph:
     """Undoes `to_gexf`."""
-    root = ET.fromstring(text)
-    space = root.tag.partition("}")[0] + "}"
-    description = root.findtext(f"{space}meta/{space}description")
+    elements = (element for _, element in ET.iterparse(io.StringIO(text)))
+    description = next((e.text for e in elements if e.tag.endswith("}description")), None)
     graph = nx.read_gexf(io.BytesIO(text.encode("utf-8")))
     result = _without_edge_ids(graph)
     result.graph.update(json.loads(description or "{}"))
     return result
-
-
-def _xml(root: ET.Element) -> str:
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
 # -- DOT ------------------------------------------------------------------------------------------
@@ -614,7 +605,8 @@ def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     for node, point in positions.items():
         _node(nodes, graph, node, at(point), limit)
     _legend(svg, graph, strongest, limit, height)
-    return _xml(svg)
+    text = ET.tostring(svg, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
 
 
 def _opacity(data: dict[str, Any], strongest: float) -> float:

@@ -74,6 +74,16 @@ def test_a_file_of_eap_ig_is_read(tmp_path):
     }  # fmt: skip
 
 
+def test_edges_that_a_file_leaves_out_count_as_zero_and_unmarked(tmp_path):
+    few = {name: BY_HAND["edges"][name] for name in ("input->a0.h1<v>", "a0.h1->logits")}
+    path = write(tmp_path / "graph.json", {**BY_HAND, "edges": few})
+    assert size(from_mib(path)) == len(BY_HAND["edges"])
+    assert sorted(d["score"] for *_, d in real_edges(from_mib(path)))[-3:] == [0.0, 1.5, 2.0]
+    assert names(from_mib(path, in_graph=True)) == {
+        ("embed", "L0H1", "v"), ("L0H1", "logits", "in")
+    }  # fmt: skip
+
+
 def test_parallel_blocks_have_no_edge_from_their_heads_to_their_mlp(tmp_path):
     parallel = {**BY_HAND, "cfg": {**BY_HAND["cfg"], "parallel_attn_mlp": True}}
     with pytest.raises(ValueError, match="has no edge 'a0.h0->m0'"):
