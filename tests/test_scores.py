@@ -312,6 +312,10 @@ def test_half_a_surrogate_pair_is_refused(wrong: dict[str, Any], tmp_path: Path)
         "text must be whole characters, as files are UTF-8; the result has half a surrogate pair "
         "in 'a\\ud800b'; replace it with text.encode('utf-8', 'replace').decode()"
     )
+    for edge in ("\udbff", "\udc00", "\udfff"):
+        assert "half a surrogate" in full_message(
+            lambda text=edge: node_scores(task=text).save(tmp_path / "s.safetensors")
+        )
     assert list(tmp_path.iterdir()) == []
     whole = node_scores(task="\U0001f600", tokens=("漢", "\u200f"))
     assert same(Scores.load(whole.save(tmp_path / "s.safetensors")), whole)
