@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import tasks
+from circuits.export import MIB, SUFFIXES
 from tasks import zoo
 
 TASKS: dict[str, Callable[..., tasks.Task]] = {"ioi": tasks.ioi}
@@ -24,8 +25,6 @@ SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
-MIB = ".mib.json"
-"""How files of EAP-IG and MIB are told from circuits, which are .json as well."""
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -230,8 +229,8 @@ def export(
     target: Annotated[
         Path,
         typer.Argument(
-            help="File to write: .html .svg .json .graphml .gexf .dot .mmd (at most 500 edges) or "
-            ".mib.json (the graphs of EAP-IG and MIB)."
+            help=f"File to write: {' '.join(SUFFIXES)}; .mmd takes at most 500 edges, {MIB} is for "
+            "EAP-IG and MIB."
         ),
     ],
     model: Annotated[
@@ -246,7 +245,7 @@ def export(
     ] = False,
 ) -> None:
     """Convert a circuit from one file format to another, by the names of the files."""
-    from circuits import from_mib, load, save, to_mib
+    from circuits import from_mib, load, save
 
     with _one_line_errors():
         reads, writes = source.name.endswith(MIB), target.name.endswith(MIB)
@@ -255,14 +254,11 @@ def export(
                 f"`--in-graph` is for reading {MIB} and `--model` for reading or writing it; got "
                 f"{source.name!r} and {target.name!r}; leave the option out"
             )
-        if reads:
-            graph = from_mib(source, model and _boot(model)[0], in_graph=in_graph)
-        else:
-            graph = load(source)
-        if writes:
-            written = to_mib(graph, target, _boot(model or graph.graph["model"])[0])
-        else:
-            written = save(graph, target)
+        bridge = _boot(model)[0] if model else None
+        graph = from_mib(source, bridge, in_graph=in_graph) if reads else load(source)
+        if writes and bridge is None:
+            bridge = _boot(graph.graph["model"])[0]
+        written = save(graph, target, model=bridge if writes else None)
         _say(f"wrote {escape(str(written))}")
 
 

@@ -149,7 +149,9 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
         rows = [c.name if named else f"L{c.layer}" for c in parsed]
         together = scores.tokens if scores.tokens == ALL_POSITIONS else ()
         places = scores.places or together or range(z.shape[1])
-        labels = np.array([[f"{name}@{place}" for place in places] for name in names], dtype=object)
+        labels = np.array(
+            [[f"{name}@{plain(str(place))}" for place in places] for name in names], dtype=object
+        )
         x_title, ticks = "span" if scores.places else "position", _token_ticks(scores, z.shape[1])
     figure = go.Figure(
         _heatmap(
@@ -569,17 +571,23 @@ def _circuit(graph: nx.MultiDiGraph) -> go.Figure:
             )
         )
     every = [member for _, members in sorted(groups.items()) for member in members]
+    # Arrays, and colours as numbers: plotly looks at lists and names of colours one by one.
+    places = np.array([path[i] for _, _, path, _ in every for i in (5, 9, 13, 17)]).reshape(-1, 2)
+    hues = (NEGATIVE, NEUTRAL, POSITIVE)
     figure.add_trace(
         go.Scatter(
-            x=[path[i, 0] for _, _, path, _ in every for i in (5, 9, 13, 17)],
-            y=[path[i, 1] for _, _, path, _ in every for i in (5, 9, 13, 17)],
+            x=places[:, 0],
+            y=places[:, 1],
             mode="markers",
             marker={
                 "size": 9,
                 "opacity": 0,
-                "color": [edge_hue(d) for *_, d in every for _ in "1234"],
+                "color": np.array([hues.index(edge_hue(d)) for *_, d in every]).repeat(4),
+                "colorscale": [[i / 2, hue] for i, hue in enumerate(hues)],
+                "cmin": 0,
+                "cmax": 2,
             },
-            hovertext=[plain(edge_note(u, v, d)) for u, v, _, d in every for _ in "1234"],
+            hovertext=np.array([plain(edge_note(u, v, d)) for u, v, _, d in every]).repeat(4),
             hoverinfo="text",
             name="edges",
         )

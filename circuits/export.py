@@ -5,13 +5,14 @@
 =========  =======  ================================================================
 suffix     load     what it is
 =========  =======  ================================================================
-.json      yes      networkx' node-link data, readable by d3 and Cytoscape
+.json      yes      networkx' node-link data, as nx.node_link_graph reads it
 .graphml   yes      for yEd, Gephi, igraph, Cytoscape
 .gexf      yes      for Gephi
 .dot       yes      for Graphviz; attributes are there twice, as data and as style
 .svg       yes      a picture that stands alone; the graph as JSON in its metadata
 .html      yes      the interactive figure, works offline; the graph as JSON inside
 .mmd       no       Mermaid, for Markdown files; up to 500 edges
+.mib.json  yes      EAP-IG's and MIB's graphs (`circuits.mib`): all edges of a model
 =========  =======  ================================================================
 
 A file appears whole or not at all. Plotly figures can be saved too, as .html or .json.
@@ -19,21 +20,18 @@ A file appears whole or not at all. Plotly figures can be saved too, as .html or
 
 from __future__ import annotations
 
-import contextlib
 import html
 import io
 import json
 import math
 import re
-import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import plotly.graph_objects as go
-import pydot
 
 from circuits.draw import (
     BOX,
@@ -57,86 +55,138 @@ from circuits.draw import (
     tint,
 )
 from circuits.graph import check_circuit
-from relp.scores import written_whole
+from circuits.mib import from_mib, to_mib
+from relp.scores import check_texts, written_whole
 
 __all__ = ["load", "save"]
 
-_FORMAT, _VERSION = "relp-circuit", 1
-_RESERVED = {"id", "key", "label", "source", "target"}  # words of the file formats themselves
+MIB = ".mib.json"
+_FORMAT, _VERSION = "relp-circuit", 2
+_RESERVED = {
+    "id", "key", "label", "source", "target",  # words of the file formats themselves
+    "edge_default", "edge_key", "node_default",  # … and of what reads and writes them
+    "node_for_adding", "self", "u_for_edge", "v_for_edge",  # arguments of networkx
+}  # fmt: skip
 _ILLEGAL_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def save(what: nx.MultiDiGraph | go.Figure, path: str | Path, *, title: str | None = None) -> Path:
+def save(
+    what: nx.MultiDiGraph | go.Figure,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    model: Any = None,
+) -> Path:
     """Writes a circuit (or a plotly figure) in the format that the suffix names.
 
     Args:
         what: a circuit; or a figure, for .html and .json.
         path: where to; an existing file is replaced.
-        title: plain text in place of the one made from model, task and rules.
+        title: plain text in place of the one made from model, task and rules; .graphml, .gexf and
+            .mib.json have no place for one.
+        model: for .mib.json, which holds its shape and all of its edges: the `TransformerBridge`
+            that the circuit is about.
 
     Returns:
         The path.
 
     Raises:
         TypeError: `what` is neither a circuit nor a figure.
-        ValueError: the suffix is unknown or not for figures, an attribute cannot be stored in the
-            format, or the circuit is empty or too large to be drawn in it.
+        ValueError: the suffix is unknown or not for figures, a name or an attribute cannot be
+            stored in the format, the circuit is empty or too large to be drawn in it, or `model` is
+            missing or not for the format.
         OSError: the folder does not exist or cannot be written.
     """
     path = Path(path)
+    figure = isinstance(what, go.Figure)
+    suffix = _suffix(path, _FIGURES if figure else SUFFIXES, " of a figure" if figure else "")
+    _check_model(path, suffix, model)
+    check_texts("the title", title)
     if isinstance(what, go.Figure):
-        text = _figure_text(what, path, title)
+        text = _figure_text(what, suffix, title)
+    elif suffix == MIB:
+        check_circuit(what)
+        if model is None:
+            raise ValueError(
+                f"`model` must be the TransformerBridge that the circuit is about, as {MIB} holds "
+                "its shape; got None; call circuits.save(circuit, path, model=model)"
+            )
+        return to_mib(what, path, model)
     else:
-        writer = _WRITERS.get(path.suffix)
-        if writer is None:
-            raise _unknown(path)
         _check_storable(check_circuit(what))
-        text = writer(what, title)
+        text = _WRITERS[suffix](what, title)
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
-def load(path: str | Path) -> nx.MultiDiGraph:
+def load(path: str | Path, *, model: Any = None) -> nx.MultiDiGraph:
     """Reads a circuit that `save` wrote: the same ids, keys, attributes and types.
 
+    Only a file named .mib.json gives all edges of its model and no attributes but the format's own,
+    as `from_mib(path, model)` does; `from_mib(path, model, in_graph=True)` gives the circuit in it.
+
+    Args:
+        path: the file.
+        model: for .mib.json: the `TransformerBridge` that it is about, if key/value heads are
+            wanted as nodes.
+
     Raises:
-        ValueError: the suffix is unknown, or the file does not hold a circuit of ours.
+        ValueError: the suffix is unknown, the file does not hold a circuit of ours, or `model` is
+            not for the format.
         OSError: the file does not exist or cannot be read.
     """
     path = Path(path)
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise _unknown(path, reading=True)
+    suffix = _suffix(path, (*_READERS, MIB))
+    _check_model(path, suffix, model)
+    if suffix == MIB:
+        return from_mib(path, model)
     if not path.is_file():
         raise FileNotFoundError(
             f"`path` must be a circuit's file; there is no file {str(path)!r}; check the name"
         )
     try:
-        return check_circuit(reader(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
-        raise _foreign(path, error) from error
-    except (SyntaxError, nx.NetworkXException) as error:  # ElementTree's ParseError is the former
-        raise _foreign(path, error) from error
+        return check_circuit(_READERS[suffix](path.read_text(encoding="utf-8")))
+    # ElementTree's ParseError is a SyntaxError
+    except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, nx.NetworkXException,
+            RecursionError) as error:  # fmt: skip
+        raise ValueError(
+            f"{str(path)!r} must be a circuit written by circuits.save; it is not "
+            f"({type(error).__name__}: {error}); for scores use Scores.load, for graphs of EAP-IG "
+            "and MIB from_mib"
+        ) from error
 
 
-def _foreign(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{str(path)!r} must be a circuit written by circuits.save; it is not "
-        f"({type(error).__name__}: {error}); for scores use Scores.load"
-    )
+def _suffix(path: Path, known: Sequence[str], of: str = "") -> str:
+    """The suffix of the format; a name that ends in .mib.json is none of .json."""
+    found = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
+    suffix = max(found, key=len, default="")
+    if suffix not in known:
+        why = "; .mmd can only be written" if suffix == ".mmd" and not of else ""
+        raise ValueError(
+            f"the suffix{of} must be one of {' '.join(known)}; got {path.name!r}{why}; choose "
+            "another name"
+        )
+    return suffix
 
 
-def _unknown(path: Path, *, reading: bool = False) -> ValueError:
-    known = _READERS if reading else _WRITERS
-    why = "; .mmd can only be written" if reading and path.suffix == ".mmd" else ""
-    return ValueError(
-        f"the suffix must be one of {' '.join(known)}; got {path.name!r}{why}; choose another name"
-    )
+def _check_model(path: Path, suffix: str, model: Any) -> None:
+    if model is not None and suffix != MIB:
+        raise ValueError(
+            f"`model` must be left out unless the suffix is {MIB}, the only one that needs it; got "
+            f"{path.name!r}; leave it out or choose another name"
+        )
 
 
 def _check_storable(graph: nx.MultiDiGraph) -> None:
     """Refuses what would not come back: other types, NaN, names that formats use themselves."""
+    for name in [*graph, *(key for *_, key in graph.edges(keys=True))]:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"nodes and keys of edges must be str; got {name!r}, {type(name).__name__}; "
+                "rename it"
+            )
+        check_texts("a node or an edge", name)
     owners = [("the graph", graph.graph)]
     owners += [(f"node {node!r}", data) for node, data in graph.nodes(data=True)]
     owners += [
@@ -159,14 +209,19 @@ def _check_storable(graph: nx.MultiDiGraph) -> None:
                     f"attributes must be named like variables and not {sorted(_RESERVED)}; "
                     f"{owner} has {name!r}; rename it"
                 )
+            check_texts(f"{name!r} of {owner}", value)
 
 
 # -- JSON -----------------------------------------------------------------------------------------
 
 
+_EDGES_OF = {1: "links", 2: "edges"}
+"""What each version calls its edges: networkx changed its default in 3.6."""
+
+
 def to_json(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     """Node-link data, with the format and its version."""
-    data = nx.node_link_data(graph, edges="links")
+    data = nx.node_link_data(graph, edges=_EDGES_OF[_VERSION])
     extra = {} if title is None else {"title": title}
     return json.dumps({"format": _FORMAT, "version": _VERSION, **extra, **data}, allow_nan=False)
 
@@ -176,11 +231,13 @@ def from_json(text: str) -> nx.MultiDiGraph:
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f'the field "format" must be "{_FORMAT}"')
-    if data.get("version") != _VERSION:
+    version = data.get("version")
+    if version not in _EDGES_OF:
         raise ValueError(
-            f"the version must be {_VERSION}; got {data.get('version')!r}; a newer release wrote it"
+            f"the version must be one of {tuple(_EDGES_OF)}; got {version!r}; install the newer "
+            "release that wrote it"
         )
-    return nx.node_link_graph(data, edges="links")
+    return nx.node_link_graph(data, edges=_EDGES_OF[version])
 
 
 # -- GraphML and GEXF -----------------------------------------------------------------------------
@@ -239,62 +296,69 @@ def from_graphml(text: str) -> nx.MultiDiGraph:
 
 def to_gexf(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     """GEXF has no attributes of graphs: they are JSON in its description."""
-    for *_, data in [*graph.nodes(data=True), *graph.edges(data=True)]:
-        if taken := _GEXF_WORDS & set(data):
-            raise ValueError(
-                f"attributes must not be named {sorted(_GEXF_WORDS)} in .gexf; got {sorted(taken)};"
-                " rename them or save as .graphml"
-            )
+    for owners in (graph.nodes(data=True), graph.edges(data=True)):
+        kinds: dict[str, type] = {}
+        for *_, data in owners:
+            if taken := _GEXF_WORDS & set(data):
+                raise ValueError(
+                    f"attributes must not be named {sorted(_GEXF_WORDS)} in .gexf; got "
+                    f"{sorted(taken)}; rename them or save as .graphml"
+                )
+            for name, value in data.items():
+                kind = kinds.setdefault(name, type(value))
+                if type(value) is not kind:
+                    raise ValueError(
+                        f"an attribute must be of one type in .gexf; {name!r} is {kind.__name__} "
+                        f"and {type(value).__name__}; convert it or save as .graphml"
+                    )
     bare = _with_edge_ids(graph)
     bare.graph.clear()
     buffer = io.BytesIO()
     nx.write_gexf(bare, buffer)
-    root = ET.fromstring(buffer.getvalue())
-    space = root.tag.partition("}")[0] + "}"
-    ET.register_namespace("", space[1:-1])
-    meta = root.find(f"{space}meta")
-    assert meta is not None
-    ET.SubElement(meta, f"{space}description").text = json.dumps(graph.graph)
-    return _xml(root)
+    before, meta, after = buffer.getvalue().decode("utf-8").partition("</meta>")
+    labels = html.escape(json.dumps(graph.graph), quote=False)
+    return f"{before}<description>{labels}</description>{meta}{after}"
 
 
 def from_gexf(text: str) -> nx.MultiDiGraph:
     """Undoes `to_gexf`."""
-    root = ET.fromstring(text)
-    space = root.tag.partition("}")[0] + "}"
-    description = root.findtext(f"{space}meta/{space}description")
+    elements = (element for _, element in ET.iterparse(io.StringIO(text)))
+    description = next((e.text for e in elements if e.tag.endswith("}description")), None)
     graph = nx.read_gexf(io.BytesIO(text.encode("utf-8")))
     result = _without_edge_ids(graph)
     result.graph.update(json.loads(description or "{}"))
     return result
 
 
-def _xml(root: ET.Element) -> str:
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
-
-
 # -- DOT ------------------------------------------------------------------------------------------
 
-_DOT_WORDS = {
+_DOT_STYLE = {
     "color", "fillcolor", "fontcolor", "labelloc", "penwidth", "rankdir", "style", "tooltip",
-    "dst", "name", "obj_dict", "points", "src",  # arguments of pydot's own classes
 }  # fmt: skip
+_DOT_WORDS = _DOT_STYLE | {"digraph", "edge", "graph", "node", "strict", "subgraph"}
 
 
 def _dot_quote(text: str) -> str:
-    """As Graphviz shows it: quotes and backslashes as HTML entities, so that none can end it."""
-    return f'"{html.escape(text).replace(chr(92), "&#92;")}"'
+    """As Graphviz shows it: what could end the text or its line is an HTML entity."""
+    special = r'[&<>"\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
+    return '"' + re.sub(special, lambda letter: f"&#{ord(letter[0])};", text) + '"'
 
 
-def _dot_text(quoted: object) -> str:
-    text = str(quoted)
-    return html.unescape(text[1:-1] if text[:1] == '"' else text)
+def _dot_text(word: str) -> str:
+    """Undoes `_dot_quote`; html.unescape by itself would drop control characters."""
+    if word[:1] != '"':
+        return word
+    return re.sub(
+        r"&(?:#(\d{1,7})|#?\w+);",
+        lambda entity: chr(int(entity[1])) if entity[1] else html.unescape(entity[0]),
+        word[1:-1].replace('\\"', '"'),
+    )
 
 
 def _dot_value(value: object) -> str:
     """Text as it is, all else as JSON; text that could be taken for JSON as JSON too."""
     text = json.dumps(value)
-    if isinstance(value, str) and value.isprintable():
+    if isinstance(value, str):
         try:
             json.loads(value)
         except ValueError:
@@ -302,69 +366,109 @@ def _dot_value(value: object) -> str:
     return _dot_quote(text)
 
 
-def _dot_read(quoted: str) -> Any:
-    text = _dot_text(quoted)
+def _dot_read(word: str) -> Any:
+    text = _dot_text(word)
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
+def _dot_list(data: dict[str, Any], **style: str) -> str:
+    words = {name: _dot_value(value) for name, value in data.items()}
+    words |= {name: _dot_quote(value) for name, value in style.items()}
+    return "[" + ", ".join(f"{name}={word}" for name, word in words.items()) + "];"
+
+
 def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
-    """Graphviz' language: attributes as data, and as colours and widths."""
+    """Graphviz' language, a line for each statement: attributes as data, and as colours and widths.
+
+    Raises:
+        ValueError: an attribute has the name of one of Graphviz' own that are written here.
+    """
     for *_, data in [("", graph.graph), *graph.nodes(data=True), *graph.edges(data=True)]:
-        if taken := _DOT_WORDS & set(data):
+        if taken := [name for name in data if name.lower() in _DOT_WORDS]:
             raise ValueError(
                 f"attributes must not be named {sorted(_DOT_WORDS)} in .dot; got {sorted(taken)}; "
                 "rename them or save as .graphml"
             )
     limit, strongest = node_limit(graph), edge_limit(graph)
-    dot = pydot.Dot(_dot_quote("circuit"), graph_type="digraph", rankdir="BT", labelloc="t")
     # In labels a backslash begins an escape such as \N, also one written as an entity.
-    dot.set("label", _dot_quote((title or heading(graph)).replace("\\", 2 * "\\")))
-    for name, value in graph.graph.items():
-        dot.set(name, _dot_value(value))
-    dot.set_node_defaults(shape="box", style=_dot_quote("rounded,filled"), fontname="Helvetica")
+    label = _dot_quote((title or heading(graph)).replace("\\", 2 * "\\"))
+    lines = [
+        'digraph "circuit" {',
+        *('rankdir="BT";', 'labelloc="t";', f"label={label};"),
+        *(f"{name}={_dot_value(value)};" for name, value in graph.graph.items()),
+        'node [shape="box", style="rounded,filled", fontname="Helvetica"];',
+    ]
     for node, data in graph.nodes(data=True):
-        box = pydot.Node(_dot_quote(node))
-        for name, value in data.items():
-            box.set(name, _dot_value(value))
-        box.set("fillcolor", _dot_quote(tint(data["score"], limit)))
-        box.set("fontcolor", _dot_quote(ink(data["score"], limit)))
-        box.set("tooltip", _dot_quote(node_note(graph, node)))
-        dot.add_node(box)
+        style = {
+            "fillcolor": tint(data["score"], limit),
+            "fontcolor": ink(data["score"], limit),
+            "tooltip": node_note(graph, node),
+        }
+        lines.append(f"{_dot_quote(node)} {_dot_list(data, **style)}")
     for u, v, key, data in graph.edges(keys=True, data=True):
-        line = pydot.Edge(_dot_quote(u), _dot_quote(v))
-        for name, value in {"key": key, **data}.items():
-            line.set(name, _dot_value(value))
-        line.set("color", _dot_quote(edge_hue(data)))
-        line.set("penwidth", f"{_width(data, strongest):.2f}")
-        line.set("style", "dashed" if data["structural"] else "solid")
-        line.set("tooltip", _dot_quote(edge_note(u, v, data)))
-        dot.add_edge(line)
-    return str(dot.to_string())
+        style = {
+            "color": edge_hue(data),
+            "penwidth": f"{_width(data, strongest):.2f}",
+            "style": "dashed" if data["structural"] else "solid",
+            "tooltip": edge_note(u, v, data),
+        }
+        lines.append(
+            f"{_dot_quote(u)} -> {_dot_quote(v)} {_dot_list({'key': key, **data}, **style)}"
+        )
+    return "\n".join([*lines, "}", ""])
+
+
+_GAP = r"(?:\s|//[^\n]*\n|/\*(?s:.*?)\*/)*"
+_WORD = r'"[^"\\]*(?:\\(?s:.)[^"\\]*)*"|-?[.\w]+'
+_DOT_START = re.compile(rf"{_GAP}digraph{_GAP}(?:{_WORD})?{_GAP}\{{{_GAP}")
+_DOT_STATEMENT = re.compile(rf"({_WORD}){_GAP}(?:(->|=){_GAP}({_WORD}){_GAP})?(\[)?{_GAP};?{_GAP}")
+_DOT_PAIR = re.compile(rf"({_WORD}){_GAP}={_GAP}({_WORD}){_GAP}[,;]?{_GAP}")
+_DOT_CLOSE = re.compile(rf"\]{_GAP};?{_GAP}")
+_DOT_END = re.compile(rf"\}}{_GAP}$")
+
+
+def _dot_statements(text: str) -> Iterator[tuple[str, str | None, str, dict[str, Any]]]:
+    """`(word, sign, word, attributes)` of each: the sign is `->`, `=`, or None with one word.
+
+    What Graphviz' language has for nodes, edges and attributes, so that a file can be edited by
+    hand. A general parser takes minutes for the graph of a model.
+    """
+    at = 0
+
+    def read(pattern: re.Pattern[str]) -> re.Match[str] | None:
+        nonlocal at
+        if found := pattern.match(text, at):
+            at = found.end()
+        return found
+
+    closed = read(_DOT_START)
+    while found := closed and read(_DOT_STATEMENT):
+        first, sign, second, opened = found.groups()
+        data = {}
+        while pair := opened and read(_DOT_PAIR):
+            data[_dot_text(pair[1])] = _dot_read(pair[2])
+        if opened and not read(_DOT_CLOSE):
+            break
+        yield first, sign, second, data
+    if not (closed and read(_DOT_END)):
+        line = text.count("\n", 0, at) + 1
+        raise ValueError(f"line {line} is no node, edge or attribute of a graph in .dot")
 
 
 def from_dot(text: str) -> nx.MultiDiGraph:
     """Undoes `to_dot`, and leaves the style out."""
-    # pydot prints where the syntax is wrong, and uses names that pyparsing is about to drop.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        graphs = pydot.graph_from_dot_data(text)
-    if not graphs:
-        raise ValueError("the file is not in Graphviz' language")
-    dot, result = graphs[0], nx.MultiDiGraph()
-
-    def data(attributes: dict[str, Any], drop: set[str]) -> dict[str, Any]:
-        return {name: _dot_read(value) for name, value in attributes.items() if name not in drop}
-
-    result.graph.update(data(dot.get_attributes(), _DOT_WORDS | {"label"}))
-    for node in dot.get_nodes():
-        if node.get_name() not in ("node", "edge", "graph"):  # those are defaults
-            result.add_node(_dot_text(node.get_name()), **data(node.get_attributes(), _DOT_WORDS))
-    for edge in dot.get_edges():
-        u, v = _dot_text(edge.get_source()), _dot_text(edge.get_destination())
-        result.add_edge(u, v, **data(edge.get_attributes(), _DOT_WORDS))  # `key` among them
+    result = nx.MultiDiGraph()
+    for first, sign, second, data in _dot_statements(text):
+        kept = {name: value for name, value in data.items() if name not in _DOT_STYLE}
+        if sign == "->":
+            result.add_edge(_dot_text(first), _dot_text(second), **kept)  # `key` among them
+        elif sign is None and first not in ("node", "edge", "graph"):  # those are defaults
+            result.add_node(_dot_text(first), **kept)
+        elif sign == "=" and first not in _DOT_STYLE | {"label"}:
+            result.graph[_dot_text(first)] = _dot_read(second)
     return result
 
 
@@ -501,7 +605,8 @@ def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     for node, point in positions.items():
         _node(nodes, graph, node, at(point), limit)
     _legend(svg, graph, strongest, limit, height)
-    return _xml(svg)
+    text = ET.tostring(svg, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
 
 
 def _opacity(data: dict[str, Any], strongest: float) -> float:
@@ -592,7 +697,7 @@ def _node(
     slots = {d["slot"] for *_, d in graph.in_edges(node, data=True)} & set(PORTS)
     where = node_positions(graph, node)
     middle = {"text_anchor": "middle", "style": colour}
-    px = (11.0 if where else 13.0) * min(1.0, 7 / len(node))
+    px = (11.0 if where else 13.0) * 7 / max(7, len(node))
     drop = 3.0 if where else 0.5 if slots else 4.5
     _label(group, x, y + drop, node, px, font_weight="500", **middle)
     if where:  # above, where edges leave; what they enter through is below
@@ -679,21 +784,16 @@ def _page(figure: go.Figure, title: str) -> str:
     return page.replace("<head>", f"<head><title>{html.escape(title)}</title>", 1)
 
 
-def _figure_text(figure: go.Figure, path: Path, title: str | None) -> str:
+def _figure_text(figure: go.Figure, suffix: str, title: str | None) -> str:
     if title is not None:
         figure = go.Figure(figure).update_layout(title_text=plain(title))
-    if path.suffix == ".html":
+    check_texts("the figure", figure.to_plotly_json())
+    if suffix == ".html":
         return _page(figure, title or "figure")
-    if path.suffix == ".json":
-        return str(figure.to_json())
-    raise ValueError(
-        f"a figure must be saved as .html or .json; got {path.name!r}; save the circuit itself for "
-        "the other formats"
-    )
+    return str(figure.to_json())
 
 
-_Writer = Callable[[nx.MultiDiGraph, str | None], str]
-_WRITERS: dict[str, _Writer] = {
+_WRITERS: dict[str, Callable[[nx.MultiDiGraph, str | None], str]] = {
     ".json": to_json,
     ".graphml": to_graphml,
     ".gexf": to_gexf,
@@ -710,3 +810,6 @@ _READERS: dict[str, Callable[[str], nx.MultiDiGraph]] = {
     ".svg": from_svg,
     ".html": from_html,
 }
+_FIGURES = (".html", ".json")
+SUFFIXES = (*_WRITERS, MIB)
+"""Of every format, for all who tell files by their names."""

@@ -3,6 +3,8 @@
     to_mib(assemble(edges), "ioi_gpt2/importances.json", model)
     graph = from_mib("ioi_gpt2/importances.json", model)
 
+`circuits.save` and `circuits.load` do the same for files named .mib.json.
+
 The format, Graph.to_json of github.com/hannamw/EAP-IG 2.0 (MIB: hannamw/MIB-circuit-track), is
 
     {"cfg": {"n_layers": 12, "n_heads": 12, "parallel_attn_mlp": false, "d_model": 768},
@@ -42,7 +44,7 @@ import torch
 
 from circuits.graph import GRAPH, assemble, check_circuit, real_edges
 from circuits.prune import keep
-from relp.scores import Scores, written_whole
+from relp.scores import Scores, check_texts, written_whole
 from relp.sites import Sites
 
 __all__ = ["from_mib", "to_mib"]
@@ -151,8 +153,8 @@ def to_mib(
     Raises:
         TypeError: `graph` or `circuit` is no circuit.
         ValueError: the suffix is not .json, scores are by position or not finite, neurons were
-            split off, or an edge is none of the model's (of mixers, for instance, which the format
-            does not know).
+            split off, an edge is none of the model's (of mixers, for instance, which the format
+            does not know), or a label holds half a surrogate pair.
         OSError: the folder does not exist or cannot be written.
     """
     path = Path(path)
@@ -173,6 +175,7 @@ def to_mib(
         edges[e.name] = {"score": share, "in_graph": inside}
     nodes = {theirs: {"in_graph": ours in marked} for ours, theirs in shape.nodes.items()}
     labels = {name: graph.graph[name] for name in _LABELS}
+    check_texts("the graph", labels)
     data = {"cfg": shape.cfg, "nodes": nodes, "edges": edges, "relp": labels}
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(data), encoding="utf-8", newline="\n")
@@ -239,7 +242,8 @@ def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> 
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} must be a graph in EAP-IG's JSON, of the model if one is given; it is "
-            f"not ({type(error).__name__}: {error}); for files of circuits.save use circuits.load"
+            f"not ({type(error).__name__}: {error}); for other files of circuits.save use "
+            "circuits.load, renamed if they end in .mib.json"
         ) from error
     return keep(graph, chosen) if in_graph else graph
 

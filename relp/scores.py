@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -297,7 +298,8 @@ class Scores:
         """Writes a .safetensors file (labels as JSON in its header); the file appears whole.
 
         Raises:
-            ValueError: the suffix is not `.safetensors`.
+            ValueError: the suffix is not `.safetensors`, or a name or token holds half a surrogate
+                pair.
             OSError: the folder does not exist or cannot be written.
         """
         path = Path(path)
@@ -317,6 +319,7 @@ class Scores:
         labels = {k: v for k, v in labels.items() if k not in ("spans", "nodes", "edges")}
         labels["remainder"] = dict(self.remainder)
         labels["type"] = type(self).__name__
+        check_texts("the result", [labels, *self.spans])
         with written_whole(path) as temporary:
             # not save_file: its files can be read by their owner only, whatever the umask
             temporary.write_bytes(to_bytes(tensors, metadata={"relp": json.dumps(labels)}))
@@ -362,6 +365,27 @@ def span_index(
     for number, at in reversed(list(enumerate(spans.values()))):  # the first name stays
         index[torch.arange(pairs), at.cpu()] = number
     return index
+
+
+def check_texts(owner: str, value: object) -> None:
+    """Refuses half a surrogate pair in any text of `value`, keys included: UTF-8 has none.
+
+    Raises:
+        ValueError: a text holds one; `owner` tells whose it is.
+    """
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(
+                f"text must be whole characters, as files are UTF-8; {owner} has half a surrogate "
+                f"pair in {value!r}; replace it with text.encode('utf-8', 'replace').decode()"
+            )
+    elif isinstance(value, Mapping):
+        check_texts(owner, [*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_texts(owner, item)
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        check_texts(owner, value.tolist())
 
 
 @contextmanager

@@ -314,8 +314,8 @@ def test_exports_that_cannot_be_made_are_errors() -> None:
             "`--in-graph` is for reading .mib.json and `--model` for reading or writing it; got "
         )
     assert refused("export", "a.json", "b.png") == (
-        "the suffix must be one of .json .graphml .gexf .dot .svg .html .mmd; got 'b.png'; "
-        "choose another name"
+        "the suffix must be one of .json .graphml .gexf .dot .svg .html .mmd .mib.json; got "
+        "'b.png'; choose another name"
     )
     assert refused("export", "a.json", "none/b.svg") == (
         "`path` must lie in an existing folder; 'none' is none; create it first"

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from dataclasses import replace
 
 import networkx as nx
@@ -10,7 +11,18 @@ import pytest
 import torch
 from test_graph import make_scores
 
-from circuits.draw import BOX, NEGATIVE, NEUTRAL, POSITIVE, crossings, draw, layout, routes, tint
+from circuits.draw import (
+    BOX,
+    NEGATIVE,
+    NEUTRAL,
+    POSITIVE,
+    crossings,
+    draw,
+    ink,
+    layout,
+    routes,
+    tint,
+)
 from circuits.graph import assemble, size
 from circuits.prune import top
 from relp.scores import Effects, Scores
@@ -82,6 +94,7 @@ def test_colours_are_symmetric_about_zero_and_blue_is_positive():
         assert trace.zmax == pytest.approx(np.nanmax(np.abs(trace.z)))
         assert trace.colorscale[0][1] == "rgb(103,0,31)"  # red, the low end
         assert trace.colorscale[-1][1] == "rgb(5,48,97)"
+    assert [ink(score, 1.0) == "#ffffff" for score in (-1.0, -0.5, 0.5, 1.0)] == [1, 0, 0, 1]
     assert (tint(1.0, 1.0), tint(0.0, 1.0), tint(-9.0, 1.0)) == ("#427db8", "#ffffff", "#be3b4b")
 
 
@@ -123,6 +136,8 @@ def test_spans_that_lie_apart_take_the_place_of_positions():
         np.testing.assert_allclose(figure.data[0].z[1], expected, atol=1e-6)
         by_position = draw(scores, kind="mlp", positions=True)
         assert by_position.data[0].customdata[1, 3] == "L1.mlp@3"
+    named = replace(scores, spans={"<b>": spans["name"], "end": spans["end"]})
+    assert draw(named, kind="mlp").data[0].customdata[1, 0] == "L1.mlp@&lt;b&gt;"
     same = make_nodes(spans={"name": torch.tensor([1, 1, 1]), "end": end}, tokens=tuple("abcd"))
     assert draw(same).data[0].customdata[0, 3] == "L0.resid@3"
     effect = replace(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
@@ -306,6 +321,8 @@ def test_circuit_figure():
     assert len(traces["nodes"].x) == len(circuit)
     embed = traces["nodes"].hovertext[list(layout(circuit)).index("embed")]
     assert embed.startswith(f"embed · score {circuit.nodes['embed']['score']:+.4g} · 0 in")
+    logits = traces["nodes"].hovertext[list(layout(circuit)).index("logits")]
+    assert re.fullmatch(r"logits · \d+ in, 0 out", logits)
     notes = set(traces["edges"].hovertext)
     assert len(notes) == circuit.number_of_edges()
     for u, _, _, data in circuit.edges(keys=True, data=True):
@@ -315,7 +332,16 @@ def test_circuit_figure():
     drawn = sum(sum(math.isnan(x) for x in line.x) for line in lines)
     assert drawn == circuit.number_of_edges() > size(circuit)
     assert {line.line.color for line in lines} == {POSITIVE, NEGATIVE, NEUTRAL}
+    hover = traces["edges"]
+    assert [colour for _, colour in hover.marker.colorscale] == [NEGATIVE, NEUTRAL, POSITIVE]
+    assert (hover.marker.cmin, hover.marker.cmax) == (0, 2)
+    assert len(hover.x) == len(hover.y) == len(hover.hovertext) == 4 * circuit.number_of_edges()
+    for note, colour in zip(hover.hovertext, hover.marker.color, strict=True):
+        assert colour == (1 if "keys and values" in note else 2 if ": +" in note else 0)
+    assert {line.line.color for line in lines if line.line.dash == "dot"} == {NEUTRAL}
     scale = traces["nodes"].marker
+    inner = [abs(d["score"]) for node, d in circuit.nodes(data=True) if node != "embed"]
+    assert scale.cmax == max(inner)
     assert scale.cmin == -scale.cmax and scale.cmid == 0
     assert f"{size(circuit)} of {circuit.graph['total_edges']} edges" in figure.layout.title.text
 
@@ -356,6 +382,8 @@ def test_text_of_models_and_tasks_is_escaped():
         title = figure.layout.title.text
         assert "&lt;/script&gt;&lt;b&gt;&amp;" in title and "a/b &lt;i&gt;c&lt;/i&gt;" in title
         assert "<u>" not in str(figure.to_dict())
+    nodes = str(draw(nx.relabel_nodes(make_circuit(), {"L0H0": "<b>"})).to_dict())
+    assert nodes.count("&lt;b&gt;") > 2 and "<b>" not in nodes
 
 
 @pytest.mark.parametrize("edges", [30, 1000])

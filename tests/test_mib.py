@@ -1,5 +1,6 @@
 """EAP-IG's and MIB's files: a file written by hand, counts, and everything back as it was."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from test_export import same
 from test_graph import make_scores, names
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from circuits import assemble, between, from_mib, to_mib, top
+from circuits import assemble, between, from_mib, load, save, to_mib, top
 from circuits.graph import real_edges, size
 
 TINY = {"gpt2": {"layers": 3, "heads": 4}, "llama": {"layers": 3, "heads": 4, "kv_heads": 2}}
@@ -68,6 +69,16 @@ def test_a_file_of_eap_ig_is_read(tmp_path):
     assert graph.nodes["embed"]["score"] == 0.5 + 0.25 + 1.5 - 0.125
     assert graph.graph["direction"] == "denoise" and graph.graph["rules"] == "unknown"
     assert names(top(graph, edges=2)) == names(from_mib(path, in_graph=True))
+    assert names(from_mib(path, in_graph=True)) == {
+        ("embed", "L0H1", "v"), ("L0H1", "logits", "in")
+    }  # fmt: skip
+
+
+def test_edges_that_a_file_leaves_out_count_as_zero_and_unmarked(tmp_path):
+    few = {name: BY_HAND["edges"][name] for name in ("input->a0.h1<v>", "a0.h1->logits")}
+    path = write(tmp_path / "graph.json", {**BY_HAND, "edges": few})
+    assert size(from_mib(path)) == len(BY_HAND["edges"])
+    assert sorted(d["score"] for *_, d in real_edges(from_mib(path)))[-3:] == [0.0, 1.5, 2.0]
     assert names(from_mib(path, in_graph=True)) == {
         ("embed", "L0H1", "v"), ("L0H1", "logits", "in")
     }  # fmt: skip
@@ -136,6 +147,51 @@ def test_a_group_shares_the_score_of_its_key_value_head(tiny, tmp_path):
     assert kept.edges["L0H1", "L1KV1", "v"]["score"] == 5.0
 
 
+def test_the_suffix_means_this_format_for_save_and_load(tiny, style, tmp_path):
+    graph = shaped(style)
+    circuit = top(graph, edges=40)
+    path = save(circuit, tmp_path / "c.mib.json", model=tiny)
+    assert path == tmp_path / "c.mib.json"
+    assert path.read_bytes() == to_mib(circuit, tmp_path / "d.json", tiny).read_bytes()
+    assert same(load(path, model=tiny), from_mib(path, tiny))
+    assert same(load(path), from_mib(path))
+    assert size(load(path, model=tiny)) == size(graph) > size(circuit)
+    assert names(from_mib(path, tiny, in_graph=True)) == names(circuit)
+
+
+def test_the_suffix_is_said_to_need_a_model(tmp_path):
+    with pytest.raises(ValueError) as error:
+        save(shaped("gpt2"), tmp_path / "c.mib.json")
+    assert str(error.value) == (
+        "`model` must be the TransformerBridge that the circuit is about, as .mib.json holds its "
+        "shape; got None; call circuits.save(circuit, path, model=model)"
+    )
+    with pytest.raises(TypeError, match=r"must be a networkx.MultiDiGraph; got Scores"):
+        inspect.unwrap(save)(make_scores(), tmp_path / "c.mib.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load(tmp_path / "c.mib.json")
+    save(shaped("gpt2"), tmp_path / "c.json").rename(tmp_path / "c.mib.json")
+    with pytest.raises(ValueError, match=r"use circuits.load, renamed if they end in \.mib\.json"):
+        load(tmp_path / "c.mib.json")
+    with pytest.raises(ValueError, match="for graphs of EAP-IG and MIB from_mib"):
+        load(write(tmp_path / "graph.json", BY_HAND))
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(gpt2_folder, tmp_path, monkeypatch):
+    model = boot(gpt2_folder)
+    path = to_mib(shaped("gpt2"), tmp_path / "c.json", model)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        to_mib(shaped("gpt2", seed=1), path, model)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_gpt2_small_has_32491_edges(tmp_path):
     config = {"n_layer": 12, "n_head": 12, "n_embd": 24, "n_positions": 16}
     size_of = save_tokenizer(tmp_path)
@@ -162,6 +218,10 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, gpt2_folder):
     graph.edges["embed", "logits", "in"]["score"] = float("inf")
     with pytest.raises(ValueError, match="scores must be finite"):
         to_mib(graph, tmp_path / "c.json", model)
+    with pytest.raises(
+        ValueError, match="whole characters, .*; the graph has half a surrogate pair"
+    ):
+        to_mib(shaped("gpt2", task="a\ud800b"), tmp_path / "c.json", model)
     with pytest.raises(FileNotFoundError, match="must lie in an existing folder"):
         to_mib(shaped("gpt2"), tmp_path / "ioi_gpt2" / "c.json", model)
     assert not list(tmp_path.iterdir())

@@ -398,6 +398,30 @@ def test_a_file_replaces_the_one_before(tmp_path: Path) -> None:
     assert same(Scores.load(path), edge_scores(Effects))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "a\ud800b"},
+        {"tokens": ("x", "a\ud800b")},
+        {"spans": {"a\ud800b": torch.tensor([0, 1])}},
+        {"remainder": {"a\ud800b": 0.0}},
+    ],
+    ids=["label", "token", "span", "key"],
+)
+def test_half_a_surrogate_pair_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    assert full_message(lambda: node_scores(**wrong).save(tmp_path / "s.safetensors")) == (
+        "text must be whole characters, as files are UTF-8; the result has half a surrogate pair "
+        "in 'a\\ud800b'; replace it with text.encode('utf-8', 'replace').decode()"
+    )
+    for edge in ("\udbff", "\udc00", "\udfff"):
+        assert "half a surrogate" in full_message(
+            lambda text=edge: node_scores(task=text).save(tmp_path / "s.safetensors")
+        )
+    assert list(tmp_path.iterdir()) == []
+    whole = node_scores(task="\U0001f600", tokens=("漢", "\u200f"))
+    assert same(Scores.load(whole.save(tmp_path / "s.safetensors")), whole)
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
 def test_permissions_follow_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
     before = os.umask(umask)
