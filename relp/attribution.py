@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from relp.capture import ROOT, Capture, captures
+from relp.choices import OWN, check_direction, check_level
 from relp.norms import NormMap
 from relp.propagation import module_names
 from relp.rulebook import DEEPLIFT, RELP, Rules
@@ -27,7 +28,6 @@ from relp.sites import Block, Sites, weight
 
 __all__ = ["attribute"]
 
-OWN = {"denoise": "corrupt", "noise": "clean"}
 EDGE_BYTES = 384 << 20
 """Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
 NODE_BYTES = 512 << 20
@@ -456,13 +456,8 @@ def _check(
             f"`rules` must be a Rules value such as relp.RELP; got {type(rules).__name__}; "
             "turn a name into rules with relp.preset(name)"
         )
-    if level not in ("node", "edge"):
-        raise ValueError(f"`level` must be 'node' or 'edge'; got {level!r}; choose one of them")
-    if direction not in OWN:
-        raise ValueError(
-            f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
-            "values into the corrupt run"
-        )
+    check_level(level)
+    check_direction(direction)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(
             f"`steps` must be a whole number of at least 1; got {steps!r}; leave it out"
