@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from time import perf_counter
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -357,7 +359,10 @@ def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What a user can mend is one sentence on stderr and exit code 1, not a traceback."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
     try:
+        if ours:
+            signal.signal(signal.SIGINT, _interrupt)
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
@@ -366,6 +371,19 @@ def _one_line_errors() -> Iterator[None]:
         kept = str(stop) or "files that were said to be written are whole, nothing else is kept"
         errors.print(f"[red]interrupted:[/] {escape(kept)}", soft_wrap=True)
         raise typer.Exit(128 + signal.SIGINT) from stop
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, which Python would swallow in a finalizer: there it comes again a little later."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            Timer(0.05, signal.raise_signal, [number]).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 # -- options ---------------------------------------------------------------------------------------

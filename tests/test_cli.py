@@ -250,6 +250,22 @@ def test_an_interrupted_sweep_says_how_to_go_on() -> None:
     assert files(Path.cwd()) == [str(left)]
 
 
+def test_an_interruption_is_not_swallowed_by_a_finalizer(model: Path, monkeypatch: Any) -> None:
+    class Garbage:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def swept(*args: Any, **options: Any) -> None:
+        Garbage()
+        for _ in range(200):
+            sleep(0.02)
+
+    monkeypatch.setattr(circuits, "patch", swept)
+    result = relp(*SWEEP, "--model", model)
+    assert result.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_an_interruption_before_the_first_effect(model: Path, monkeypatch: Any) -> None:
     def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
