@@ -504,6 +504,15 @@ def test_a_model_that_is_not_fetched_is_an_error(name: str, monkeypatch: Any) ->
     )
 
 
+def test_a_folder_may_lie_below_home(model: Path, monkeypatch: Any) -> None:
+    def boot_transformers(name: str) -> None:
+        raise OSError(f"asked for {name}")
+
+    monkeypatch.setenv("HOME", str(model.parent))
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", boot_transformers)
+    assert f"'~/tiny' could not be booted (asked for {model})" in refused("coverage", "~/tiny")
+
+
 def test_unknown_rules_are_an_error() -> None:
     assert refused("discover", "--rules", "LRP-0") == (
         "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT; got 'LRP-0'; "
