@@ -28,6 +28,7 @@ from circuits.graph import all_edges, assemble, check_circuit, real_edges
 from circuits.prune import keep
 from relp.attribution import provenance
 from relp.capture import undisturbed
+from relp.choices import check_tau
 from relp.scores import Component, Scores
 from relp.sites import Sites
 
@@ -36,7 +37,7 @@ __all__ = ["acdc"]
 Edge = tuple[int, int]
 """A writer's row and a reader's column."""
 
-_NEXT = "acdc_next"
+NEXT = "acdc_next"
 """Graph attribute of an interrupted search: the first edge that it did not decide."""
 
 
@@ -82,11 +83,7 @@ def acdc(
         ValueError: `tau` is not above 0, `graph` is by position or not of this model, or the
             metric has no gap between clean and corrupt prompts.
     """
-    if not 0 < tau < math.inf:
-        raise ValueError(
-            f"`tau` must be above 0, in units of the metric; got {tau}; try a hundredth of the gap "
-            "between the clean and the corrupt metric"
-        )
+    check_tau(tau)
     if graph is not None and check_circuit(graph).graph["positions"]:
         raise ValueError(
             "`graph` must have edges that are summed over positions; these are by position; use "
@@ -97,7 +94,7 @@ def acdc(
     mask = all_edges(sites) if graph is None else circuit_masks(sites, task, graph)[0, 0]
     order = _order(sites, mask)
     state = _State(0, mask, torch.zeros(mask.shape))
-    if graph is not None and _NEXT in graph.graph:
+    if graph is not None and NEXT in graph.graph:
         state = _resumed(sites, mask, graph)
     search = _search(sites, task, tau, order, state)
     with tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress,
@@ -124,7 +121,7 @@ def acdc(
     circuit = keep(full, (e[:3] for e in real_edges(full) if (e[0], e[3]["reader"]) in kept))
     if state.at < len(order):
         writer, reader = order[state.at]
-        circuit.graph[_NEXT] = f"{writers[writer]} {readers[reader]}"
+        circuit.graph[NEXT] = f"{writers[writer]} {readers[reader]}"
     return circuit
 
 
@@ -147,7 +144,7 @@ def _resumed(sites: Sites, mask: Bool[Tensor, "writer reader"], graph: nx.MultiD
     changes = torch.zeros(mask.shape)
     for u, _, _, data in real_edges(graph):
         changes[writers[u], readers[data["reader"]]] = data["score"]
-    writer, reader = graph.graph[_NEXT].split()
+    writer, reader = graph.graph[NEXT].split()
     whole = _order(sites, all_edges(sites))
     decided = whole[: whole.index((writers[writer], readers[reader]))]
     return _State(sum(bool(mask[edge]) for edge in decided), mask, changes)

@@ -1,30 +1,46 @@
-"""The `relp` command: discover a circuit, measure effects, compare rules, convert files."""
+"""The `relp` command: discover a circuit, measure effects, compare rules, convert files.
+
+What an option cannot be is said at once: torch and TransformerLens take seconds to import, so they
+are where they are used, behind the checks.
+"""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
+import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from time import perf_counter
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 import tasks
-from circuits.export import MIB, SUFFIXES
+from relp import preset
+from relp.choices import MIB, SUFFIXES, check_ablation, check_direction, check_level, check_tau
 from tasks import zoo
 
-TASKS: dict[str, Callable[..., tasks.Task]] = {"ioi": tasks.ioi}
+TASKS = ("ioi",)
+"""Functions of the package `tasks`."""
 SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
+WEIGHTS = ("*.safetensors", "*.bin")
+TOKENIZERS = ("*token*", "*vocab*", "*.model", "*merges*", "*.tiktoken", "tekken.json")
+"""What a model's folder holds of each, as the hub's libraries write it."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -61,22 +77,35 @@ def discover(
     pairs: Pairs = 32,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the circuit's files; if not given, runs/MODEL.")
+        Path | None,
+        typer.Option(
+            help="Folder for the circuit's files; if not given, runs/MODEL. Those of an earlier "
+            "run are replaced."
+        ),
     ] = None,
 ) -> None:
-    """Find the circuit of a task, check it against exact patching, draw it."""
-    from circuits import faithfulness, patch, save
-    from circuits.graph import size
-    from relp import PRESETS, attribute, preset
+    """Find the circuit of a task, check it against exact patching, draw it.
 
+    An interrupted acdc goes on when run again.
+    """
     started = perf_counter()
     with _one_line_errors():
         chosen = preset(rules)
-        find = _search(search, edges, tau)
+        folder = out or Path("runs") / _called(model)
+        asked = f"{task} --model {model} --pairs {pairs} --seed {seed}"
+        find = _search(search, edges, tau, folder / f"{task}.part.json", asked)
         make = _task(task)
+        _check_model(model)
+        _check_folder(folder)
+
+        from circuits import faithfulness, patch, save
+        from circuits.graph import size
+        from relp import PRESETS, attribute
+
         bridge, name = _boot(model)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
-        folder = _writable(out or Path("runs") / name)
+        with _written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
 
         scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
@@ -92,7 +121,10 @@ def discover(
                 f"{f'--edges {edges or EDGES}' if tau is None else f'--tau {tau:g}'} does not; "
                 f"{'give more edges' if tau is None else 'give a smaller cost'}"
             )
-        console.print(_agreement_table(scores, patch(bridge, prompts)))
+        # what took long and is small comes first: the rest can be made from it
+        with _written(folder):
+            _say(f"wrote {escape(str(save(circuit, folder / f'{task}.json')))}")
+        _print_agreement(scores, patch(bridge, prompts))
         kept = faithfulness(bridge, prompts, circuit)
         total = circuit.graph["total_edges"]
         summary = (
@@ -102,8 +134,9 @@ def discover(
         by = circuit.graph["rules"] + (", greedy" if search == "greedy" else "")
         _say(f"circuit by {by}: [bold]{summary}[/]")
         title = f"{task} circuit of {name} · {by} · {summary}"
-        for suffix in ("html", "svg", "json"):
-            written = save(circuit, folder / f"{task}.{suffix}", title=title)
+        for suffix in ("svg", "html"):
+            with _written(folder):
+                written = save(circuit, folder / f"{task}.{suffix}", title=title)
             _say(f"wrote {escape(str(written))}")
     _say(f"done in {perf_counter() - started:.0f} s")
 
@@ -120,32 +153,39 @@ def measure(
     pairs: Pairs = 32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("effects.safetensors"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Measure anew, and replace a file that is there.")
+    ] = False,
 ) -> None:
     """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
-    from circuits import patch
-    from circuits.draw import lined_up
-
     with _one_line_errors():
-        if out.suffix != ".safetensors":
-            raise ValueError(
-                f"`--out` must be a .safetensors file; got {out.name!r}; change the suffix"
-            )
+        check_level(level)
+        check_direction(direction)
+        check_ablation(ablation)
         make = _task(task)
-        bridge, name = _boot(model)
-        prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
-        _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
-        finished = out.with_suffix(".part.safetensors")
-        effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
-                       resume=finished)  # fmt: skip
-        effect.save(out)
-        finished.unlink()
+        _check_model(model)
+        with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
+            from circuits import patch
+            from circuits.draw import lined_up
+
+            bridge, name = _boot(model)
+            prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
+            _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
+            effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
+                           resume=finished)  # fmt: skip
+            effect.save(out)
+            finished.unlink()
         shown = lined_up(effect) if level == "node" else effect
         strongest = shown.top(10).drop(columns=["kind", "layer", "head", "slot"], errors="ignore")
         rest = "; other: the sum over all other positions" if shown.places else ""
-        table = Table(*strongest.columns, title=f"strongest: {effect.rules}, {direction}{rest}")
-        for row in strongest.itertuples(index=False):
-            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
-        console.print(table)
+        _print_table(
+            f"strongest: {effect.rules}, {direction}{rest}",
+            list(strongest.columns),
+            [
+                [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+                for row in strongest.itertuples(index=False)
+            ],
+        )
         _say(f"wrote {escape(str(out))}")
 
 
@@ -157,29 +197,32 @@ def compare(
     seed: Seed = 0,
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
-    from circuits import evaluate, patch
-    from relp import PRESETS, attribute
-
     with _one_line_errors():
         make = _task(task)
+        _check_model(model)
+
+        from circuits import evaluate, patch
+        from relp import PRESETS, attribute
+
         bridge, name = _boot(model)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
         others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
         _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
         scores = [attribute(bridge, prompts, rules=r) for r in PRESETS.values()]
-        console.print(_agreement_table(scores, patch(bridge, prompts)))
+        _print_agreement(scores, patch(bridge, prompts))
         edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
         found = evaluate(bridge, others, edges)
         shown = [i for i, size in enumerate(found.sizes) if 0.002 <= size <= 0.05]
-        table = Table(
-            Column("rules", no_wrap=True), "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown),
-            title=f"faithfulness by share of edges, on the pairs of seed {seed + 1}",
-        )  # fmt: skip
         areas = found.areas().set_index("rules")
+        rows = []
         for rules, row in zip(found.rules, found.faithfulness.tolist(), strict=True):
             both = (f"{areas.loc[rules, name]:.3f}" for name in ("CPR", "CMD"))
-            table.add_row(rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown))
-        console.print(table)
+            rows.append([rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown)])
+        _print_table(
+            f"faithfulness by share of edges, on the pairs of seed {seed + 1}",
+            ["rules", "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown)],
+            rows,
+        )
 
 
 @app.command()
@@ -190,34 +233,37 @@ def coverage(
     rules: Annotated[str, typer.Option(help="Rules to look at.")] = "RELP",
 ) -> None:
     """List the operations of a model that carry relevance, and the rule that each gets."""
-    import torch
-
-    from relp import coverage, preset
-
     with _one_line_errors():
         chosen = preset(rules)
+        _check_model(model)
+
+        import torch
+
+        from relp import coverage
+
         bridge, name = _boot(model)
         tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
         frame = coverage(bridge, tokens, rules=chosen)
-    table = Table("operation", "kind", "rule", "modules", "times", title=f"{name} · {chosen.name}")
-    for (operation, kind, rule), rows in frame.groupby(["operation", "kind", "rule"], sort=False):
-        table.add_row(
-            operation, kind, rule, str(rows["module"].nunique()), str(rows["count"].sum())
+        groups = frame.groupby(["operation", "kind", "rule"], sort=False)
+        _print_table(
+            f"{name} · {chosen.name}",
+            ["operation", "kind", "rule", "modules", "times"],
+            [[*key, str(g["module"].nunique()), str(g["count"].sum())] for key, g in groups],
         )
-    console.print(table)
-    total = frame["count"].sum()
-    covered = total - frame.query("kind in ('unknown', 'opaque')")["count"].sum()
-    _say(
-        f"{covered} of {total} operations that carry relevance have a rule ({covered / total:.1%})"
-    )
+        total = frame["count"].sum()
+        covered = total - frame.query("kind in ('unknown', 'opaque')")["count"].sum()
+        _say(
+            f"{covered} of {total} operations that carry relevance have a rule "
+            f"({covered / total:.1%})"
+        )
 
 
 @app.command(name="tasks")
 def list_tasks() -> None:
     """List the tasks and the models that come with the package."""
     table = Table("name", "what it is")
-    for name, make in TASKS.items():
-        table.add_row(name, (make.__doc__ or "").strip().splitlines()[0])
+    for name in TASKS:
+        table.add_row(name, (getattr(tasks, name).__doc__ or "").strip().splitlines()[0])
     for name in zoo.names():
         table.add_row(name, "model that comes with the package")
     console.print(table)
@@ -262,7 +308,7 @@ def export(
         _say(f"wrote {escape(str(written))}")
 
 
-# -- parts -----------------------------------------------------------------------------------------
+# -- what is printed -------------------------------------------------------------------------------
 
 
 def _say(line: str) -> None:
@@ -270,116 +316,309 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
+def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; where the screen would cut a word or a number of it, a line for each cell."""
+    table = Table(*map(escape, headers), title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    shown = ["".join(part.text for part in line) for line in console.render_lines(table)]
+    words = Counter(" ".join(cell for row in (headers, *rows) for cell in row).split())
+    if words <= Counter(" ".join(shown).split()):
+        console.print(table)
+        return
+    _say(f"[italic]{escape(title)}[/]")
+    width = max(map(len, headers))
+    for row in rows:
+        _say("")
+        for header, cell in zip(headers, row, strict=True):
+            _say(f"{escape(header):{width}} {escape(cell)}")
+
+
+def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
+    from circuits import agreement
+
+    frame = agreement(scores, effect)
+    names = [s.rules for s in scores]
+    rows = []
+    for kind in dict.fromkeys(frame["kind"]):
+        of = frame[frame["kind"] == kind].set_index("rules")
+        measured = of[["pearson", "relative_error"]]
+        cells = (
+            f"{_or_dash(r, '.3f')} ({_or_dash(e, '.2f')})" for r, e in measured.loc[names].values
+        )
+        rows.append([kind, *cells])
+    title = "agreement with exact patching: Pearson r per pair (relative error)"
+    _print_table(title, ["kind", *names], rows)
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What a user can mend is one sentence on stderr and exit code 1, not a traceback."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
     try:
+        if ours:
+            signal.signal(signal.SIGINT, _interrupt)
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "files that were said to be written are whole, nothing else is kept"
+        errors.print(f"[red]interrupted:[/] {escape(kept)}", soft_wrap=True)
+        raise typer.Exit(128 + signal.SIGINT) from stop
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _task(name: str) -> Callable[..., tasks.Task]:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, which Python would swallow in a finalizer: there it comes again a little later."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            Timer(0.05, signal.raise_signal, [number]).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def _task(name: str) -> Callable[..., Any]:
+    """What makes a task, given a tokenizer; imported when it is called."""
     if name not in TASKS:
         raise ValueError(
             f"the task must be one of {', '.join(TASKS)}; got {name!r}; `relp tasks` lists them"
         )
-    return TASKS[name]
+    return lambda tokenizer, **options: getattr(tasks, name)(tokenizer, **options)
 
 
-def _search(search: str, edges: int | None, tau: float | None) -> Callable[..., Any]:
-    """How to find a circuit, given model, task and rules."""
-    from circuits import acdc, assemble, connect, greedy, top
-    from relp import attribute
-
+def _search(
+    search: str, edges: int | None, tau: float | None, unfinished: Path, asked: str
+) -> Callable[..., Any]:
+    """How to find a circuit, given model, task and rules; acdc keeps in a file what it has."""
     if search not in SEARCHES:
         raise ValueError(
             f"`--search` must be one of {', '.join(SEARCHES)}; got {search!r}; top takes the edges "
             "with the largest scores"
         )
-    if search == "acdc" and tau is not None and edges is None:
-        return lambda model, task, _: connect(acdc(model, task, tau=tau))
-    if search == "acdc" or tau is not None:
+    if (search == "acdc") != (tau is not None) or None not in (edges, tau):
         raise ValueError(
             "`--search acdc` must get --tau, the least cost of a cut in units of the metric, and "
             f"the others may get --edges; got --search {search} with --edges {edges} and "
             f"--tau {tau}; for instance --search acdc --tau 0.1"
         )
-    choose = top if search == "top" else greedy
-    return lambda model, task, rules: choose(
-        assemble(attribute(model, task, rules=rules, level="edge")), edges=edges or EDGES
-    )
+    if tau is not None:
+        check_tau(tau)
+        asked += f" --tau {tau:g}"
+        return lambda model, task, _: _acdc(model, task, tau, unfinished, asked)
+
+    def ranked(model: Any, task: Any, rules: Any) -> Any:
+        from circuits import assemble, greedy, top
+        from relp import attribute
+
+        choose = top if search == "top" else greedy
+        scores = attribute(model, task, rules=rules, level="edge")
+        return choose(assemble(scores), edges=edges or EDGES)
+
+    return ranked
+
+
+def _acdc(model: Any, task: Any, tau: float, unfinished: Path, asked: str) -> Any:
+    """The circuit by exact search, which goes on from what an interrupted one left in the file."""
+    from circuits import acdc, connect, load, save
+    from circuits.acdc import NEXT
+    from circuits.graph import size
+
+    begun = load(unfinished) if unfinished.exists() else None
+    if begun is not None and begun.graph.get("asked") != asked:
+        raise ValueError(
+            f"{str(unfinished)!r} must be what an interrupted search of the same options left; it "
+            f"is of {begun.graph.get('asked')!r}, now {asked!r}; give the options of then, another "
+            "`--out`, or delete the file"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "interrupted: ")  # said below, for the command line
+        circuit = acdc(model, task, tau=tau, graph=begun)
+    if NEXT in circuit.graph:
+        circuit.graph["asked"] = asked
+        with _written(unfinished):
+            save(circuit, unfinished)
+        raise KeyboardInterrupt(
+            f"the search so far, {size(circuit)} edges that are not cut, is kept in "
+            f"{str(unfinished)!r}; run the same command again to go on, or delete that file to "
+            "start anew"
+        )
+    unfinished.unlink(missing_ok=True)
+    return connect(circuit)
+
+
+def _called(model: str) -> str:
+    """The name of a model that results carry."""
+    return Path(model).name or model
+
+
+_MODEL = (
+    f"the model must be one of {', '.join(zoo.names())}, a folder that holds one, or a name on the "
+    "Hugging Face hub"
+)
+
+
+def _check_model(name: str) -> None:
+    """Refuses what is no shipped model, no folder of one, and no name that a hub could have."""
+    if name in zoo.names():
+        return
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_model_folder(name, folder)
+    elif folder.exists():
+        raise ValueError(f"{_MODEL}; {name!r} is a file; give the folder that it lies in")
+    elif not HUB_NAME.fullmatch(name):
+        raise ValueError(f"{_MODEL}; there is no folder {name!r}; check the path")
+
+
+def _check_model_folder(name: str, folder: Path) -> None:
+    """Says which part of a saved model is missing."""
+    for what, patterns, mend in (
+        ("config.json", ("config.json",), "save the model there with model.save_pretrained"),
+        ("weights", WEIGHTS, "save the model there with model.save_pretrained"),
+        ("tokenizer", TOKENIZERS, "save its own there with tokenizer.save_pretrained"),
+    ):
+        if not any(file for pattern in patterns for file in folder.glob(pattern)):
+            raise ValueError(
+                f"a model's folder must hold config.json, weights ({' or '.join(WEIGHTS)}) and a "
+                f"tokenizer; {name!r} has no {what}; {mend}"
+            )
 
 
 def _boot(name: str) -> tuple[Any, str]:
     """The model in eval mode, and the name that results carry."""
+    _check_model(name)
     if name in zoo.names():
         return zoo.load(name), name
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(
-            f"the model must be one of {', '.join(zoo.names())}, or a name or folder that "
-            f"TransformerBridge can boot; there is no folder {name!r}; check the path"
-        )
     from transformer_lens.model_bridge import TransformerBridge
 
+    folder = Path(name).expanduser()
+    here = folder.is_dir()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = TransformerBridge.boot_transformers(name)
+            model = TransformerBridge.boot_transformers(str(folder) if here else name)
     except Exception as error:  # the hub, configs and adapters each raise their own kind
         reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+            (line.strip() for line in str(error).splitlines() if line.strip()),
+            type(error).__name__,
         )
-        raise ValueError(
-            f"the model must be one of {', '.join(zoo.names())}, or a name or folder that "
-            f"TransformerBridge can boot; {name!r} could not be booted ({reason}); check the "
-            "spelling, or that the folder has config.json, weights and a saved tokenizer"
-        ) from error
+        got = f"{name!r} could not be booted ({reason})"
+        do = "check that TransformerBridge knows its architecture and that its files are whole"
+        if not here:
+            got = f"{name!r} is no folder here and could not be fetched ({reason})"
+            do = "check the spelling and the connection, or give the path of a folder"
+        raise ValueError(f"{_MODEL}; {got}; {do}") from error
     if model.tokenizer is None:
         raise ValueError(
             f"the model must have a tokenizer to build a task; {name!r} has none; save one into "
             "its folder with tokenizer.save_pretrained"
         )
-    return model.eval(), Path(name).name or name
+    return model.eval(), _called(name)
 
 
-def _writable(folder: Path) -> Path:
-    """The output folder, made before the work starts, so that an hour is not lost to a typo."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses an output folder that could not be made or written, before the work starts."""
+    there = next(p for p in (folder, *folder.parents, Path("/")) if p.exists())
+    reason = ""
+    if not there.is_dir():
+        reason = os.strerror(errno.EEXIST if there == folder else errno.ENOTDIR)
+    elif not os.access(there, os.W_OK):
+        reason = f"{str(there)!r} is read-only"
+    if reason:
         raise OSError(
-            f"`--out` must be a folder that can be written; {str(folder)!r} cannot be made "
-            f"({error.strerror}); choose another"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise OSError(
-            f"`--out` must be a folder that can be written; {str(folder)!r} is read-only; "
+            f"`--out` must be a folder that can be written; {str(folder)!r} cannot ({reason}); "
             "choose another"
         )
-    return folder
 
 
-def _agreement_table(scores: Sequence[Any], effect: Any) -> Table:
-    from circuits import agreement
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """What the system says against writing, as a sentence that names the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a sentence of our own
+            raise
+        raise OSError(
+            f"`--out` must be a place that can be written; {str(out)!r} cannot "
+            f"({os.strerror(error.errno)}); make room there, or choose another"
+        ) from error
 
-    frame = agreement(scores, effect)
-    table = Table(
-        "kind",
-        *(s.rules for s in scores),
-        title="agreement with exact patching: Pearson r per pair (relative error)",
-    )
-    for kind in dict.fromkeys(frame["kind"]):
-        rows = frame[frame["kind"] == kind].set_index("rules")
-        cells = (
-            f"{_or_dash(rows.loc[r, 'pearson'], '.3f')} "
-            f"({_or_dash(rows.loc[r, 'relative_error'], '.2f')})"
-            for r in (s.rules for s in scores)
+
+@contextmanager
+def _claimed(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """The output of a sweep is this run's alone; gives the file that keeps what is measured."""
+    from filelock import FileLock, Timeout
+
+    if out.suffix != ".safetensors":
+        raise ValueError(
+            f"`--out` must be a .safetensors file; got {out.name!r}; change the suffix"
         )
-        table.add_row(kind, *cells)
-    return table
+    if not out.parent.is_dir():
+        raise OSError(
+            f"`--out` must lie in an existing folder; {str(out.parent)!r} is none; create it first"
+        )
+    finished = out.with_suffix(".part.safetensors")
+    lock = FileLock(finished.with_suffix(".lock"))
+    with _written(out):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"`--out` must be a file that no other run writes; one is at work on {str(out)!r}; "
+                "wait for it, or give another --out"
+            ) from error
+    try:
+        if out.exists() and not overwrite:
+            raise FileExistsError(
+                f"`--out` must be a new file; {str(out)!r} exists already; give another --out, or "
+                "--overwrite"
+            )
+        yield finished
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
-def _or_dash(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else format(value, form)
+@contextmanager
+def _going_on(out: Path, finished: Path) -> Iterator[None]:
+    """What stops a sweep is told in words of the command line, with what is kept of it."""
+    try:
+        with _written(out):
+            yield
+    except ValueError as error:
+        if not str(error).startswith("`resume`"):
+            raise
+        reason = str(error).split("; ", 1)[1].rpartition("; ")[0]
+        raise ValueError(
+            f"{str(finished)!r} must be what an interrupted run of the same options left; it is "
+            f"not ({reason}); give the options of then, another `--out`, or delete the file"
+        ) from error
+    except KeyboardInterrupt as stop:
+        if not finished.exists():
+            raise KeyboardInterrupt(
+                "nothing was measured yet; run the same command again"
+            ) from stop
+        from safetensors import safe_open
+
+        with safe_open(finished, framework="np") as file:
+            effects = file.get_tensor("effects")
+        raise KeyboardInterrupt(
+            f"{(effects == effects).mean():.0%} of the effects are measured and kept in "
+            f"{str(finished)!r}; run the same command again to go on"
+        ) from stop

@@ -56,11 +56,11 @@ from circuits.draw import (
 )
 from circuits.graph import check_circuit
 from circuits.mib import from_mib, to_mib
+from relp.choices import MIB, SUFFIXES
 from relp.scores import check_texts, written_whole
 
 __all__ = ["load", "save"]
 
-MIB = ".mib.json"
 _FORMAT, _VERSION = "relp-circuit", 2
 _RESERVED = {
     "id", "key", "label", "source", "target",  # words of the file formats themselves
@@ -811,5 +811,3 @@ _READERS: dict[str, Callable[[str], nx.MultiDiGraph]] = {
     ".html": from_html,
 }
 _FIGURES = (".html", ".json")
-SUFFIXES = (*_WRITERS, MIB)
-"""Of every format, for all who tell files by their names."""

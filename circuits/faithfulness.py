@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from circuits.graph import all_edges, check_circuit, real_edges
 from circuits.rerun import output_shapes, skipping
-from relp.attribution import head_changes, must_fit, neuron_outputs
+from relp.attribution import head_changes, neuron_outputs
 from relp.capture import ROOT, answers_only, observe, precise_logits, undisturbed
 from relp.norms import NormMap
 from relp.rulebook import DEEPLIFT
@@ -156,7 +156,7 @@ def endpoints(
             it (a hook, a part of the model without edges) breaks it on every pair, and trying all
             would take a single circuit half as long again.
     """
-    must_fit(sites, task)
+    task.must_fit(sites.model.cfg, sites.model_name)
     metrics = {side: torch.zeros(len(task)) for side in ("clean", "corrupt")}
     for side, values in metrics.items():
         for index, batch in task.buckets(_rows(sites, task)):

@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 from circuits.graph import all_edges
 from circuits.rerun import POINTWISE, Rerun, entries
 from circuits.sweep import EVERYWHERE, Cell, Sweep, identity
-from relp.attribution import OWN, edge_sites, head_changes, head_outputs, must_fit, provenance
+from relp.attribution import edge_sites, head_changes, head_outputs, provenance
 from relp.capture import observe, undisturbed
+from relp.choices import OWN, check_ablation, check_direction, check_level
 from relp.scores import ALL_POSITIONS, Component, Effects
 from relp.sites import Edit, Sites, bias, weight
 
@@ -47,7 +48,6 @@ PAIR_BYTES = 512 << 20
 """Activations of both runs that are kept for the pairs at work."""
 IDLE = 1 / 8
 """Share of a batch that may run for nothing, because some of its cells start later than others."""
-ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
 
 
 @undisturbed
@@ -104,8 +104,7 @@ def patch(
         RuntimeError: edges were asked for, and what heads and MLPs add is not all that the
             residual stream gets.
     """
-    if level not in ("node", "edge"):
-        raise ValueError(f"`level` must be 'node' or 'edge'; got {level!r}; choose one of them")
+    check_level(level)
     if (components if level == "edge" else edges) is not None:
         raise ValueError(
             "`components` is for nodes and `edges` for edges; got the other one with "
@@ -153,16 +152,8 @@ def measure(
     A cell's effect depends on nothing but the cell: any split of the list over processes or
     machines gives the same numbers.
     """
-    if direction not in OWN:
-        raise ValueError(
-            f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
-            "values into the corrupt run"
-        )
-    if ablation not in ABLATIONS:
-        raise ValueError(
-            f"`ablation` must be one of {ABLATIONS}; got {ablation!r}; 'patch' takes the value of "
-            "the other run"
-        )
+    check_direction(direction)
+    check_ablation(ablation)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
     resume = None if resume is None else Path(resume)
@@ -171,7 +162,7 @@ def measure(
             f"`resume` must be a .safetensors file; got {resume.name!r}; change the suffix"
         )
     sites = Sites.of(model)
-    must_fit(sites, task)
+    task.must_fit(sites.model.cfg, sites.model_name)
     own = OWN[direction]
     other = "corrupt" if own == "clean" else "clean"
     cells = tuple(cells)

@@ -1,20 +1,25 @@
 """Relevance patching: attribution patching with LRP coefficients in place of gradients."""
 
-from relp.attribution import attribute
-from relp.operations import register
-from relp.propagation import UnknownOperationError, coverage, propagate
-from relp.rulebook import (
-    ATTN_LRP,
-    CP_LRP,
-    DEEPLIFT,
-    GIM,
-    GRADIENT,
-    PRESETS,
-    RELP,
-    Rules,
-    preset,
-)
-from relp.scores import Component, Effects, Scores
+from typing import TYPE_CHECKING
+
+from relp import lazy, neighbours
+
+if TYPE_CHECKING:
+    from relp.attribution import attribute
+    from relp.operations import register
+    from relp.propagation import UnknownOperationError, coverage, propagate
+    from relp.rulebook import (
+        ATTN_LRP,
+        CP_LRP,
+        DEEPLIFT,
+        GIM,
+        GRADIENT,
+        PRESETS,
+        RELP,
+        Rules,
+        preset,
+    )
+    from relp.scores import Component, Effects, Scores
 
 __all__ = [
     "ATTN_LRP",
@@ -35,3 +40,15 @@ __all__ = [
     "propagate",
     "register",
 ]
+
+neighbours.check_neighbours()
+lazy.lazily(
+    __name__,
+    {
+        "attribution": "attribute",
+        "operations": "register",
+        "propagation": "UnknownOperationError coverage propagate",
+        "rulebook": "ATTN_LRP CP_LRP DEEPLIFT GIM GRADIENT PRESETS RELP Rules preset",
+        "scores": "Component Effects Scores",
+    },
+)

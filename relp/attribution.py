@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from relp.capture import ROOT, Capture, captures, undisturbed
+from relp.choices import OWN, check_direction, check_level
 from relp.norms import NormMap
 from relp.propagation import module_names
 from relp.rulebook import DEEPLIFT, RELP, Rules
@@ -27,7 +28,6 @@ from relp.sites import Block, Sites, weight
 
 __all__ = ["attribute"]
 
-OWN = {"denoise": "corrupt", "noise": "clean"}
 EDGE_BYTES = 384 << 20
 """Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
 NODE_BYTES = 512 << 20
@@ -63,7 +63,7 @@ def attribute(
 
     Args:
         model: a `TransformerBridge` in eval mode. It is the same afterwards.
-        task: a `tasks.Task`, or anything with its fields.
+        task: a `tasks.Task`, or anything that has its fields and methods.
         rules: the coefficients to use.
         level: `"node"` or `"edge"`.
         components: at node level, names (`L3H1`, neurons `L3N17`) or kinds (`resid`, `attn`, `mlp`,
@@ -97,7 +97,7 @@ def attribute(
             f"level={level!r}; at node level neurons are components"
         )
     sites = Sites.of(model).splitting(neurons)
-    must_fit(sites, task)
+    task.must_fit(sites.model.cfg, sites.model_name)
     chosen = sites.chosen(components) if level == "node" else ()
     where = _places(sites, chosen)
     names = node_sites(sites, chosen) if level == "node" else edge_sites(sites)
@@ -454,13 +454,8 @@ def _check(
             f"`rules` must be a Rules value such as relp.RELP; got {type(rules).__name__}; "
             "turn a name into rules with relp.preset(name)"
         )
-    if level not in ("node", "edge"):
-        raise ValueError(f"`level` must be 'node' or 'edge'; got {level!r}; choose one of them")
-    if direction not in OWN:
-        raise ValueError(
-            f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
-            "values into the corrupt run"
-        )
+    check_level(level)
+    check_direction(direction)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(
             f"`steps` must be a whole number of at least 1; got {steps!r}; leave it out"
@@ -499,23 +494,6 @@ def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None
             f"{task.metric.name!r} is 0 there, its maximum, and so would be every score under "
             f"{rules.name}; use direction='denoise', steps=5, rules=DEEPLIFT, or patch, which "
             "measures"
-        )
-
-
-def must_fit(sites: Sites, task: Any) -> None:
-    """A token that the model does not have would be an index error from deep inside it."""
-    cfg = sites.model.cfg
-    for label in ("clean", "corrupt", "answers", "foils"):
-        ids = getattr(task, label, None)
-        if ids is not None and int(ids.max()) >= int(cfg.d_vocab):
-            raise ValueError(
-                f"`{label}` must hold token ids below the model's d_vocab {cfg.d_vocab}; got "
-                f"{int(ids.max())}; build the task with the tokenizer of {sites.model_name!r}"
-            )
-    if int(task.lengths.max()) > int(cfg.n_ctx):
-        raise ValueError(
-            f"prompts must have no more tokens than the model's n_ctx {cfg.n_ctx}; the longest has "
-            f"{int(task.lengths.max())}; drop the longer pairs with task.select"
         )
 
 

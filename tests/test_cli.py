@@ -1,20 +1,32 @@
 """The `relp` command, from end to end on a tiny model, and what it says when it cannot."""
 
+import errno
+import importlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
 from conftest import boot
+from filelock import FileLock
+from rich.console import Console
 from test_export import make_circuit, same
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
-from circuits import load, patch, save
+import circuits
+from circuits import acdc, cli, connect, load, patch, save
 from circuits.cli import SHOWN, app
 from circuits.draw import lined_up
 from circuits.graph import size
@@ -103,7 +115,7 @@ def test_discover_says_what_it_found(discovered: tuple[Result, Path]) -> None:
         re.M,
     )
     wrote = [line.removeprefix("wrote ") for line in said.splitlines() if "wrote" in line]
-    assert wrote == [str(out / f"ioi.{suffix}") for suffix in ("html", "svg", "json")]
+    assert wrote == [str(out / f"ioi.{suffix}") for suffix in ("json", "svg", "html")]
 
 
 def test_discover_searches_as_it_is_told(model: Path) -> None:
@@ -143,7 +155,180 @@ def test_patch_writes_exact_effects_and_goes_on(
     assert result.stdout.endswith("wrote e.safetensors\n")
 
 
-def test_compare_gives_both_tables(model: Path) -> None:
+SWEEP = ("patch", "--pairs", 2, "--out", "e.safetensors")
+
+
+def test_a_finished_sweep_is_kept(model: Path) -> None:
+    Path("e.safetensors").write_text("mine")
+    assert refused(*SWEEP, "--model", model) == (
+        "`--out` must be a new file; 'e.safetensors' exists already; give another --out, or "
+        "--overwrite"
+    )
+    assert Path("e.safetensors").read_text() == "mine"
+    result = relp(*SWEEP, "--model", model, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert files(Path.cwd()) == ["e.safetensors"] and Scores.load("e.safetensors").level == "node"
+
+
+def test_two_sweeps_do_not_write_one_file(model: Path) -> None:
+    with FileLock("e.part.lock"):
+        assert refused(*SWEEP, "--model", model) == (
+            "`--out` must be a file that no other run writes; one is at work on 'e.safetensors'; "
+            "wait for it, or give another --out"
+        )
+    Path("e.safetensors").write_text("")
+    Path("e.part.lock").write_text("left by a run that was killed")
+    assert relp(*SWEEP, "--model", model).stderr.startswith("error: `--out` must be a new file")
+    assert files(Path.cwd()) == ["e.safetensors"]
+
+
+def test_what_another_sweep_left_is_an_error(model: Path) -> None:
+    bridge = boot(model)
+    left = "e.part.safetensors"
+    patch(bridge, ioi(bridge.tokenizer, pairs=2, seed=1), components=["embed"], resume=left)
+    before = Path(left).read_bytes()
+    for content, reason in (
+        (before, rf"{left!r} differs in prompts: '\w+', now '\w+'"),
+        (b"", rf"{left!r} is not \(.*\)"),
+    ):
+        Path(left).write_bytes(content)
+        result = relp(*SWEEP, "--model", model)
+        assert result.exit_code == 1 and files(Path.cwd()) == [left]
+        assert re.fullmatch(
+            rf"error: {left!r} must be what an interrupted run of the same options left; it is not "
+            rf"\({reason}\); give the options of then, another `--out`, or delete the file",
+            result.stderr.splitlines()[-1],
+        )
+        assert Path(left).read_bytes() == content
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_one_sentence(model: Path, number: int, monkeypatch: Any) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = relp(*SWEEP, "--model", model)
+    assert result.exit_code == 1 and files(Path.cwd()) == []
+    assert result.stderr.splitlines()[-1] == (
+        "error: `--out` must be a place that can be written; 'e.safetensors' cannot "
+        f"({os.strerror(number)}); make room there, or choose another"
+    )
+
+
+def test_a_read_only_folder_is_an_error(model: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("runs"))
+    Path("runs").mkdir()
+    assert refused("discover", "--model", model) == (
+        "`--out` must be a folder that can be written; 'runs/tiny' cannot ('runs' is read-only); "
+        "choose another"
+    )
+
+
+def test_an_interrupted_sweep_says_how_to_go_on() -> None:
+    """A real process and a real signal, which a test run in the background would ignore."""
+    command = (*SWEEP[:2], 16, *SWEEP[3:])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relp", *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    left = Path("e.part.safetensors")
+    while process.poll() is None and not left.exists():
+        sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    last = said.splitlines()[-1]
+    found = re.fullmatch(
+        rf"interrupted: (\d+)% of the effects are measured and kept in {str(left)!r}; run the same "
+        "command again to go on",
+        last,
+    )
+    assert found and int(found[1]) < 100
+    assert files(Path.cwd()) == [str(left)]
+
+
+def test_an_interruption_is_not_swallowed_by_a_finalizer(model: Path, monkeypatch: Any) -> None:
+    class Garbage:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def swept(*args: Any, **options: Any) -> None:
+        Garbage()
+        for _ in range(200):
+            sleep(0.02)
+
+    monkeypatch.setattr(circuits, "patch", swept)
+    result = relp(*SWEEP, "--model", model)
+    assert result.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_before_the_first_effect(model: Path, monkeypatch: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    for command, kept in (
+        (SWEEP, "nothing was measured yet; run the same command again"),
+        (("compare",), "files that were said to be written are whole, nothing else is kept"),
+    ):
+        monkeypatch.setattr(circuits, "patch", interrupted)
+        result = relp(*command, "--model", model)
+        assert result.exit_code == 130 and files(Path.cwd()) == []
+        assert result.stderr.splitlines()[-1] == f"interrupted: {kept}"
+
+
+def test_a_circuit_is_kept_before_it_is_checked(model: Path, monkeypatch: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(circuits, "patch", interrupted)
+    result = relp("discover", "--model", model, "--pairs", 2, "--edges", 20)
+    assert result.exit_code == 130 and "wrote runs/tiny/ioi.json\n" in result.stdout
+    assert files(Path("runs/tiny")) == ["ioi.json"] and size(load("runs/tiny/ioi.json")) > 0
+
+
+def test_an_interrupted_search_goes_on(model: Path, monkeypatch: Any) -> None:
+    module = importlib.import_module("circuits.acdc")
+    metrics, calls = module.circuit_metrics, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return metrics(*args)
+
+    monkeypatch.setattr(module, "circuit_metrics", interrupted)
+    common = ("discover", "--model", model, "--pairs", 2, "--search", "acdc", "--out", "a", "--tau")
+    result = relp(*common, 1e-4)
+    assert result.exit_code == 130 and files(Path("a")) == ["ioi.part.json"]
+    left = load("a/ioi.part.json")
+    assert result.stderr.splitlines()[-1] == (
+        f"interrupted: the search so far, {size(left)} edges that are not cut, is kept in "
+        "'a/ioi.part.json'; run the same command again to go on, or delete that file to start anew"
+    )
+    asked = f"ioi --model {model} --pairs 2 --seed 0 --tau"
+    other = relp(*common, 1e-3)
+    assert other.exit_code == 1 and files(Path("a")) == ["ioi.part.json"]
+    assert other.stderr.splitlines()[-1] == (
+        "error: 'a/ioi.part.json' must be what an interrupted search of the same options left; it "
+        f"is of '{asked} 0.0001', now '{asked} 0.001'; give the options of then, another `--out`, "
+        "or delete the file"
+    )
+    again = relp(*common, 1e-4)
+    assert again.exit_code == 0 and files(Path("a")) == ["ioi.html", "ioi.json", "ioi.svg"]
+    took, bridge = len(calls), boot(model)
+    whole = connect(acdc(bridge, ioi(bridge.tokenizer, pairs=2, seed=0), tau=1e-4, progress=False))
+    assert took - 4 < len(calls) - took  # it went on, and did not begin again
+    found = load("a/ioi.json")
+    assert set(found.edges(keys=True)) == set(whole.edges(keys=True))
+    assert found.graph == whole.graph
+
+
+def test_compare_gives_both_tables(model: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=100))
     result = relp("compare", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output
     before, after = result.stdout.split("faithfulness by share of edges, on the pairs of seed 1")
@@ -165,6 +350,32 @@ def test_coverage_lists_operations_and_adds_up(model: Path) -> None:
     total = sum(map(int, rows))
     last = f"{total} of {total} operations that carry relevance have a rule (100.0%)"
     assert result.stdout.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+@pytest.mark.parametrize("columns", [2, 5, 8])
+def test_no_table_cuts_a_number(width: int, columns: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    rows = [[f"kind{i}", *(f"{i}.{k}89 ({k}.{i}7)" for k in range(columns))] for i in range(3)]
+    names = [f"RULE_{k}[x]" for k in range(columns)]
+
+    @cli.app.command(hidden=True)
+    def table() -> None:
+        cli._print_table("a [b] title of more than forty letters, as they are", ["", *names], rows)
+
+    try:
+        said = relp("table").stdout
+    finally:
+        cli.app.registered_commands.pop()
+    drawn = "━" in said
+    assert drawn == (columns < {40: 5, 60: 5, 80: 8, 100: 8}[width])
+    words = said.split()
+    for row in rows:
+        for word in " ".join(row).split():
+            assert words.count(word) == 1
+    for name in names:
+        assert words.count(name) == (1 if drawn else 3)
+    assert not drawn or max(map(len, said.splitlines())) <= width
 
 
 def test_tasks_lists_tasks_and_models() -> None:
@@ -228,18 +439,78 @@ def test_an_unknown_task_is_an_error(command: str) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["discover", "compare"])
-def test_an_unknown_model_is_an_error(command: str, tmp_path: Path) -> None:
-    folder = tmp_path / "no model"
-    folder.mkdir()
-    message = refused(command, "--model", folder)
-    assert message.startswith(
-        "the model must be one of ioi-gpt2, ioi-llama, or a name or folder that TransformerBridge "
-        f"can boot; {str(folder)!r} could not be booted ("
+MODELS = (
+    "the model must be one of ioi-gpt2, ioi-llama, a folder that holds one, or a name on the "
+    "Hugging Face hub; "
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["./gpt2", "~/no such folder", "/none", "a/b/c", "gpt2/", "-x", "../gpt2", "a\\b"]
+)
+def test_a_folder_that_is_none_is_an_error(name: str) -> None:
+    assert refused("coverage", "--", name) == (
+        f"{MODELS}there is no folder {name!r}; check the path"
     )
-    assert message.endswith(
-        "; check the spelling, or that the folder has config.json, weights and a saved tokenizer"
+
+
+def test_a_file_is_no_model() -> None:
+    Path("model.safetensors").write_text("")
+    assert refused("compare", "--model", "model.safetensors") == (
+        f"{MODELS}'model.safetensors' is a file; give the folder that it lies in"
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "mend"),
+    [
+        ("config.json", "save the model there with model.save_pretrained"),
+        ("weights", "save the model there with model.save_pretrained"),
+        ("tokenizer", "save its own there with tokenizer.save_pretrained"),
+    ],
+)
+def test_a_model_without_a_part_is_an_error(model: Path, missing: str, mend: str) -> None:
+    parts = {"config.json": "config", "weights": "model", "tokenizer": "token"}
+    for file in model.iterdir():
+        if not file.name.startswith((parts[missing], "generation")):
+            Path(file.name).write_bytes(file.read_bytes())
+    assert refused("compare", "--model", ".") == (
+        "a model's folder must hold config.json, weights (*.safetensors or *.bin) and a "
+        f"tokenizer; '.' has no {missing}; {mend}"
+    )
+
+
+def test_a_model_that_does_not_boot_is_an_error(model: Path) -> None:
+    for file in model.iterdir():
+        Path(file.name).write_bytes(file.read_bytes())
+    Path("config.json").write_text("{}")
+    result = relp("compare", "--model", ".")
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"error: {MODELS}'.' could not be booted (") and result.exit_code == 1
+    assert said.endswith(
+        "); check that TransformerBridge knows its architecture and that its files are whole"
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "models/gpt2"])
+def test_a_model_that_is_not_fetched_is_an_error(name: str, monkeypatch: Any) -> None:
+    def offline(name: str) -> None:
+        raise OSError("\n We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", offline)
+    assert refused("compare", "--model", name) == (
+        f"{MODELS}{name!r} is no folder here and could not be fetched (We couldn't connect to the "
+        "hub.); check the spelling and the connection, or give the path of a folder"
+    )
+
+
+def test_a_folder_may_lie_below_home(model: Path, monkeypatch: Any) -> None:
+    def boot_transformers(name: str) -> None:
+        raise OSError(f"asked for {name}")
+
+    monkeypatch.setenv("HOME", str(model.parent))
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", boot_transformers)
+    assert f"'~/tiny' could not be booted (asked for {model})" in refused("coverage", "~/tiny")
 
 
 def test_unknown_rules_are_an_error() -> None:
@@ -253,7 +524,7 @@ def test_a_file_in_the_way_of_the_output_is_an_error(model: Path, tmp_path: Path
     (tmp_path / "taken").write_text("mine")
     for out, reason in (("taken", "File exists"), ("taken/deeper", "Not a directory")):
         assert refused("discover", "--model", model, "--pairs", 2, "--out", out) == (
-            f"`--out` must be a folder that can be written; {out!r} cannot be made ({reason}); "
+            f"`--out` must be a folder that can be written; {out!r} cannot ({reason}); "
             "choose another"
         )
     assert (tmp_path / "taken").read_text() == "mine"
@@ -300,11 +571,9 @@ def test_effects_that_cannot_be_written_or_measured(model: Path) -> None:
     for arguments, message in (
         (("--level", "nodes"), "`level` must be 'node' or 'edge'; got 'nodes'"),
         (("--ablation", "one"), "`ablation` must be one of"),
-        (("--out", "none/e.safetensors"), "`path` must lie in an existing folder; 'none' is none"),
+        (("--out", "none/e.safetensors"), "`--out` must lie in an existing folder; 'none' is none"),
     ):
-        result = relp("patch", "--model", model, "--pairs", 2, *arguments)
-        assert result.exit_code == 1 and files(Path.cwd()) == []
-        assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+        assert refused("patch", "--model", model, "--pairs", 2, *arguments).startswith(message)
 
 
 def test_exports_that_cannot_be_made_are_errors() -> None:

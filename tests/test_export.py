@@ -16,10 +16,18 @@ import pydot
 import pytest
 from test_graph import make_scores
 
+from circuits import export
 from circuits.draw import NEGATIVE, POSITIVE, draw, node_positions, tint
 from circuits.export import from_dot, load, save, to_dot
 from circuits.graph import assemble, size
 from circuits.prune import top
+from relp.choices import MIB, SUFFIXES
+
+
+def test_the_table_of_suffixes_is_that_of_the_formats() -> None:
+    """The table is apart because the command names its formats before it imports them."""
+    assert (*export._WRITERS, MIB) == SUFFIXES
+
 
 NASTY = {
     "task": "</script><b>&\"' \\N{x} ]]> --> 漢字",
