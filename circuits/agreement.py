@@ -36,7 +36,8 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     effects, mean over pairs), `overlap` (share of the `k` largest |effects|, or of all that are
     not 0 if they are fewer, that are among as many largest |scores|, mean over pairs), `pairs` (how
     many the correlations are over), `unresolved` (share of the effects that are at most their
-    `resolution`, which is rounding; 0 for effects that state none). Where fewer than three effects
+    `resolution`, which is rounding, leaving out those that are 0 as their score is, where nothing
+    changes; 0 for effects that state none). Where fewer than three effects
     are not 0 there is no correlation worth the name: if one token differs, the embedding has a
     single effect, and any estimate of the right sign would get 1. Nor is there if all are equal.
     All of this is NaN where no pair has any. What is at most the resolution of its own side counts
@@ -53,9 +54,7 @@ def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10)
     for s in many:
         for kind, samples in points(s, effect):
             correlations, errors = [], []
-            unresolved = 0.0
-            if effect.resolution:
-                unresolved = float(np.mean(np.concatenate([y for _, y in samples]) == 0))
+            unresolved = _unresolved(samples) if effect.resolution else 0.0
             for x, y in samples:
                 nonzero = int(np.count_nonzero(y))
                 if nonzero:
@@ -93,7 +92,7 @@ def auroc(
     """
     many = [scores] if isinstance(scores, Scores) else list(scores)
     rows = []
-    for s in map(_resolved, many):
+    for s in (s.resolved() for s in many):
         if s.edges is not None and isinstance(known, nx.Graph):
             values, inside, kinds = _edge_labels(s, known)
         else:
@@ -117,7 +116,7 @@ def points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]
     Raises:
         ValueError: as `agreement`.
     """
-    scores, effect = _resolved(scores), _resolved(effect)
+    scores, effect = scores.resolved(), effect.resolved()
     if scores.nodes is not None and effect.tokens == ALL_POSITIONS:
         together = scores.nodes.sum(-1, keepdim=True)
         scores = replace(scores, nodes=together, tokens=ALL_POSITIONS)
@@ -145,15 +144,11 @@ def _edge_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Poi
             yield kind, [(_flat(scores.edges[chosen]), _flat(effect.edges[chosen]))]
 
 
-def _resolved(scores: Scores) -> Scores:
-    """The same with 0 for what is rounding: before sums, in which it would add up."""
-    if not scores.resolution:
-        return scores
-
-    def resolved(table: Tensor | None) -> Tensor | None:
-        return None if table is None else table.masked_fill(table.abs() <= scores.resolution, 0.0)
-
-    return replace(scores, nodes=resolved(scores.nodes), edges=resolved(scores.edges))
+def _unresolved(samples: list[Points]) -> float:
+    """Share of the effects that are 0, where the score says that something changes."""
+    x, y = (np.concatenate(values) for values in zip(*samples, strict=True))
+    compared = (x != 0) | (y != 0)
+    return float((y[compared] == 0).mean()) if compared.any() else 0.0
 
 
 def _varies(values: np.ndarray) -> bool:

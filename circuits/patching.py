@@ -121,7 +121,7 @@ def patch(
                     batch_size=batch_size, progress=progress)  # fmt: skip
     labels = provenance(sites, task, direction, {"clean": sweep.clean, "corrupt": sweep.corrupt})
     labels["rules"] = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
-    labels["resolution"] = float(sweep.resolution.max())
+    labels["resolution"] = float(sweep.resolution.mean())
     if level == "node":
         nodes = sweep.effects.unflatten(1, (len(names), len(places)))
         labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS

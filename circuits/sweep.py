@@ -76,7 +76,8 @@ class Sweep:
     clean: Float[Tensor, " pair"]
     corrupt: Float[Tensor, " pair"]
     resolution: Float[Tensor, " pair"]
-    """Effects up to this are rounding."""
+    """Effects up to this are rounding: the last place of the pair's larger metric, or by how much
+    runs differ in which nothing is changed."""
 
     @classmethod
     def begun(cls, path: Path | None, labels: Mapping[str, str], pairs: int, cells: int) -> Sweep:

@@ -112,7 +112,8 @@ class Scores:
     places: tuple[str, ...] = ()
     """What the position axis holds instead of tokens: the named spans, and `other` for the rest."""
     resolution: float = 0.0
-    """Changes of the metric up to this are rounding, no effect; 0 for estimates."""
+    """Changes of the metric up to this are rounding, no effect: of measured ones, the last place
+    of the metric in the model's precision (mean over pairs); 0 for estimates."""
     components: tuple[str, ...] = ()
     nodes: Float[Tensor, "pair component pos"] | None = None
     writers: tuple[str, ...] = ()
@@ -201,12 +202,33 @@ class Scores:
             )
         return tuple(self.components[i] for i in at), self.nodes[:, at]
 
+    def resolved(self) -> Scores:
+        """The same with 0 for what is up to `resolution`: before sums, in which it would add up."""
+        if not self.resolution:
+            return self
+
+        def rounded(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table.masked_fill(table.abs() <= self.resolution, 0.0)
+
+        return replace(self, nodes=rounded(self.nodes), edges=rounded(self.edges))
+
+    @property
+    def unresolved(self) -> float:
+        """Share of the nodes or edges that are up to `resolution`, of those that are not 0.
+
+        Exact zeros do not count: most are where nothing changes (`agreement` can tell).
+        """
+        table = self.nodes if self.nodes is not None else self.edges
+        assert table is not None
+        sizes = table[table != 0].abs()
+        return float((sizes <= self.resolution).float().mean()) if len(sizes) else 0.0
+
     def by_span(self) -> Scores:
         """Node scores summed over the positions of each of the task's spans, and over the others.
 
         Each pair has its spans where its own prompt has them, so that templates of different
-        lengths line up. A position that several spans name goes to the first of them. Effects of
-        all positions at once stay as they are.
+        lengths line up. A position that several spans name goes to the first of them. What is
+        rounding is left out. Effects of all positions at once stay as they are.
 
         Raises:
             ValueError: the scores are of edges, which are averages over pairs already.
@@ -220,8 +242,10 @@ class Scores:
             return self
         places = (*self.spans, "other")
         index = span_index(self.spans, len(self.nodes), self.nodes.shape[-1])
-        summed = self.nodes.new_zeros(*self.nodes.shape[:2], len(places))
-        summed.scatter_add_(2, index[:, None].expand_as(self.nodes), self.nodes)
+        nodes = self.resolved().nodes
+        assert nodes is not None
+        summed = nodes.new_zeros(*nodes.shape[:2], len(places))
+        summed.scatter_add_(2, index[:, None].expand_as(nodes), nodes)
         lengths = torch.full_like(self.lengths, len(places))
         return replace(self, nodes=summed, lengths=lengths, places=places, tokens=places)
 
@@ -290,6 +314,8 @@ class Scores:
         if self.remainder:
             rest = ", ".join(f"{where} {value:+.4f}" for where, value in self.remainder.items())
             head += f"<br>not explained (the runs branch differently): {html.escape(rest)}"
+        if self.unresolved:
+            head += f"<br>{self.unresolved:.1%} are rounding (up to {self.resolution:.2g})"
         return head + self.top(10).to_html(index=False, float_format="{:.4f}".format)
 
     # -- files ---------------------------------------------------------------------------------
