@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import get_overridable_functions, wrap_torch_function
 
 from relp import (
+    CP_LRP,
     DEEPLIFT,
     GRADIENT,
     PRESETS,
@@ -22,7 +24,7 @@ from relp import (
     propagate,
     register,
 )
-from relp.operations import WRITTEN_OUT
+from relp.operations import WRITTEN_OUT, name_of
 
 
 def weights(*shape: int) -> Tensor:
@@ -159,6 +161,117 @@ def test_what_is_written_out_has_a_case(name: str) -> None:
     assert name in met or name in ("addmv", "addr", "addbmm")
 
 
+# -- whose an operation is -------------------------------------------------------------------------
+
+FOREIGN = torch.library.Library("foreign", "DEF")
+for signature, function in {
+    # names that torch has for something else
+    "mean(Tensor x) -> Tensor": lambda x: x**3,
+    "size(Tensor x) -> Tensor": lambda x: x**3,
+    "gelu(Tensor weight, Tensor input) -> Tensor": lambda weight, input: weight * input**3,
+    "relu_(Tensor(a!) x) -> Tensor(a!)": lambda x: x.pow_(3),
+}.items():
+    FOREIGN.define(signature)
+    FOREIGN.impl(signature.split("(")[0], function, "CompositeImplicitAutograd")
+
+
+@torch.library.custom_op("foreign::sum", mutates_args=())
+def summed(x: Tensor) -> Tensor:
+    return x**3
+
+
+summed.register_autograd(
+    lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@wrap_torch_function(lambda x: (x,))
+def mean(x: Tensor) -> Tensor:
+    return x**3
+
+
+class Marked:
+    """A function where torch has an attribute."""
+
+    @property
+    def T(self) -> Any:  # noqa: N802
+        return None
+
+
+OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "foreign::mean": (lambda x: torch.ops.foreign.mean(x), torch.ops.foreign.mean),
+    "foreign::size": (lambda x: torch.ops.foreign.size.default(x), torch.ops.foreign.size.default),
+    "foreign::sum": (lambda x: summed(x), summed),
+    f"{__name__}.mean": (mean, mean),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_somebody_elses_operation_is_unknown_whatever_it_is_called(name: str) -> None:
+    function, what = OTHERS[name]
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(UnknownOperationError) as error, propagate(CP_LRP):
+        function(x)
+    assert str(error.value) == (
+        f"every operation that carries relevance must have a rule; {name!r} in the code under "
+        "propagate has none; give it one with relp.register, or pass strict=False to let its "
+        "derivative through and see it in the report"
+    )
+    with propagate(CP_LRP, strict=False) as report:
+        function(x)
+    assert report.to_dataframe()[["operation", "kind"]].values.tolist() == [[name, "unknown"]]
+    # x³ / x, and torch's own of that name stays what it is
+    with register(what, "activation"), propagate(CP_LRP) as report:
+        y = function(x)
+        (x.mean(), x.sum(), x.size())
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([1.0, 4.0]))
+    assert report.to_dataframe()[["operation", "kind"]].values.tolist() == [
+        [name, "activation"], ["mean", "linear"], ["sum", "linear"]
+    ]  # fmt: skip
+
+
+def test_a_rule_for_torchs_operation_is_not_for_anothers() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with register(torch.mean, lambda g, x, y: 7 * g.expand_as(x)):
+        with propagate(RELP):
+            y = torch.ops.aten.mean(x) + x.mean() + torch.ops.aten.mean.default(x)
+        assert torch.equal(torch.autograd.grad(y, x)[0], torch.tensor([21.0, 21.0]))
+        with pytest.raises(UnknownOperationError, match="'foreign::mean'"), propagate(RELP):
+            torch.ops.foreign.mean(x)
+
+
+def test_somebody_elses_operation_may_work_in_place() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with register(torch.ops.foreign.relu_, "activation"), propagate(RELP):
+        hidden = x * 2
+        y = torch.ops.foreign.relu_(hidden)
+    assert y is hidden and torch.equal(y, torch.tensor([8.0, 64.0]))
+    # (2x)³ / 2x · 2
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([8.0, 32.0]))
+
+
+def test_operands_of_somebody_elses_operation_stay_where_they_are() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with register(torch.ops.foreign.gelu, "linear"), propagate(RELP):
+        y = torch.ops.foreign.gelu(input=x, weight=torch.tensor([5.0, 1.0]))
+    assert torch.equal(y, torch.tensor([5.0, 8.0]))
+
+
+def test_torchs_own_names_are_bare() -> None:
+    own = [f for functions in get_overridable_functions().values() for f in functions]
+    own += [F.max_pool1d, torch.special.expit, torch.fft.rfft, torch.ops.aten.mul.Tensor]
+    assert len(own) > 1000
+    assert not [name_of(f) for f in own if {".", ":"} & set(name_of(f))]
+    for spelled in (torch.mul, Tensor.mul_, Tensor.__imul__, Tensor.__rmul__,
+                    torch.ops.aten.mul, torch.ops.aten.mul_.Tensor):  # fmt: skip
+        assert name_of(spelled) == "mul"
+    attribute: Any = Tensor.T
+    assert name_of(attribute.__get__) == "T"
+    attribute = Marked.T
+    assert name_of(attribute.__get__) == f"{__name__}.Marked.T"
+
+
 # -- what hides its operations ---------------------------------------------------------------------
 
 
@@ -186,6 +299,56 @@ def test_custom_autograd_functions_are_opaque(last: bool) -> None:
     with pytest.raises(UnknownOperationError, match="'Twice' before or in .* hides its operations"):
         coverage(model, x, strict=True)
     coverage(model, x, strict=True, rules=GRADIENT)  # all derivatives: nothing is guessed
+
+
+class Stealthily(torch.autograd.Function):
+    """Doubles its operand in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.detach().mul_(2)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda x: Twice.apply(x).tanh(),
+    "first and last": lambda x: Twice.apply(x),
+    "before a view": lambda x: Twice.apply(x)[:1].view(-1).tanh(),
+    "written into a view": lambda x: written(x * 2).tanh(),
+    "written into a view, read by another": lambda x: written(x * 2, other=True).tanh(),
+    "in a keyword": lambda x: F.linear(torch.ones(3), weight=Twice.apply(x)),
+    "in a list": lambda x: torch.cat([x * 2, Twice.apply(x)]),
+    "in an index": lambda x: torch.zeros(4).index_put((torch.arange(2),), Twice.apply(x)[:, 0]),
+}
+
+
+def written(y: Tensor, *, other: bool = False) -> Tensor:
+    beside = y[:, 1:]
+    Stealthily.apply(y[:, 0])
+    return beside if other else y
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["leaf", "result"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_custom_function_is_refused_wherever_it_stands(name: str, before: bool) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    x = x.clone() if before else x
+    with (
+        pytest.raises(UnknownOperationError, match="hides its operations"),
+        propagate(RELP) as report,
+    ):
+        report.must_have_seen(HIDDEN[name](x))
+    # while what was there before needs no rule, whoever made it
+    made = Twice.apply(x)
+    view = made[:1]
+    with propagate(RELP) as report:
+        report.must_have_seen((made, view))
+        report.must_have_seen(made.tanh() + view.tanh())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -1,5 +1,8 @@
 """The presets, cell by cell, and how rules are named and refused."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -38,6 +41,29 @@ def test_rules_are_frozen_and_compare_by_value() -> None:
     with pytest.raises(FrozenInstanceError):
         RELP.gate = "derivative"  # type: ignore[misc]
     assert len({*PRESETS.values(), replace(RELP), Rules("GRADIENT")}) == len(PRESETS)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda rules: pickle.loads(pickle.dumps(rules)), copy.deepcopy, copy.copy],
+    ids=["pickle", "deepcopy", "copy"],
+)
+@pytest.mark.parametrize("asked", [False, True], ids=["fresh", "asked before"])
+def test_copies_are_equal(copied: Callable[[Rules], Rules], asked: bool) -> None:
+    for rules in (*PRESETS.values(), RELP.at("blocks.*.attn", softmax="constant", gamma=0.5)):
+        rules = replace(rules)
+        if asked:  # what was computed once is kept beside the fields
+            assert rules.only_derivatives or rules.norm != "derivative"
+            rules.needs_reference, rules.within("blocks.3.attn"), rules.inside_norm()  # noqa: B018
+        one = copied(rules)
+        assert one is not rules and one == rules and hash(one) == hash(rules)
+        assert len({one, rules}) == 1
+        for module in ("", "blocks.3.attn"):
+            assert one.within(module) == rules.within(module)
+        assert one.inside_norm() == rules.inside_norm()
+        assert one.only_derivatives == rules.only_derivatives
+        assert one.needs_reference == rules.needs_reference
+        assert one.with_(gate="derivative") == rules.with_(gate="derivative")
 
 
 def test_changed_rules_are_named_after_the_change() -> None:
