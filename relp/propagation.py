@@ -404,6 +404,7 @@ class Propagation:
         if (kind := _as_one(module)) is None:
             return None
         self._inside += 1
+        self._modules.append(())  # there to be left also if it is refused
         rule = self._rule_of(kind) if self._inside == 1 else "derivative"
         if self._inside == 1 and not self._in_reference:
             self.must_have_seen(args)
@@ -419,7 +420,7 @@ class Propagation:
                 x = x.clone() if getattr(module, "inplace", False) else x
         # without a graph inside: the rule is attached to the module's result
         handed = None if slot is None or self._in_reference else args[0].detach()
-        self._modules.append((x, slot, args, handed))
+        self._modules[-1] = (x, slot, args, handed)
         return None if handed is None else (handed, *args[1:])
 
     def _left(

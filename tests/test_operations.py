@@ -315,13 +315,19 @@ class Stealthily(torch.autograd.Function):
         return g * 2
 
 
+class View(Twice):
+    """Named like what torch makes anew."""
+
+
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
     "first": lambda x: Twice.apply(x).tanh(),
     "first and last": lambda x: Twice.apply(x),
     "before a view": lambda x: Twice.apply(x)[:1].view(-1).tanh(),
     "written into a view": lambda x: written(x * 2).tanh(),
     "written into a view, read by another": lambda x: written(x * 2, other=True).tanh(),
-    "in a keyword": lambda x: F.linear(torch.ones(3), weight=Twice.apply(x)),
+    "before an activation module": lambda x: nn.GELU()(Twice.apply(x)),
+    "named like a view": lambda x: View.apply(x).tanh(),
+    "in a keyword": lambda x: torch.sub(x, other=Twice.apply(x)),
     "in a list": lambda x: torch.cat([x * 2, Twice.apply(x)]),
     "in an index": lambda x: torch.zeros(4).index_put((torch.arange(2),), Twice.apply(x)[:, 0]),
 }
@@ -397,8 +403,52 @@ def test_views_and_assignments_are_no_mystery() -> None:
     torch.testing.assert_close(((other - x) * c).sum(), (after - y).sum())
 
 
+UNKNOWN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "norm of order 1": (lambda x: x / x.norm(p=1, dim=-1, keepdim=True), "of order 1"),
+    "rounded division": (lambda x: torch.div(x, 2, rounding_mode="floor"), "with rounding"),
+    "median of all": (lambda x: x.median(), "without an axis"),
+    "dependent batch norm": (
+        lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), weight=x[0, :, 0]),
+        "with dependent weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_forms_that_no_rule_is_right_for_are_unknown(name: str) -> None:
+    function, message = UNKNOWN[name]
+    x = torch.rand(2, 3, 4, requires_grad=True)
+    with propagate(GRADIENT):
+        function(x)
+    with pytest.raises(UnknownOperationError, match=f"{message}' in the code"), propagate(DEEPLIFT):
+        function(x)
+
+
+def test_powers_are_of_the_kind_that_they_compute() -> None:
+    x = torch.tensor([2.0, 4.0], requires_grad=True)
+    with propagate(RELP) as report:
+        for exponent in (-1, -0.5, 0.5, 2, 3):
+            x.pow(exponent)
+    found = report.to_dataframe().set_index("kind")["count"].to_dict()
+    assert found == {"norm": 3, "gate": 1, "activation": 1}
+
+
+def test_a_divisor_is_constant_on_either_side() -> None:
+    x = torch.tensor([2.0, 4.0], requires_grad=True)
+    for divide in (lambda a, b: a / b, lambda a, b: b.__rtruediv__(a)):
+        with propagate(RELP):
+            y = divide(x * 3, x * x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 3 / x.detach() ** 2)
+
+
 def test_train_mode_is_refused() -> None:
     x = torch.ones(4, 3)
+    for drops in (lambda x: F.dropout(x), lambda x: torch.dropout(x, 0.1, train=True)):
+        with pytest.raises(ValueError, match="must run in eval mode"), propagate(RELP):
+            drops(x.requires_grad_() * 2)
+    with propagate(RELP) as report:
+        F.dropout(F.dropout(x * 2, 0.0), training=False)
+    assert report.to_dataframe()["kind"].tolist() == ["linear"] * 2
+    x = x.detach()
     for module in (nn.Dropout(), nn.BatchNorm1d(3)):
         with pytest.raises(ValueError, match=r"must run in eval mode under rules; .* model\.eval"):
             coverage(module.train(), x)
