@@ -494,7 +494,7 @@ def _instance_norm(
 
 
 def _var(x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
-         *, correction: float | None = None) -> Tensor:  # fmt: skip
+         *, correction: int | float | None = None) -> Tensor:  # fmt: skip
     if isinstance(dim, bool):  # torch.var(x, unbiased)
         dim, unbiased = None, dim
     dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)

@@ -51,6 +51,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "addmm": lambda x: torch.addmm(weights(5), x[0], weights(4, 5), alpha=3),
     "addmm of two": lambda x: torch.addmm(x[0], x[0] @ weights(4, 3), x[1]),
     "bmm": lambda x: torch.bmm(x, x.mT),
+    "matrix times vector": lambda x: x @ x[0, 0],
+    "vector times matrix": lambda x: x[0, 0] @ x.mT,
     "outer": lambda x: torch.outer(x[0, 0], x[1, 1]),
     "tensordot": lambda x: torch.tensordot(x, x, dims=([1, 2], [1, 2])),
     "bilinear": lambda x: F.bilinear(x, x.flip(0), weights(2, 4, 4), weights(2)),
@@ -76,6 +78,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "vector norm": lambda x: torch.linalg.vector_norm(x, dim=(1, 2)),
     "cosine similarity": lambda x: F.cosine_similarity(x, x.flip(1), dim=-1),
     "standard deviation": lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True),
+    "variance of a population": lambda x: x.var(-1, correction=0),
     "variance": lambda x: x.var((1, 2), unbiased=False),
     "softmax": lambda x: x.softmax(-1),
     "softmin": lambda x: F.softmin(x, -1),
@@ -263,6 +266,10 @@ def test_torchs_own_names_are_bare() -> None:
     own += [F.max_pool1d, torch.special.expit, torch.fft.rfft, torch.ops.aten.mul.Tensor]
     assert len(own) > 1000
     assert not [name_of(f) for f in own if {".", ":"} & set(name_of(f))]
+    assert name_of(torch.ops.prims.mul) == "prims::mul"
+    unlike = wrap_torch_function(lambda x: (x,))(lambda x: x)
+    unlike.__module__, unlike.__qualname__ = "torchlike.functional", "mean"
+    assert name_of(unlike) == "torchlike.functional.mean"
     for spelled in (torch.mul, Tensor.mul_, Tensor.__imul__, Tensor.__rmul__,
                     torch.ops.aten.mul, torch.ops.aten.mul_.Tensor):  # fmt: skip
         assert name_of(spelled) == "mul"
@@ -423,6 +430,18 @@ def test_forms_that_no_rule_is_right_for_are_unknown(name: str) -> None:
         function(x)
 
 
+def test_a_product_of_three_is_refused_where_it_must_be_split() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with propagate(GRADIENT):
+        torch.einsum("i,i,i->", x, x * 2, x)
+    with pytest.raises(UnknownOperationError) as error, propagate(CP_LRP):
+        torch.einsum("i,i,i->", x, x * 2, x)
+    assert str(error.value) == (
+        "a product of dependent tensors must be of two to be split; 'einsum' in '' has 3; "
+        "write it as products of two"
+    )
+
+
 def test_powers_are_of_the_kind_that_they_compute() -> None:
     x = torch.tensor([2.0, 4.0], requires_grad=True)
     with propagate(RELP) as report:
@@ -572,6 +591,12 @@ def test_rules_hold_where_they_are_said_to(rules: Rules, derivatives: list[int])
     }
 
 
+def test_a_size_may_be_for_one_place() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.ones(1, 3)
+    frame = coverage(model, x, rules=GRADIENT.at("1", linear="gamma", gamma=0.5))
+    assert frame[["module", "rule"]].values.tolist() == [["0", "derivative"], ["1", "gamma"]]
+
+
 def test_rules_for_a_place_that_is_not_there_are_an_error() -> None:
     model, x = Blocks(), torch.ones(1, 3)
     with pytest.raises(ValueError, match=r"'blocks\.12' must fit the name of a module; it fits"):
@@ -581,6 +606,21 @@ def test_rules_for_a_place_that_is_not_there_are_an_error() -> None:
     without_root = propagate(RELP.at("blocks.3", activation="derivative"))
     with pytest.raises(ValueError, match=r"propagate\(rules, root=module\)"), without_root:
         model(x)
+
+
+def test_an_activation_by_its_name_has_no_parts() -> None:
+    class OwnGELU(nn.Module):
+        def __init__(self, part: nn.Module | None = None) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if self.part is None else self.part(x)
+            return x * x.sigmoid()
+
+    x = torch.ones(1, 3)
+    assert coverage(OwnGELU(), x)["operation"].tolist() == ["OwnGELU"]
+    assert set(coverage(OwnGELU(nn.Linear(3, 3)), x)["operation"]) == {"linear", "mul", "sigmoid"}
 
 
 # -- norms written out ---------------------------------------------------------------------------

@@ -173,6 +173,7 @@ def test_a_reference_run_on_another_path_is_an_error() -> None:
 IN_PLACE: dict[str, tuple[Any, Any]] = {
     "relu": (lambda t: F.relu(t, inplace=True), F.relu),
     "relu by position": (lambda t: F.relu(t, True), F.relu),
+    "elu by position": (lambda t: F.elu(t, 1.5, True), lambda t: F.elu(t, 1.5)),
     "module": (nn.SiLU(inplace=True), F.silu),
     "mul_": (lambda t: t.mul_(t + 1), lambda t: t * (t + 1)),
     "of torch.ops": (lambda t: torch.ops.aten.mul_.Tensor(t, t + 1), lambda t: t * (t + 1)),
@@ -422,6 +423,10 @@ class Routed(nn.Module):
             weight, chosen = (t[:, :1] for t in probabilities.sort(descending=True))
         elif self.kind == "max":
             weight, chosen = probabilities.max(-1, keepdim=True)
+        elif self.kind == "kthvalue":
+            weight, chosen = probabilities.kthvalue(2, -1, keepdim=True)
+        elif self.kind == "median":
+            weight, chosen = (t[:, None] for t in probabilities.median(-1))
         elif self.kind == "argmax":
             chosen = probabilities.argmax(-1, keepdim=True)
             weight = probabilities.gather(-1, chosen)
@@ -439,7 +444,9 @@ class Routed(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("kind", ["topk", "sort", "max", "argmax", "where", "no_grad"])
+@pytest.mark.parametrize(
+    "kind", ["topk", "sort", "max", "kthvalue", "median", "argmax", "where", "no_grad"]
+)
 def test_what_branches_leave_unexplained_is_reported(kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), Routed(kind), nn.Tanh(), Routed(kind)).double().eval()

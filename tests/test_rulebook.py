@@ -104,6 +104,45 @@ def test_an_unknown_kind_is_an_error() -> None:
     )
 
 
+@pytest.mark.parametrize("size", ["epsilon", "gamma"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_size_is_positive(size: str, value: float) -> None:
+    default = {"epsilon": 1e-06, "gamma": 0.25}[size]
+    with pytest.raises(ValueError) as error:
+        GRADIENT.with_(linear=size, **{size: value})
+    assert str(error.value) == (
+        f"{size!r} must be a positive number; got {value!r}; "
+        f"for instance RELP.with_(linear={size!r}, {size}={default})"
+    )
+
+
+def test_rules_for_a_place_are_refused_as_rules_for_all() -> None:
+    with pytest.raises(ValueError, match=r"^the rule for 'gate' must be one of .*; got 'alpha'"):
+        RELP.at("blocks.3", gate="alpha")
+    with pytest.raises(ValueError, match="^a kind of operation must be one of .*; got 'norms'"):
+        RELP.at("blocks.3", norms="constant")
+    with pytest.raises(ValueError) as error:
+        RELP.at("blocks.3")
+    assert str(error.value) == (
+        "at('blocks.3') must change a kind of operation; got none; for instance "
+        "RELP.at('blocks.3', softmax='constant')"
+    )
+
+
+def test_a_rule_for_a_place_counts_as_one_that_is_used() -> None:
+    assert GRADIENT.only_derivatives and not GRADIENT.at("0", gate="half").only_derivatives
+    assert not GRADIENT.needs_reference and GRADIENT.at("0", gate="midpoint").needs_reference
+    assert not GRADIENT.at("0", gate="half").needs_reference
+
+
+def test_steps_of_a_norm_follow_its_rule() -> None:
+    assert RELP.inside_norm() is RELP
+    plain = RELP.with_(norm="derivative").inside_norm()
+    assert (plain.gate, plain.activation, plain.bilinear) == ("derivative",) * 3
+    exact = RELP.with_(norm="secant").inside_norm()
+    assert (exact.gate, exact.activation, exact.bilinear) == ("midpoint", "secant", "midpoint")
+
+
 @pytest.mark.parametrize("name", ["ATTN_LRP", "attn_lrp", "attn-lrp", "Attn-LRP"])
 def test_a_preset_is_found_however_it_is_spelled(name: str) -> None:
     assert preset(name) is relp.ATTN_LRP
