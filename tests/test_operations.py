@@ -194,6 +194,11 @@ def mean(x: Tensor) -> Tensor:
     return x**3
 
 
+@wrap_torch_function(lambda x, inplace=False: (x,))
+def cube(x: Tensor, inplace: bool = False) -> Tensor:
+    return x.pow_(3) if inplace else x**3
+
+
 class Marked:
     """A function where torch has an attribute."""
 
@@ -244,11 +249,20 @@ def test_a_rule_for_torchs_operation_is_not_for_anothers() -> None:
             torch.ops.foreign.mean(x)
 
 
-def test_somebody_elses_operation_may_work_in_place() -> None:
+@pytest.mark.parametrize(
+    ("what", "function"),
+    [
+        (torch.ops.foreign.relu_, torch.ops.foreign.relu_),
+        (cube, lambda x: cube(x, True)),
+        (cube, lambda x: cube(x, inplace=True)),
+    ],
+    ids=["by its name", "by position", "by keyword"],
+)
+def test_somebody_elses_operation_may_work_in_place(what: Any, function: Any) -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    with register(torch.ops.foreign.relu_, "activation"), propagate(RELP):
+    with register(what, "activation"), propagate(RELP):
         hidden = x * 2
-        y = torch.ops.foreign.relu_(hidden)
+        y = function(hidden)
     assert y is hidden and torch.equal(y, torch.tensor([8.0, 64.0]))
     # (2x)³ / 2x · 2
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([8.0, 32.0]))

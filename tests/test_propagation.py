@@ -279,14 +279,14 @@ def test_a_long_loop_of_writes_is_looked_at_once(
 
     monkeypatch.setattr(propagation, "_nodes_so_far", count)
     counts = []
-    for steps in (150, 300, 600):
+    for steps in (25, 50, 100):
         visited = 0
         x = torch.ones(1, steps, 2, requires_grad=True)
         with propagate(RELP):
             y = recurrence(x, LOOPS[name]).tanh()
         counts.append(visited)
     assert counts[2] - counts[1] <= 2 * (counts[1] - counts[0])
-    assert counts[2] <= 2 * 600
+    assert counts[2] <= 2 * 100
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 

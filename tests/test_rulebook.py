@@ -136,7 +136,7 @@ def test_a_rule_for_a_place_counts_as_one_that_is_used() -> None:
 
 
 def test_steps_of_a_norm_follow_its_rule() -> None:
-    assert RELP.inside_norm() is RELP
+    assert RELP.inside_norm() == RELP
     plain = RELP.with_(norm="derivative").inside_norm()
     assert (plain.gate, plain.activation, plain.bilinear) == ("derivative",) * 3
     exact = RELP.with_(norm="secant").inside_norm()
