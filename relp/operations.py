@@ -1,7 +1,8 @@
 """Reading torch's calls: what an operation is called, of which kind it is, what goes in.
 
 `propagation` asks here what it met. Tables name operations as `name_of` does (`torch.mul`,
-`Tensor.__imul__` and `Tensor.mul_` are all `mul`). What torch writes as a Python function
+`Tensor.__imul__` and `Tensor.mul_` are all `mul`; `mylib::mul` is somebody else's, and in no
+table). What torch writes as a Python function
 (`F.multi_head_attention_forward`) is opened and seen operation by operation; what torch computes
 in one call but is more than one kind (attention, GLU, group norm) is written out here. One's own
 operations and modules join by `register`.
@@ -13,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -145,7 +147,8 @@ class Call:
         name = name_of(func)
         if kwargs:
             kwargs = dict(kwargs)
-            for place, parameter in enumerate(PARAMETERS.get(name, ("input",))):
+            first = () if _owner(func) else ("input",)
+            for place, parameter in enumerate(PARAMETERS.get(name, first)):
                 if parameter in kwargs and len(args) == place:
                     args = (*args, kwargs.pop(parameter))
         if name == "einsum" and len(args) == 2 and isinstance(args[1], (list, tuple)):
@@ -181,12 +184,15 @@ class Call:
 
     def out_of_place(self) -> Call | None:
         """The call that computes on a copy what this one overwrites; None if it does not."""
-        spelled = getattr(self.func, "__name__", "")
+        spelled = _spelled(self.func)
         first = self.args[0] if self.args else None
         if not isinstance(first, Tensor):
             return None
         if (spelled.endswith("_") and not spelled.endswith("__")) or spelled[:3] == "__i":
-            plain = getattr(torch.Tensor, self.name, None) or getattr(F, self.name)
+            if _owner(self.func):
+                plain = _on_a_copy(self.func)
+            else:
+                plain = getattr(torch.Tensor, self.name, None) or getattr(F, self.name)
             return replace(self, func=plain, args=(first.clone(), *self.args[1:]))
         if self.kwargs.get("inplace"):
             copied = (first.clone(), *self.args[1:])
@@ -205,7 +211,7 @@ class Call:
         if (
             not isinstance(func, FunctionType)
             or func.__name__.startswith("__")
-            or not func.__module__.startswith("torch")
+            or _owner(func)
             or func.__module__.startswith("torch._ops")
         ):
             return None
@@ -270,25 +276,73 @@ def _but_first(given: dict[str, Any]) -> dict[str, Any]:
 
 _ASKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 _OPENED: dict[Any, FunctionType] = {}
-_NAMES: dict[Any, str] = {}
+_TORCH_OPS = re.compile(r"torch\._?ops\.(\w+)$")
 _ALIASES = {
     "rmul": "mul", "imul": "mul", "radd": "add", "iadd": "add", "isub": "sub", "truediv": "div",
     "itruediv": "div", "idiv": "div", "rtruediv": "rdiv", "ipow": "pow", "absolute": "abs",
 }  # fmt: skip
 
 
+@cache
 def name_of(func: Any) -> str:
-    """`torch.Tensor.__mul__`, `torch.mul`, `Tensor.mul_` -> `mul`."""
-    name = _NAMES.get(func)
-    if name is None:
-        name = str(getattr(func, "__name__", repr(func)))
-        if name == "__get__":  # an attribute: `x.T`, `x.shape`, `x.data`
-            name = str(getattr(getattr(func, "__self__", None), "__name__", name))
-        elif name not in ("__getitem__", "__setitem__"):
-            plain = name.strip("_").split(".")[0]  # torch.ops: `mul.Tensor`
-            name = _ALIASES.get(plain, plain)
-        _NAMES[func] = name
-    return name
+    """`torch.Tensor.__mul__`, `torch.mul`, `Tensor.mul_`, `torch.ops.aten.mul.Tensor` -> `mul`.
+
+    What is not torch's own keeps its full name, for it may compute anything: `mylib::mul` for
+    `torch.ops.mylib.mul`, `mymodule.mul` for a function that dispatches as torch's do.
+    """
+    name, owner = _spelled(func), _owner(func)
+    if owner or _is_attribute(func) or name in ("__getitem__", "__setitem__"):
+        return owner + name
+    plain = name.strip("_")
+    return _ALIASES.get(plain, plain)
+
+
+@cache
+def _spelled(func: Any) -> str:
+    """The name that a function bears where it is at home."""
+    func = _defined(func)
+    name = str(getattr(func, "__name__", repr(func)))
+    if _TORCH_OPS.match(_home(func)):
+        return name.split(".")[0]  # `mul.Tensor`
+    return str(func.__qualname__) if isinstance(func, FunctionType) and _owner(func) else name
+
+
+@cache
+def _owner(func: Any) -> str:
+    """What stands before the name of a function that is not torch's own; empty for torch's."""
+    home = _home(_defined(func))
+    if namespace := _TORCH_OPS.match(home):
+        return "" if namespace[1] == "aten" else f"{namespace[1]}::"
+    return "" if home.split(".")[0] == "torch" else f"{home}."
+
+
+def _defined(func: Any) -> Any:
+    """What was defined: the attribute that is read or set, the operation of a `custom_op`."""
+    if _is_attribute(func):  # `x.T`, `x.shape`, `x.data = y`
+        attribute = getattr(func, "__self__", func)
+        return getattr(attribute, "fget", attribute)
+    return getattr(func, "_opoverload", func)
+
+
+def _is_attribute(func: Any) -> bool:
+    return getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__")
+
+
+def _home(defined: Any) -> str:
+    """The module of a function, or of the class that a method or an attribute is of."""
+    home = getattr(defined, "__module__", None)
+    return str(home or getattr(getattr(defined, "__objclass__", None), "__module__", "torch"))
+
+
+def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A function that overwrites its first operand, as one that gives the result back instead."""
+
+    def copied(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first = first.clone()
+        func(first, *args, **kwargs)
+        return first
+
+    return copied
 
 
 def carries(value: Any) -> bool:
@@ -440,7 +494,7 @@ def _instance_norm(
 
 
 def _var(x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
-         *, correction: float | None = None) -> Tensor:  # fmt: skip
+         *, correction: int | float | None = None) -> Tensor:  # fmt: skip
     if isinstance(dim, bool):  # torch.var(x, unbiased)
         dim, unbiased = None, dim
     dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
@@ -582,7 +636,9 @@ def register(what: Callable[..., Any], rule: str | Formula) -> Registration:
     A registered module counts as one operation; it must be called as `module(x)`.
 
     Args:
-        what: a function of torch (`torch.lgamma`, `F.grid_sample`), or a subclass of `nn.Module`.
+        what: a function of torch (`torch.lgamma`, `F.grid_sample`), an operation of one's own
+            (`torch.ops.mylib.scan`, what `torch.library.custom_op` gives), or a subclass of
+            `nn.Module`.
         rule: `"linear"` (the derivative under all rules), `"activation"` or `"exponent"`
             (elementwise in the first argument: the rules of that kind apply), or a formula
             `(g, x, y) -> coefficient at x`, with `g` the coefficient at the output `y`; it is used

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -119,7 +120,9 @@ class Propagation:
         self._in_reference = self._referenced = False
         # results that came about under our eyes, or that nothing had to explain
         self._explained: set[Any] = set()
+        self._before: set[Any] = set()
         self._first_node = 0
+        self._thread = 0
         self._opening: list[Any] = []
         self._key: Key = (0, "", 0)
         # > 0 inside an activation module or a pause: operations are not looked at
@@ -161,6 +164,7 @@ class Propagation:
     def _start(self, stack: ExitStack) -> None:
         def clear() -> None:
             self._explained.clear()
+            self._before.clear()
             self._frames.clear()
             self._modules.clear()
             self._opening.clear()
@@ -172,15 +176,17 @@ class Propagation:
 
         stack.callback(clear)
         self._frames.append(_Frame("", 0, [], False))
-        self._first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        # torch's annotation forgets that a hook may return new arguments
-        before = register_module_forward_pre_hook(cast(Any, self._enter_module))
-        stack.callback(before.remove)
-        # (always: a module may raise, and the model go on)
-        after = register_module_forward_hook(
-            cast(Any, self._leave_module), with_kwargs=True, always_call=True
-        )
-        stack.callback(after.remove)
+        self._thread = threading.get_ident()
+        self._first_node = _nodes_so_far()
+        with _LOCK:  # torch counts its handles without one
+            # torch's annotation forgets that a hook may return new arguments
+            before = register_module_forward_pre_hook(cast(Any, self._enter_module))
+            stack.callback(before.remove)
+            # (always: a module may raise, and the model go on)
+            after = register_module_forward_hook(
+                cast(Any, self._leave_module), with_kwargs=True, always_call=True
+            )
+            stack.callback(after.remove)
         self._mode.owner = self
         stack.enter_context(self._mode)
 
@@ -277,7 +283,7 @@ class Propagation:
         with _plain_torch():
             nodes = [t.grad_fn for t in tensors(output)]
         for node in nodes:
-            if node is not None and node not in self._explained and not self._harmless(node):
+            if node is not None and not self._harmless(node):
                 self._explained.add(node)
                 self._refuse(type(node).__name__.removesuffix("Backward"), "opaque")
 
@@ -285,16 +291,45 @@ class Propagation:
         for t in tensors(out):
             if t.grad_fn is not None:
                 self._explained.add(t.grad_fn)
+            if t._base is not None:  # what is written into a view changes the whole
+                self._explained.add(t._base.grad_fn)
         return out
 
     def _harmless(self, node: Any) -> bool:
         """True for what was there before the run, and for views that torch makes anew."""
-        if node is None or node in self._explained or node._sequence_nr() < self._first_node:
-            return True
-        name = re.sub(r"Backward\d*$", "", type(node).__name__)
-        if isinstance(node, BackwardCFunction) or name not in _VIEWS:
-            return False
-        return all(self._harmless(parent) for parent, _ in node.next_functions)
+        views, rest = set(), [node]
+        while rest:
+            node = rest.pop()
+            if node is None or node in self._explained or node in views:
+                continue
+            if not self._first_node <= node._sequence_nr() < _nodes_so_far():
+                if not self._was_before(node):
+                    return False
+            elif isinstance(node, BackwardCFunction) or _kind_of(node) not in _VIEWS:
+                return False
+            else:
+                views.add(node)
+                rest += [parent for parent, _ in node.next_functions]
+        self._explained |= views  # each is looked at once, however long the chain becomes
+        return True
+
+    def _was_before(self, node: Any) -> bool:
+        """True if nothing of the run goes into a node that this thread did not make in the run.
+
+        Each thread counts its nodes for itself: a number that does not fit may be another one's,
+        who was given what the run computed.
+        """
+        found, rest = set(), [node]
+        while rest:
+            node = rest.pop()
+            if node is None or node in self._before or node in found:
+                continue
+            if node in self._explained and node._sequence_nr() >= self._first_node:
+                return False
+            found.add(node)
+            rest += [parent for parent, _ in node.next_functions]
+        self._before |= found
+        return True
 
     def _refuse(self, name: str, kind: str) -> None:
         if self._rules.only_derivatives or not self.strict:
@@ -338,11 +373,17 @@ class Propagation:
 
     # -- modules ---------------------------------------------------------------------------------
 
+    # (torch calls these for every module of the process; other threads are none of our business)
+
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self._is_here():
+            return None
         with _plain_torch():
             return self._entered(module, args)
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        if not self._is_here():
+            return None
         with _plain_torch():
             if len(rest) == 2:
                 return self._left(module, args, *rest)
@@ -351,6 +392,10 @@ class Propagation:
                 self._inside -= 1
                 self._modules.pop()
             self._frames.pop()
+            return None
+
+    def _is_here(self) -> bool:
+        return threading.get_ident() == self._thread
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         name = self._names.get(id(module)) or type(module).__name__
@@ -359,6 +404,7 @@ class Propagation:
         if (kind := _as_one(module)) is None:
             return None
         self._inside += 1
+        self._modules.append(())  # there to be left also if it is refused
         rule = self._rule_of(kind) if self._inside == 1 else "derivative"
         if self._inside == 1 and not self._in_reference:
             self.must_have_seen(args)
@@ -374,7 +420,7 @@ class Propagation:
                 x = x.clone() if getattr(module, "inplace", False) else x
         # without a graph inside: the rule is attached to the module's result
         handed = None if slot is None or self._in_reference else args[0].detach()
-        self._modules.append((x, slot, args, handed))
+        self._modules[-1] = (x, slot, args, handed)
         return None if handed is None else (handed, *args[1:])
 
     def _left(
@@ -603,7 +649,7 @@ class Propagation:
             return out
         self.must_have_seen((call.args, call.kwargs))
         if met and handler is None and call.out_of_place() is not None:
-            handler = Propagation._linear
+            handler = Propagation._without_rule
         if handler is not None and torch.is_grad_enabled():
             copy = call.out_of_place()
             out = self._explain(handler(self, copy or call))
@@ -618,10 +664,8 @@ class Propagation:
             self._branch(call.name, out)
             if self._rules.needs_reference:  # x.data: another tensor, the same memory
                 self._lent |= _memory(out) & _memory((call.args, call.kwargs))
-        elif call.name in LINEAR:
-            self._count(call.name, "linear", "derivative")
         else:
-            self._refuse(call.name, "opaque" if call.name in FUSED else "unknown")
+            self._must_be_linear(call)
         self._explain(call.args[:1] if out is None else out)  # x[i] = y gives nothing back
         used = met and (carries(out) or (out is None and carries(call.args[:1])))
         return self._watched(key, met, out) if used else out
@@ -690,6 +734,16 @@ class Propagation:
     def _linear(self, call: Call) -> Any:
         self._count(call.name, "linear", "derivative")
         return call.plainly()
+
+    def _without_rule(self, call: Call) -> Any:
+        self._must_be_linear(call)
+        return call.plainly()
+
+    def _must_be_linear(self, call: Call) -> None:
+        if call.name in LINEAR:
+            self._count(call.name, "linear", "derivative")
+        else:
+            self._refuse(call.name, "opaque" if call.name in FUSED else "unknown")
 
     def _random(self, call: Call) -> Any:
         given = (*call.args[1:], *([None] * 2))
@@ -1076,14 +1130,22 @@ def propagate(
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of `module` requires grad inside; afterwards each does as before."""
     whole = getattr(module, "original_model", module)  # a bridge does not list all parameters
-    wanted = [p for p in {*module.parameters(), *whole.parameters()} if p.requires_grad]
-    try:
+    parameters = {*module.parameters(), *whole.parameters()}
+    with _LOCK:
+        # what another thread has frozen must stay so until the last of us is done
+        wanted = [p for p in parameters if p.requires_grad or p in _FROZEN]
+        _FROZEN.update(wanted)
         for p in wanted:
             p.requires_grad_(False)
+    try:
         yield
     finally:
-        for p in wanted:
-            p.requires_grad_(True)
+        with _LOCK:
+            _FROZEN.subtract(wanted)
+            for p in wanted:
+                if not _FROZEN[p]:
+                    del _FROZEN[p]
+                    p.requires_grad_(True)
 
 
 def module_names(root: nn.Module) -> dict[int, str]:
@@ -1130,8 +1192,12 @@ def coverage(
             return value.detach().requires_grad_()
         return value
 
+    here = threading.get_ident()
+
     def embedded(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_() if not output.requires_grad else output
+        if output.requires_grad or threading.get_ident() != here:
+            return output
+        return output.requires_grad_()
 
     report = propagate(rules, strict=strict, root=module)
     with ExitStack() as stack:
@@ -1154,14 +1220,20 @@ def coverage(
 _plain_torch = torch._C.DisableTorchFunction
 """Our own arithmetic is no operation of the model: inside, the mode sees nothing."""
 
+_nodes_so_far: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+"""How many nodes this thread has made: the number of its next one."""
+
+_LOCK = threading.RLock()
+_FROZEN: Counter[Tensor] = Counter()
+"""Parameters that do not require grad for the time being, and how many blocks want it so."""
+
 
 # -- reading modules and results -------------------------------------------------------------------
 
 _VIEWS = (
-    "CopySlices", "AsStrided", "View", "UnsafeView", "Slice", "Select", "Narrow", "Transpose",
-    "Permute", "Expand", "Squeeze", "Unsqueeze", "Split", "Unbind", "Diagonal", "Alias", "T",
-    "SplitWithSizes", "ViewAs", "Swapaxes",
-    "Unfold", "AccumulateGrad",
+    "AsStrided", "View", "UnsafeView", "Slice", "Select", "Narrow", "Transpose", "Permute",
+    "Expand", "Squeeze", "Unsqueeze", "Split", "Unbind", "Diagonal", "Alias", "T",
+    "SplitWithSizes", "ViewAs", "Swapaxes", "Unfold",
 )  # fmt: skip
 _OVERWRITES = (
     "a module that branches must leave its inputs as they are under rules that compare two runs; "
@@ -1176,6 +1248,11 @@ _ONE_OPERAND = (
     "it as products and differences"
 )
 _VALUES = frozenset("item tolist bool int float index equal allclose is_nonzero contains".split())
+
+
+def _kind_of(node: Any) -> str:
+    """`SelectBackward0` -> `Select`."""
+    return re.sub(r"Backward\d*$", "", type(node).__name__)
 
 
 def _as_one(module: nn.Module) -> str | Formula | None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import get_overridable_functions, wrap_torch_function
 
 from relp import (
+    CP_LRP,
     DEEPLIFT,
     GRADIENT,
     PRESETS,
@@ -22,7 +24,7 @@ from relp import (
     propagate,
     register,
 )
-from relp.operations import WRITTEN_OUT
+from relp.operations import WRITTEN_OUT, name_of
 
 
 def weights(*shape: int) -> Tensor:
@@ -49,6 +51,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "addmm": lambda x: torch.addmm(weights(5), x[0], weights(4, 5), alpha=3),
     "addmm of two": lambda x: torch.addmm(x[0], x[0] @ weights(4, 3), x[1]),
     "bmm": lambda x: torch.bmm(x, x.mT),
+    "matrix times vector": lambda x: x @ x[0, 0],
+    "vector times matrix": lambda x: x[0, 0] @ x.mT,
     "outer": lambda x: torch.outer(x[0, 0], x[1, 1]),
     "tensordot": lambda x: torch.tensordot(x, x, dims=([1, 2], [1, 2])),
     "bilinear": lambda x: F.bilinear(x, x.flip(0), weights(2, 4, 4), weights(2)),
@@ -74,6 +78,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "vector norm": lambda x: torch.linalg.vector_norm(x, dim=(1, 2)),
     "cosine similarity": lambda x: F.cosine_similarity(x, x.flip(1), dim=-1),
     "standard deviation": lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True),
+    "variance of a population": lambda x: x.var(-1, correction=0),
     "variance": lambda x: x.var((1, 2), unbiased=False),
     "softmax": lambda x: x.softmax(-1),
     "softmin": lambda x: F.softmin(x, -1),
@@ -159,6 +164,135 @@ def test_what_is_written_out_has_a_case(name: str) -> None:
     assert name in met or name in ("addmv", "addr", "addbmm")
 
 
+# -- whose an operation is -------------------------------------------------------------------------
+
+FOREIGN = torch.library.Library("foreign", "DEF")
+for signature, function in {
+    # names that torch has for something else
+    "mean(Tensor x) -> Tensor": lambda x: x**3,
+    "size(Tensor x) -> Tensor": lambda x: x**3,
+    "gelu(Tensor weight, Tensor input) -> Tensor": lambda weight, input: weight * input**3,
+    "relu_(Tensor(a!) x) -> Tensor(a!)": lambda x: x.pow_(3),
+}.items():
+    FOREIGN.define(signature)
+    FOREIGN.impl(signature.split("(")[0], function, "CompositeImplicitAutograd")
+
+
+@torch.library.custom_op("foreign::sum", mutates_args=())
+def summed(x: Tensor) -> Tensor:
+    return x**3
+
+
+summed.register_autograd(
+    lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@wrap_torch_function(lambda x: (x,))
+def mean(x: Tensor) -> Tensor:
+    return x**3
+
+
+@wrap_torch_function(lambda x, inplace=False: (x,))
+def cube(x: Tensor, inplace: bool = False) -> Tensor:
+    return x.pow_(3) if inplace else x**3
+
+
+class Marked:
+    """A function where torch has an attribute."""
+
+    @property
+    def T(self) -> Any:  # noqa: N802
+        return None
+
+
+OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "foreign::mean": (lambda x: torch.ops.foreign.mean(x), torch.ops.foreign.mean),
+    "foreign::size": (lambda x: torch.ops.foreign.size.default(x), torch.ops.foreign.size.default),
+    "foreign::sum": (lambda x: summed(x), summed),
+    f"{__name__}.mean": (mean, mean),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_somebody_elses_operation_is_unknown_whatever_it_is_called(name: str) -> None:
+    function, what = OTHERS[name]
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(UnknownOperationError) as error, propagate(CP_LRP):
+        function(x)
+    assert str(error.value) == (
+        f"every operation that carries relevance must have a rule; {name!r} in the code under "
+        "propagate has none; give it one with relp.register, or pass strict=False to let its "
+        "derivative through and see it in the report"
+    )
+    with propagate(CP_LRP, strict=False) as report:
+        function(x)
+    assert report.to_dataframe()[["operation", "kind"]].values.tolist() == [[name, "unknown"]]
+    # x³ / x, and torch's own of that name stays what it is
+    with register(what, "activation"), propagate(CP_LRP) as report:
+        y = function(x)
+        (x.mean(), x.sum(), x.size())
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([1.0, 4.0]))
+    assert report.to_dataframe()[["operation", "kind"]].values.tolist() == [
+        [name, "activation"], ["mean", "linear"], ["sum", "linear"]
+    ]  # fmt: skip
+
+
+def test_a_rule_for_torchs_operation_is_not_for_anothers() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with register(torch.mean, lambda g, x, y: 7 * g.expand_as(x)):
+        with propagate(RELP):
+            y = torch.ops.aten.mean(x) + x.mean() + torch.ops.aten.mean.default(x)
+        assert torch.equal(torch.autograd.grad(y, x)[0], torch.tensor([21.0, 21.0]))
+        with pytest.raises(UnknownOperationError, match="'foreign::mean'"), propagate(RELP):
+            torch.ops.foreign.mean(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "function"),
+    [
+        (torch.ops.foreign.relu_, torch.ops.foreign.relu_),
+        (cube, lambda x: cube(x, True)),
+        (cube, lambda x: cube(x, inplace=True)),
+    ],
+    ids=["by its name", "by position", "by keyword"],
+)
+def test_somebody_elses_operation_may_work_in_place(what: Any, function: Any) -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with register(what, "activation"), propagate(RELP):
+        hidden = x * 2
+        y = function(hidden)
+    assert y is hidden and torch.equal(y, torch.tensor([8.0, 64.0]))
+    # (2x)³ / 2x · 2
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([8.0, 32.0]))
+
+
+def test_operands_of_somebody_elses_operation_stay_where_they_are() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with register(torch.ops.foreign.gelu, "linear"), propagate(RELP):
+        y = torch.ops.foreign.gelu(input=x, weight=torch.tensor([5.0, 1.0]))
+    assert torch.equal(y, torch.tensor([5.0, 8.0]))
+
+
+def test_torchs_own_names_are_bare() -> None:
+    own = [f for functions in get_overridable_functions().values() for f in functions]
+    own += [F.max_pool1d, torch.special.expit, torch.fft.rfft, torch.ops.aten.mul.Tensor]
+    assert len(own) > 1000
+    assert not [name_of(f) for f in own if {".", ":"} & set(name_of(f))]
+    assert name_of(torch.ops.prims.mul) == "prims::mul"
+    unlike = wrap_torch_function(lambda x: (x,))(lambda x: x)
+    unlike.__module__, unlike.__qualname__ = "torchlike.functional", "mean"
+    assert name_of(unlike) == "torchlike.functional.mean"
+    for spelled in (torch.mul, Tensor.mul_, Tensor.__imul__, Tensor.__rmul__,
+                    torch.ops.aten.mul, torch.ops.aten.mul_.Tensor):  # fmt: skip
+        assert name_of(spelled) == "mul"
+    attribute: Any = Tensor.T
+    assert name_of(attribute.__get__) == "T"
+    attribute = Marked.T
+    assert name_of(attribute.__get__) == f"{__name__}.Marked.T"
+
+
 # -- what hides its operations ---------------------------------------------------------------------
 
 
@@ -186,6 +320,62 @@ def test_custom_autograd_functions_are_opaque(last: bool) -> None:
     with pytest.raises(UnknownOperationError, match="'Twice' before or in .* hides its operations"):
         coverage(model, x, strict=True)
     coverage(model, x, strict=True, rules=GRADIENT)  # all derivatives: nothing is guessed
+
+
+class Stealthily(torch.autograd.Function):
+    """Doubles its operand in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.detach().mul_(2)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+class View(Twice):
+    """Named like what torch makes anew."""
+
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda x: Twice.apply(x).tanh(),
+    "first and last": lambda x: Twice.apply(x),
+    "before a view": lambda x: Twice.apply(x)[:1].view(-1).tanh(),
+    "written into a view": lambda x: written(x * 2).tanh(),
+    "written into a view, read by another": lambda x: written(x * 2, other=True).tanh(),
+    "before an activation module": lambda x: nn.GELU()(Twice.apply(x)),
+    "named like a view": lambda x: View.apply(x).tanh(),
+    "in a keyword": lambda x: torch.sub(x, other=Twice.apply(x)),
+    "in a list": lambda x: torch.cat([x * 2, Twice.apply(x)]),
+    "in an index": lambda x: torch.zeros(4).index_put((torch.arange(2),), Twice.apply(x)[:, 0]),
+}
+
+
+def written(y: Tensor, *, other: bool = False) -> Tensor:
+    beside = y[:, 1:]
+    Stealthily.apply(y[:, 0])
+    return beside if other else y
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["leaf", "result"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_custom_function_is_refused_wherever_it_stands(name: str, before: bool) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    x = x.clone() if before else x
+    with (
+        pytest.raises(UnknownOperationError, match="hides its operations"),
+        propagate(RELP) as report,
+    ):
+        report.must_have_seen(HIDDEN[name](x))
+    # while what was there before needs no rule, whoever made it
+    made = Twice.apply(x)
+    view = made[:1]
+    with propagate(RELP) as report:
+        report.must_have_seen((made, view))
+        report.must_have_seen(made.tanh() + view.tanh())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -234,8 +424,64 @@ def test_views_and_assignments_are_no_mystery() -> None:
     torch.testing.assert_close(((other - x) * c).sum(), (after - y).sum())
 
 
+UNKNOWN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "norm of order 1": (lambda x: x / x.norm(p=1, dim=-1, keepdim=True), "of order 1"),
+    "rounded division": (lambda x: torch.div(x, 2, rounding_mode="floor"), "with rounding"),
+    "median of all": (lambda x: x.median(), "without an axis"),
+    "dependent batch norm": (
+        lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), weight=x[0, :, 0]),
+        "with dependent weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_forms_that_no_rule_is_right_for_are_unknown(name: str) -> None:
+    function, message = UNKNOWN[name]
+    x = torch.rand(2, 3, 4, requires_grad=True)
+    with propagate(GRADIENT):
+        function(x)
+    with pytest.raises(UnknownOperationError, match=f"{message}' in the code"), propagate(DEEPLIFT):
+        function(x)
+
+
+def test_a_product_of_three_is_refused_where_it_must_be_split() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with propagate(GRADIENT):
+        torch.einsum("i,i,i->", x, x * 2, x)
+    with pytest.raises(UnknownOperationError) as error, propagate(CP_LRP):
+        torch.einsum("i,i,i->", x, x * 2, x)
+    assert str(error.value) == (
+        "a product of dependent tensors must be of two to be split; 'einsum' in '' has 3; "
+        "write it as products of two"
+    )
+
+
+def test_powers_are_of_the_kind_that_they_compute() -> None:
+    x = torch.tensor([2.0, 4.0], requires_grad=True)
+    with propagate(RELP) as report:
+        for exponent in (-1, -0.5, 0.5, 2, 3):
+            x.pow(exponent)
+    found = report.to_dataframe().set_index("kind")["count"].to_dict()
+    assert found == {"norm": 3, "gate": 1, "activation": 1}
+
+
+def test_a_divisor_is_constant_on_either_side() -> None:
+    x = torch.tensor([2.0, 4.0], requires_grad=True)
+    for divide in (lambda a, b: a / b, lambda a, b: b.__rtruediv__(a)):
+        with propagate(RELP):
+            y = divide(x * 3, x * x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 3 / x.detach() ** 2)
+
+
 def test_train_mode_is_refused() -> None:
     x = torch.ones(4, 3)
+    for drops in (lambda x: F.dropout(x), lambda x: torch.dropout(x, 0.1, train=True)):
+        with pytest.raises(ValueError, match="must run in eval mode"), propagate(RELP):
+            drops(x.requires_grad_() * 2)
+    with propagate(RELP) as report:
+        F.dropout(F.dropout(x * 2, 0.0), training=False)
+    assert report.to_dataframe()["kind"].tolist() == ["linear"] * 2
+    x = x.detach()
     for module in (nn.Dropout(), nn.BatchNorm1d(3)):
         with pytest.raises(ValueError, match=r"must run in eval mode under rules; .* model\.eval"):
             coverage(module.train(), x)
@@ -359,6 +605,12 @@ def test_rules_hold_where_they_are_said_to(rules: Rules, derivatives: list[int])
     }
 
 
+def test_a_size_may_be_for_one_place() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.ones(1, 3)
+    frame = coverage(model, x, rules=GRADIENT.at("1", linear="gamma", gamma=0.5))
+    assert frame[["module", "rule"]].values.tolist() == [["0", "derivative"], ["1", "gamma"]]
+
+
 def test_rules_for_a_place_that_is_not_there_are_an_error() -> None:
     model, x = Blocks(), torch.ones(1, 3)
     with pytest.raises(ValueError, match=r"'blocks\.12' must fit the name of a module; it fits"):
@@ -368,6 +620,21 @@ def test_rules_for_a_place_that_is_not_there_are_an_error() -> None:
     without_root = propagate(RELP.at("blocks.3", activation="derivative"))
     with pytest.raises(ValueError, match=r"propagate\(rules, root=module\)"), without_root:
         model(x)
+
+
+def test_an_activation_by_its_name_has_no_parts() -> None:
+    class OwnGELU(nn.Module):
+        def __init__(self, part: nn.Module | None = None) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if self.part is None else self.part(x)
+            return x * x.sigmoid()
+
+    x = torch.ones(1, 3)
+    assert coverage(OwnGELU(), x)["operation"].tolist() == ["OwnGELU"]
+    assert set(coverage(OwnGELU(nn.Linear(3, 3)), x)["operation"]) == {"linear", "mul", "sigmoid"}
 
 
 # -- norms written out ---------------------------------------------------------------------------

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import threading
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from relp import (
     UnknownOperationError,
     coverage,
     propagate,
+    propagation,
 )
 from relp.attribution import node_sites
 from relp.capture import capture
@@ -169,8 +173,10 @@ def test_a_reference_run_on_another_path_is_an_error() -> None:
 IN_PLACE: dict[str, tuple[Any, Any]] = {
     "relu": (lambda t: F.relu(t, inplace=True), F.relu),
     "relu by position": (lambda t: F.relu(t, True), F.relu),
+    "elu by position": (lambda t: F.elu(t, 1.5, True), lambda t: F.elu(t, 1.5)),
     "module": (nn.SiLU(inplace=True), F.silu),
     "mul_": (lambda t: t.mul_(t + 1), lambda t: t * (t + 1)),
+    "of torch.ops": (lambda t: torch.ops.aten.mul_.Tensor(t, t + 1), lambda t: t * (t + 1)),
     "*=": (lambda t: t.__imul__(t + 1), lambda t: t * (t + 1)),
     "div_": (lambda t: t.div_(t.sum(-1, keepdim=True)), lambda t: t / t.sum(-1, keepdim=True)),
     "of a view": (lambda t: (t[:, :1].sigmoid_(), t)[1], lambda t: torch.cat(
@@ -198,6 +204,108 @@ def test_in_place_operations_get_the_rule_of_the_plain_ones(rules: Rules, name: 
         assert torch.equal(one, two)
 
 
+def recurrence(x: Tensor, write: Any) -> Tensor:
+    """h_t = tanh(0.9 h_{t-1} + x_t), written into one buffer step by step."""
+    y, h = torch.zeros_like(x), x[:, 0]
+    before = y[:, 1:].transpose(0, 1)
+    for t in range(x.shape[1]):
+        h = (0.9 * h + x[:, t]).tanh()
+        write(y, t, h, before)
+    return y
+
+
+def assign(y: Tensor, t: int, h: Tensor, _: Tensor) -> None:
+    y[:, t] = h
+
+
+def add(y: Tensor, t: int, h: Tensor, _: Tensor) -> None:
+    y[:, t] += h
+
+
+def by_the_view(y: Tensor, t: int, h: Tensor, view: Tensor) -> None:
+    """Into one that was there before the first write, but for the first."""
+    (view[t - 1] if t else y[:, 0]).copy_(h)
+
+
+LOOPS: dict[str, Any] = {
+    "copied": lambda y, t, h, _: y[:, t].copy_(h),
+    "assigned": assign,
+    "added": add,
+    "by index": lambda y, t, h, _: y.index_copy_(1, torch.tensor([t]), h[:, None]),
+    "through views of views": lambda y, t, h, _: y[:, t:].select(1, 0)[:, 0:].add_(h),
+    "by a view from before": by_the_view,
+}
+
+
+@pytest.mark.parametrize("rules", **names)
+@pytest.mark.parametrize("name", LOOPS)
+def test_results_written_one_by_one_are_those_of_a_stack(rules: Rules, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, other, g = torch.randn(3, 2, 5, 3, generator=generator, dtype=torch.float64)
+
+    def stacked(x: Tensor) -> Tensor:
+        rows: list[Tensor] = []
+        recurrence(x, lambda y, t, h, _: rows.append(h))
+        return torch.stack(rows, 1)
+
+    def run(function: Any) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        with propagate(rules) as report:
+            y = function(leaf)
+            report.must_have_seen(y)
+            y = y.sigmoid()
+        if rules.needs_reference:
+            with report.reference():
+                function(other).sigmoid()
+        return y.detach(), torch.autograd.grad(y, leaf, g)[0]
+
+    one, two = run(lambda t: recurrence(t, LOOPS[name])), run(stacked)
+    assert torch.equal(one[0], two[0])
+    torch.testing.assert_close(one[1], two[1])
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_long_loop_of_writes_is_looked_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node counts: how many are visited grows with the steps, not with their square."""
+    numbers = propagation._nodes_so_far
+    visited = 0
+
+    def count() -> int:
+        nonlocal visited
+        visited += 1
+        return numbers()
+
+    monkeypatch.setattr(propagation, "_nodes_so_far", count)
+    counts = []
+    for steps in (25, 50, 100):
+        visited = 0
+        x = torch.ones(1, steps, 2, requires_grad=True)
+        with propagate(RELP):
+            y = recurrence(x, LOOPS[name]).tanh()
+        counts.append(visited)
+    assert counts[2] - counts[1] <= 2 * (counts[1] - counts[0])
+    assert counts[2] <= 2 * 100
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_a_long_chain_of_views_is_no_recursion() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    with propagate(RELP) as report:
+        y = x * 2
+        with torch._C.DisableTorchFunction():  # as if torch had made them anew
+            view = y
+            for _ in range(3000):
+                view = view.view(2, 3)
+        z = view.tanh()
+        assert len(report._explained) > 3000
+        visited = len(report._explained)
+        view.tanh()
+        assert len(report._explained) == visited + 1
+    torch.autograd.grad(z.sum(), x)
+
+
 def test_in_place_operations_still_overwrite() -> None:
     x = torch.tensor([0.5, -1.0], requires_grad=True)
     with propagate(RELP):
@@ -205,6 +313,27 @@ def test_in_place_operations_still_overwrite() -> None:
         y = hidden.relu_()
     assert hidden is y
     assert torch.equal(hidden, torch.tensor([1.0, 0.0]))
+
+
+def test_in_place_operations_of_no_rule_are_refused_where_they_meet_what_is_detached() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with propagate(DEEPLIFT, strict=False) as report:
+        (x * 2).atan2_(x.detach())
+    found = report.to_dataframe()[["operation", "kind"]].values.tolist()
+    assert ["atan2", "unknown"] in found and ["atan2", "linear"] not in found
+    with pytest.raises(UnknownOperationError, match="'atan2'"), propagate(DEEPLIFT):
+        (x * 2).atan2_(x.detach())
+
+
+def test_attributes_that_are_set_are_no_operations() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with propagate(RELP) as report:
+        h = x * 2
+        h.grad = None
+        cut = h.detach()
+        cut.requires_grad = True
+        cut.tanh()
+    assert report.to_dataframe()["operation"].tolist() == ["tanh", "mul"]
 
 
 def test_custom_autograd_functions_are_not_overlooked(tiny: Any) -> None:
@@ -294,6 +423,10 @@ class Routed(nn.Module):
             weight, chosen = (t[:, :1] for t in probabilities.sort(descending=True))
         elif self.kind == "max":
             weight, chosen = probabilities.max(-1, keepdim=True)
+        elif self.kind == "kthvalue":
+            weight, chosen = probabilities.kthvalue(2, -1, keepdim=True)
+        elif self.kind == "median":
+            weight, chosen = (t[:, None] for t in probabilities.median(-1))
         elif self.kind == "argmax":
             chosen = probabilities.argmax(-1, keepdim=True)
             weight = probabilities.gather(-1, chosen)
@@ -311,7 +444,9 @@ class Routed(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("kind", ["topk", "sort", "max", "argmax", "where", "no_grad"])
+@pytest.mark.parametrize(
+    "kind", ["topk", "sort", "max", "kthvalue", "median", "argmax", "where", "no_grad"]
+)
 def test_what_branches_leave_unexplained_is_reported(kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), Routed(kind), nn.Tanh(), Routed(kind)).double().eval()
@@ -664,3 +799,138 @@ def test_functions_with_a_parameter_for_each_entry() -> None:
     with propagate(RELP, root=prelu):
         y = prelu(x)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.tensor([[0.25, 0.25]]))
+
+
+# -- other threads ---------------------------------------------------------------------------------
+
+
+def elsewhere(function: Callable[[], Any]) -> Any:
+    """What a function gives in a thread of its own, its error if it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def test_another_thread_is_left_alone() -> None:
+    mine, theirs = (
+        nn.Linear(4, 4),
+        nn.Sequential(nn.Linear(4, 4), nn.GELU(), Function(torch.lgamma)),
+    )
+    x = torch.full((2, 4), 0.5)
+
+    def run() -> tuple[Tensor, Tensor, bool]:
+        leaf = x.clone().requires_grad_()
+        y = theirs(leaf)
+        with contextlib.suppress(TypeError):  # a module may raise, too
+            theirs[1]("no tensor")
+        return y.detach(), torch.autograd.grad(y.sum(), leaf)[0], theirs[0].weight.requires_grad
+
+    expected = run()
+    with propagate(RELP, root=mine) as report:
+        y = mine(x.clone().requires_grad_())
+        found = elsewhere(run)
+        nn.GELU()(y)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(two))
+    assert report.to_dataframe()[["operation", "module"]].values.tolist() == [
+        ["GELU", "GELU"], ["linear", "Linear"]
+    ]  # fmt: skip
+
+
+def test_two_threads_propagate_at_the_same_time() -> None:
+    """Through one model: its weights stay frozen until the last is done."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), Offset(), nn.LayerNorm(4))
+    x = torch.randn(2, 4)
+    meet = threading.Barrier(2, timeout=60)
+
+    def alone(rules: Rules) -> tuple[Tensor, Any]:
+        leaf = x.clone().requires_grad_()
+        with propagate(rules, root=model) as report:
+            y = model(leaf)
+        return torch.autograd.grad(y.sum(0)[0], leaf)[0], report.to_dataframe()
+
+    def together(rules: Rules) -> tuple[Tensor, Any]:
+        leaf = x.clone().requires_grad_()
+        first = rules is RELP
+        if not first:
+            meet.wait()  # the first is inside
+        with propagate(rules, root=model) as report:
+            if first:
+                meet.wait()
+            meet.wait()  # both are inside
+            if not first:
+                meet.wait()  # the first has left
+            y = model(leaf)
+        if first:
+            meet.wait()
+        return torch.autograd.grad(y.sum(0)[0], leaf)[0], report.to_dataframe()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(together, (RELP, GRADIENT), timeout=60))
+    for (c, frame), (expected, own) in zip(found, map(alone, (RELP, GRADIENT)), strict=True):
+        assert torch.equal(c, expected)
+        assert frame.equals(own)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not propagation._FROZEN
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+class Offset(nn.Module):
+    """Computes a weight from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.weight)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["lower numbers", "higher numbers"])
+def test_what_a_model_leaves_to_another_thread_is_opaque(long: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        def work() -> Tensor:
+            for _ in range(5000 if long else 0):  # each thread counts for itself
+                x.exp()
+            return x.exp()
+
+        return elsewhere(work).tanh()
+
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(100):
+        x.exp()
+    with propagate(GRADIENT):
+        function(x * 2)
+    with (
+        pytest.raises(UnknownOperationError, match="'ExpBackward0' before or in .* hides its"),
+        propagate(RELP),
+    ):
+        function(x * 2)
+
+
+def test_what_another_thread_made_before_needs_no_rule() -> None:
+    x = torch.ones(2, requires_grad=True)
+    h = x * 2
+    for _ in range(100):
+        h = h.exp().log()
+
+    def run() -> Tensor:
+        with propagate(RELP):
+            y = h.tanh() * 2
+        return torch.autograd.grad(y.sum(), h, retain_graph=True)[0]
+
+    torch.testing.assert_close(elsewhere(run), 2 * h.detach().tanh() / h.detach())
+
+
+def test_coverage_gives_relevance_to_its_own_embeddings_only() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(3, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            assert not elsewhere(lambda: self.embedding(tokens)).requires_grad
+            return self.embedding(tokens).tanh()
+
+    model = Asks()
+    assert coverage(model, torch.tensor([1, 2]))["operation"].tolist() == ["tanh"]

@@ -1,5 +1,8 @@
 """The presets, cell by cell, and how rules are named and refused."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -40,6 +43,29 @@ def test_rules_are_frozen_and_compare_by_value() -> None:
     assert len({*PRESETS.values(), replace(RELP), Rules("GRADIENT")}) == len(PRESETS)
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [lambda rules: pickle.loads(pickle.dumps(rules)), copy.deepcopy, copy.copy],
+    ids=["pickle", "deepcopy", "copy"],
+)
+@pytest.mark.parametrize("asked", [False, True], ids=["fresh", "asked before"])
+def test_copies_are_equal(copied: Callable[[Rules], Rules], asked: bool) -> None:
+    for rules in (*PRESETS.values(), RELP.at("blocks.*.attn", softmax="constant", gamma=0.5)):
+        rules = replace(rules)
+        if asked:  # what was computed once is kept beside the fields
+            assert rules.only_derivatives or rules.norm != "derivative"
+            rules.needs_reference, rules.within("blocks.3.attn"), rules.inside_norm()  # noqa: B018
+        one = copied(rules)
+        assert one is not rules and one == rules and hash(one) == hash(rules)
+        assert len({one, rules}) == 1
+        for module in ("", "blocks.3.attn"):
+            assert one.within(module) == rules.within(module)
+        assert one.inside_norm() == rules.inside_norm()
+        assert one.only_derivatives == rules.only_derivatives
+        assert one.needs_reference == rules.needs_reference
+        assert one.with_(gate="derivative") == rules.with_(gate="derivative")
+
+
 def test_changed_rules_are_named_after_the_change() -> None:
     changed = RELP.with_(softmax="constant", gate="derivative")
     assert changed.name == "RELP(softmax=constant, gate=derivative)"
@@ -76,6 +102,45 @@ def test_an_unknown_kind_is_an_error() -> None:
         "a kind of operation must be one of ('norm', 'activation', 'gate', 'softmax', 'bilinear', "
         "'exponent', 'linear'); got 'convolution'; for instance RELP.with_(softmax='constant')"
     )
+
+
+@pytest.mark.parametrize("size", ["epsilon", "gamma"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_size_is_positive(size: str, value: float) -> None:
+    default = {"epsilon": 1e-06, "gamma": 0.25}[size]
+    with pytest.raises(ValueError) as error:
+        GRADIENT.with_(linear=size, **{size: value})
+    assert str(error.value) == (
+        f"{size!r} must be a positive number; got {value!r}; "
+        f"for instance RELP.with_(linear={size!r}, {size}={default})"
+    )
+
+
+def test_rules_for_a_place_are_refused_as_rules_for_all() -> None:
+    with pytest.raises(ValueError, match=r"^the rule for 'gate' must be one of .*; got 'alpha'"):
+        RELP.at("blocks.3", gate="alpha")
+    with pytest.raises(ValueError, match="^a kind of operation must be one of .*; got 'norms'"):
+        RELP.at("blocks.3", norms="constant")
+    with pytest.raises(ValueError) as error:
+        RELP.at("blocks.3")
+    assert str(error.value) == (
+        "at('blocks.3') must change a kind of operation; got none; for instance "
+        "RELP.at('blocks.3', softmax='constant')"
+    )
+
+
+def test_a_rule_for_a_place_counts_as_one_that_is_used() -> None:
+    assert GRADIENT.only_derivatives and not GRADIENT.at("0", gate="half").only_derivatives
+    assert not GRADIENT.needs_reference and GRADIENT.at("0", gate="midpoint").needs_reference
+    assert not GRADIENT.at("0", gate="half").needs_reference
+
+
+def test_steps_of_a_norm_follow_its_rule() -> None:
+    assert RELP.inside_norm() == RELP
+    plain = RELP.with_(norm="derivative").inside_norm()
+    assert (plain.gate, plain.activation, plain.bilinear) == ("derivative",) * 3
+    exact = RELP.with_(norm="secant").inside_norm()
+    assert (exact.gate, exact.activation, exact.bilinear) == ("midpoint", "secant", "midpoint")
 
 
 @pytest.mark.parametrize("name", ["ATTN_LRP", "attn_lrp", "attn-lrp", "Attn-LRP"])

@@ -376,6 +376,54 @@ def test_log_softmax_secant_explains_the_difference() -> None:
     torch.testing.assert_close(explained, (g * (after - y.detach())).sum(-1), rtol=1e-5, atol=1e-4)
 
 
+def test_log_softmax_under_the_rules_for_softmax() -> None:
+    """x - lse(x), of which a constant softmax leaves x, and GIM all."""
+    g, x = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.0, 1.0, -2.0]])
+    derivative = g - x.softmax(-1) * g.sum()
+    for rules, expected in ((CP_LRP, g), (GIM, derivative), (RELP, derivative)):
+        leaf = x.clone().requires_grad_()
+        with propagate(rules):
+            y = leaf.log_softmax(-1)
+        torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], expected)
+
+
+HALVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu module": NewGELUActivation(),
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "layer norm": lambda x: F.layer_norm(x, (8,)),
+    "square": lambda x: x * x,
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rules", [RELP, DEEPLIFT], ids=lambda r: r.name)
+def test_half_precision_rounds_the_coefficient_only(
+    name: str, dtype: torch.dtype, rules: Rules
+) -> None:
+    """Against double precision at the same inputs, which differ by a digit or two of theirs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, generator=generator).to(dtype)
+    other = (x.float() * (1 + torch.finfo(dtype).eps)).to(dtype)
+    g = torch.randn(4, 8, generator=generator).to(dtype)
+
+    def run(dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype).requires_grad_()
+        with propagate(rules) as report:
+            y = HALVES[name](leaf)
+        if rules.needs_reference:
+            with report.reference():
+                HALVES[name](other.to(dtype))
+        (c,) = torch.autograd.grad(y, leaf, g.to(dtype))
+        assert c.dtype == dtype
+        return c.double()
+
+    found, expected = run(dtype), run(torch.float64)
+    assert (found - expected).norm() < 2 * torch.finfo(dtype).eps * expected.norm()
+
+
 def test_constant_softmax_lets_nothing_through() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     with propagate(CP_LRP):
@@ -417,6 +465,16 @@ def test_slopes_of_statistics_and_exponentials(name: str) -> None:
     _, c = coefficient(function, x, DEEPLIFT, other)
     expected = torch.tensor([slope(a, b) for a, b in pairs], dtype=torch.float64)
     torch.testing.assert_close(c, expected, rtol=1e-7, atol=0)
+
+
+def test_complex_numbers_have_no_rule() -> None:
+    x = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(ValueError) as error, propagate(RELP):
+        x.tanh()
+    assert str(error.value) == (
+        "a rule is for real numbers; an operation got complex ones that carry relevance; write it "
+        "with their real and imaginary parts"
+    )
 
 
 def test_constant_exponents_let_nothing_through() -> None:
@@ -584,6 +642,21 @@ def test_the_gamma_rule_entry_by_entry(seed: int, bias: bool, gamma: float, spel
         torch.testing.assert_close(
             (x * found)[row], x[row] * expected, rtol=1e-9, atol=1e-12 * gamma
         )
+
+
+def test_the_gamma_rule_of_a_scaled_product() -> None:
+    x, w, b, g = layer(0, bias=True)
+    assert b is not None
+    found = []
+    for function in (
+        lambda t: torch.addmm(b, t, w, alpha=3),
+        lambda t: F.linear(t, 3 * w.T, b),
+    ):
+        leaf = x.clone().requires_grad_()
+        with propagate(GRADIENT.with_(linear="gamma", gamma=0.5)):
+            y = function(leaf)
+        found.append(torch.autograd.grad(y, leaf, g)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", ["max", "min", "amax", "maximum", "max_pool1d"])
