@@ -118,7 +118,7 @@ def prefers_the_foil(model: Any, *, pairs: int = 4, wrong: int = 4) -> Task:
 def doubt(clean: list[float], gap: list[float], metric: Any = "logit_difference") -> str:
     pairs = len(clean)
     task = Task.from_tokens(
-        torch.ones(pairs, 2), torch.zeros(pairs, 2), [0] * pairs, [1] * pairs, metric=metric
+        [[1, 1]] * pairs, [[0, 0]] * pairs, [0] * pairs, [1] * pairs, metric=metric
     )
     values = torch.tensor(clean, dtype=torch.float32)
     return _doubt(task, values, values - torch.tensor(gap))

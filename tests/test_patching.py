@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import able_task, boot, random_task, save_tokenizer
+from conftest import able_task, boot, ragged_task, random_task, save_tokenizer
 from replica import Replica
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from circuits import patching as patching_module
 from circuits.graph import real_edges, size
 from circuits.rerun import Rerun
 from relp import GRADIENT, RELP, Component, Effects, attribute
+from relp.sites import Sites, reading
 from tasks import Task, ioi
 
 EVERYWHERE = slice(None)
@@ -144,6 +146,47 @@ def test_ablations_by_hand(tiny: Any, ablation: str) -> None:
         for pos in range(4):
             expected = plainly(tiny, task, name, pos, "corrupt", instead)
             torch.testing.assert_close(effects.nodes[:, row, pos], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ablation", ["patch", "zero", "mean", "mean_per_position"])
+def test_pairs_that_end_at_different_places(tiny: Any, ablation: str) -> None:
+    """What is behind a pair's answer cannot be heard, and means are over tokens that exist."""
+    task = ragged_task(tiny)
+    asked = ["L0.mlp", "L1H2", "L2.resid"]
+    effects = patch(tiny, task, components=asked, ablation=ablation, batch_size=2, progress=False)
+    assert effects.nodes is not None
+    lengths, ends = task.lengths.tolist(), task.spans["end"].tolist()
+    for row, name in enumerate(effects.components):
+        held = [activation(tiny, task.select([i]), name) for i in range(len(task))]
+        mean = torch.cat(held).mean(0)
+        for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+            for pos in range(length):
+                there = torch.stack([values[pos] for values in held if len(values) > pos])
+                instead = {
+                    "patch": held[i][pos],
+                    "zero": torch.zeros_like(mean),
+                    "mean": mean,
+                    "mean_per_position": there.mean(0),
+                }[ablation]
+                alone = task.select([i])
+                expected = plainly(tiny, alone, name, pos, "corrupt", partial(constant, instead))
+                found = effects.nodes[i, row, pos]
+                torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+                assert pos <= end or found == 0
+        assert not effects.nodes[:, row][torch.arange(7) >= task.lengths[:, None]].any()
+
+
+def constant(instead: Tensor, _: Tensor) -> Tensor:
+    return instead
+
+
+def activation(model: Any, task: Task, name: str) -> Tensor:
+    """What a component's site holds in the clean run of one pair: `[pos, d]`."""
+    sites = Sites.of(model)
+    site, _, _ = sites.part(name)
+    with torch.no_grad(), reading(sites, (site,)) as seen:
+        model(task.clean)
+    return seen[site][0]
 
 
 def test_equals_transformer_lens(tiny: Any) -> None:
