@@ -178,10 +178,7 @@ def measure(
                 part = _Part.of(sites, pairs, cells, own, ablation, means)
                 eps = torch.finfo(part.rerun.values["final"].dtype).eps
                 for side, metric in ((own, part.rerun.metric), (other, part.metric)):
-                    sweep.note(side, index, metric, eps=eps)
-                    sweep.resolution[index] = (eps * metric.abs().float().cpu()).clamp(
-                        min=max(part.rerun.noise, float(sweep.resolution[index].max()))
-                    )
+                    sweep.note(side, index, metric, eps=eps, noise=part.rerun.noise)
                 if not part.rerun.past:
                     bar.say_slow(sites, task)
                 missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()

@@ -147,9 +147,17 @@ class Sweep:
         )
 
     def note(
-        self, side: str, index: Int[Tensor, " row"], found: Float[Tensor, " row"], *, eps: float
+        self,
+        side: str,
+        index: Int[Tensor, " row"],
+        found: Float[Tensor, " row"],
+        *,
+        eps: float,
+        noise: float,
     ) -> None:
-        """Keeps the metric of some pairs' `clean` or `corrupt` run, of a model of precision `eps`.
+        """Keeps the metric of some pairs' `clean` or `corrupt` run, and how fine it is.
+
+        `eps`: the precision of the model; `noise`: by how much runs differ that are not changed.
 
         Raises:
             ValueError: the sweep goes on, and the metric was another.
@@ -164,3 +172,5 @@ class Sweep:
                 "is another now; choose another name, or load the weights of then"
             )
         metric[index] = now
+        finest = torch.maximum(self.resolution[index], eps * now.abs())
+        self.resolution[index] = finest.clamp(min=noise)
