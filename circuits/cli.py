@@ -357,12 +357,21 @@ def _or_dash(value: float, form: str) -> str:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What a user can mend is one sentence on stderr and exit code 1, not a traceback."""
+    """What a user can mend is one sentence on stderr and exit code 1, not a traceback.
+
+    So is a warning, without the line of our source that Python would show.
+    """
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
     try:
         if ours:
             signal.signal(signal.SIGINT, _interrupt)
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error

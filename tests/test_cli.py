@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from typer.testing import CliRunner, Result
 
 import circuits
 from circuits import acdc, cli, connect, load, patch, save
-from circuits.cli import SHOWN, app
+from circuits.cli import SHOWN, _one_line_errors, app
 from circuits.draw import lined_up
 from circuits.graph import size
 from circuits.rerun import Rerun
@@ -597,6 +598,15 @@ def test_exports_that_cannot_be_made_are_errors() -> None:
     assert message.startswith("'scores.json' must be a circuit written by circuits.save; it is not")
     Path("a.mmd").write_text("graph LR")
     assert "got 'a.mmd'; .mmd can only be written" in refused("export", "a.mmd", "b.svg")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = warnings.showwarning
+    with _one_line_errors():
+        warnings.warn("the model [a] must " + 30 * "be able ", stacklevel=2)
+    assert capsys.readouterr().err == f"warning: the model [a] must {30 * 'be able '}\n"
+    assert warnings.showwarning is shown
 
 
 @pytest.mark.parametrize("option", ["--edges", "--pairs"])

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 from circuits import assemble, faithfulness, patch, top
 from circuits.rerun import Rerun
 from relp import GRADIENT, RELP, attribute
+from relp.capture import own_forward
 from relp.sites import Sites, bias, editing, norm_parameters, reading, weight, weights_identity
 from tasks import Task, zoo
 
@@ -122,26 +123,38 @@ def test_a_hook_on_one_row_of_the_batch_is_refused(tiny: Any) -> None:
     assert state(tiny) == before
 
 
-def test_a_forward_of_the_unembeddings_own_outlives_a_sweep(tiny: Any) -> None:
-    """As accelerate sets one; it is used, and stays."""
-    task = able_task(tiny, pairs=2, length=4)
-    inner = tiny.unembed.original_component
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_forward_of_the_unembeddings_own_is_used_and_outlives_a_sweep(
+    gpt2_folder: Path, dtype: torch.dtype
+) -> None:
+    """As accelerate sets one. Nothing of ours may compute logits past it, in any precision."""
+    model = boot(gpt2_folder, dtype)
+    task = able_task(model, pairs=2, length=4)
+    inner = model.unembed.original_component
     calls = []
 
-    def doubled(x: Tensor) -> Tensor:
+    def tripled(x: Tensor) -> Tensor:
         calls.append(1)
-        out: Tensor = 2 * type(inner).forward(inner, x)
+        out: Tensor = 3 * type(inner).forward(inner, x)
         return out
 
-    plain = patch(tiny, task, components=["L1.mlp"], progress=False).nodes
-    inner.forward = doubled
-    try:
-        found = patch(tiny, task, components=["L1.mlp"], progress=False).nodes
-        assert vars(inner)["forward"] is doubled and calls
-    finally:
-        del inner.forward
-    assert plain is not None and found is not None
-    torch.testing.assert_close(found, 2 * plain, rtol=1e-4, atol=1e-5)
+    plain = patch(model, task, components=["L1.mlp"], progress=False).clean
+    inner.forward = tripled
+    found = patch(model, task, components=["L1.mlp"], progress=False).clean
+    assert vars(inner)["forward"] is tripled and calls
+    torch.testing.assert_close(found, 3 * plain, rtol=3 * torch.finfo(dtype).eps, atol=0.0)
+
+
+def test_a_forward_of_ones_own_takes_the_place_of_another_and_gives_it_back() -> None:
+    layer = nn.Linear(2, 2)
+    mine = layer.forward = lambda x: x + 1
+    with own_forward(layer, lambda x: x + 2):
+        assert layer(torch.zeros(1)) == 2
+    assert vars(layer)["forward"] is mine and layer(torch.zeros(1)) == 1
+    del layer.forward
+    with pytest.raises(KeyError), own_forward(layer, lambda x: x + 2):
+        raise KeyError
+    assert "forward" not in vars(layer)
 
 
 def test_models_that_read_both_ways_run_all_positions(tmp_path: Path) -> None:
