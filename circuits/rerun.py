@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -183,9 +184,10 @@ def _with_cache(
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     def rename(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        known = "cache" not in kwargs or "layer_past" in kwargs
+        known = "cache" not in kwargs or "layer_past" in kwargs or get_ident() != here
         return args, kwargs if known else {**kwargs, CACHE_NAMES[1]: kwargs["cache"]}
 
+    here = get_ident()
     with ExitStack() as stack:
         for module in sites.model.modules():
             inherited = type(module).forward is AttentionBridge.forward

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from threading import RLock, get_ident
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +20,9 @@ from relp.rulebook import Rules
 from relp.sites import Edit, Sites, bias, editing, is_plain, reading, shape, weight
 
 __all__ = ["Capture", "capture", "captures", "observe"]
+
+_AT_WORK: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""A lock for each model: what a verb puts on it is there for one of them at a time."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,11 +64,15 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
 
     Those are `no_grad`, `inference_mode`, `autocast` (half precision in places), a default dtype,
     and compiled modules, which no rule and no hook could reach: they run as they are written.
+    Verbs that several threads call on one model run one after another.
     """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
         with ExitStack() as stack:
+            if isinstance(model, nn.Module):
+                stack.enter_context(_AT_WORK.setdefault(model, RLock()))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for device in ("cpu", "cuda", "mps", "xpu"):
@@ -145,11 +154,15 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
 @contextmanager
 def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module runs this instead of its `forward`; afterwards what it ran before."""
+    """A module runs this in this thread instead of its `forward`; afterwards what it ran before."""
+    before, theirs, here = vars(module).get("forward"), module.forward, get_ident()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (forward if get_ident() == here else theirs)(*args, **kwargs)
+
     # an attribute of the instance hides the method of its class until it is deleted;
     # a bridge's own __setattr__ would set it on the module that it wraps
-    before = vars(module).get("forward")
-    object.__setattr__(module, "forward", forward)
+    object.__setattr__(module, "forward", run)
     try:
         yield
     finally:

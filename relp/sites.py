@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -378,13 +379,20 @@ Edit = Callable[[Tensor], Tensor]
 
 @contextmanager
 def _visiting(sites: Sites, visits: Mapping[str, Edit]) -> Iterator[None]:
-    """Shows each function its site's tensor as `[pair, pos, d]`; its result takes that place."""
+    """Shows each function its site's tensor as `[pair, pos, d]`; its result takes that place.
+
+    Only in this thread: others may run the same model.
+    """
     shape: list[int] = []
+    here = get_ident()
 
     def begin(_: nn.Module, __: Any, value: Tensor) -> None:
-        shape[:] = value.shape[:2]
+        if get_ident() == here:
+            shape[:] = value.shape[:2]
 
     def visit(name: str, _: nn.Module, __: Any, value: Tensor) -> Tensor:
+        if get_ident() != here:
+            return value
         if value.dim() == 2 and len(value) == math.prod(shape):
             # OPT's MLP works on merged pairs and positions
             return visits[name](value.unflatten(0, shape)).flatten(0, 1)

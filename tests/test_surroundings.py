@@ -3,6 +3,7 @@ precision, hooks, compiled modules, adapters, and weights that are elsewhere."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -97,11 +98,11 @@ def test_compiled_models_run_as_they_are_written(gpt2_folder: Path) -> None:
 
 def test_a_hook_on_one_row_of_the_batch_is_refused(tiny: Any) -> None:
     """Many runs share a batch, so that it would act on one of them."""
-    task = random_task(tiny, pairs=1, length=5)
+    task = able_task(tiny, pairs=1, length=5)
 
     def steer(act: Tensor, hook: Any) -> Tensor:
         act = act.clone()
-        act[0, -1] += torch.arange(act.shape[-1]).sin()
+        act[0, -1] += 2 * torch.arange(act.shape[-1]).sin()
         return act
 
     def on_every_row(act: Tensor, hook: Any) -> Tensor:
@@ -115,6 +116,12 @@ def test_a_hook_on_one_row_of_the_batch_is_refused(tiny: Any) -> None:
         pytest.raises(RuntimeError, match="hooks must treat all rows of a batch alike"),
     ):
         patch(tiny, task, components=["mlp"], progress=False)
+    circuit = top(assemble(attribute(tiny, task, level="edge")), edges=20)
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", steer)]),
+        pytest.raises(RuntimeError, match="all edges together must give the clean run"),
+    ):
+        faithfulness(tiny, task, circuit)
     with tiny.hooks(fwd_hooks=[("blocks.1.hook_out", on_every_row)]):
         together = patch(tiny, task, components=["mlp"], progress=False)
         alone = patch(tiny, task, components=["mlp"], batch_size=1, progress=False)
@@ -190,6 +197,45 @@ def zoo_tokenizer(folder: Path) -> int:
     tokenizer = AutoTokenizer.from_pretrained(zoo.HERE / "ioi-llama")
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_verbs_of_several_threads_on_one_model_wait_for_each_other(gpt2_folder: Path) -> None:
+    model = boot(gpt2_folder)
+    task = able_task(model, pairs=2, length=4)
+    expected, before, same = numbers(model, task), state(model), []
+
+    def measure() -> None:
+        same.extend(map(torch.equal, numbers(model, task), expected))
+
+    threads = [threading.Thread(target=measure) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 3 * len(expected) and state(model) == before
+
+
+def test_what_is_put_on_a_model_acts_in_its_own_thread(tiny: Any) -> None:
+    sites, tokens = Sites.of(tiny), torch.tensor([[1, 2, 3]])
+    plain, seen = tiny(tokens).detach(), []
+
+    def elsewhere() -> None:
+        with torch.no_grad():
+            seen.append(tiny(tokens))
+
+    thread = threading.Thread(target=elsewhere)
+    with (
+        torch.no_grad(),
+        editing(sites, {"L1.mlp": torch.zeros_like}),
+        own_forward(tiny.blocks[0], lambda x, *_, **__: x),
+    ):
+        thread.start()
+        thread.join()
+        assert not torch.equal(tiny(tokens), plain)
+    assert torch.equal(seen[0], plain)
 
 
 # -- precision -------------------------------------------------------------------------------------
