@@ -24,12 +24,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from circuits.graph import all_edges, assemble, check_circuit, real_edges
-from circuits.prune import keep
+from circuits.graph import assemble, check_circuit, real_edges
 from relp.attribution import provenance
 from relp.capture import undisturbed
 from relp.choices import check_tau
-from relp.scores import Component, Scores
+from relp.scores import Scores
 from relp.sites import Sites
 
 __all__ = ["acdc"]
@@ -91,7 +90,7 @@ def acdc(
         )
     sites = Sites.of(model) if graph is None else circuit_sites(model, graph)
     clean, corrupt = endpoints(sites, task, stacklevel=4)
-    mask = all_edges(sites) if graph is None else circuit_masks(sites, task, graph)[0, 0]
+    mask = sites.layout.exists if graph is None else circuit_masks(sites, task, graph)[0, 0]
     order = _order(sites, mask)
     state = _State(0, mask, torch.zeros(mask.shape))
     if graph is not None and NEXT in graph.graph:
@@ -108,7 +107,7 @@ def acdc(
                 "circuit returned has all others; give it as `graph` to go on",
                 stacklevel=3,
             )
-    writers, readers = sites.writers, sites.readers
+    writers, readers = sites.layout.writers, sites.layout.readers
     found = Scores(
         rules=f"ACDC tau={tau:g}",
         writers=writers,
@@ -116,9 +115,7 @@ def acdc(
         edges=state.changes * state.mask,
         **provenance(sites, task, "noise", {"clean": clean, "corrupt": corrupt}),
     )
-    full = assemble(found)
-    kept = {(writers[w], readers[r]) for w, r in state.mask.nonzero().tolist()}
-    circuit = keep(full, (e[:3] for e in real_edges(full) if (e[0], e[3]["reader"]) in kept))
+    circuit = assemble(found, state.mask)
     if state.at < len(order):
         writer, reader = order[state.at]
         circuit.graph[NEXT] = f"{writers[writer]} {readers[reader]}"
@@ -139,14 +136,13 @@ class _State:
 
 def _resumed(sites: Sites, mask: Bool[Tensor, "writer reader"], graph: nx.MultiDiGraph) -> _State:
     """Where the search was interrupted that gave `graph`."""
-    writers = {w: i for i, w in enumerate(sites.writers)}
-    readers = {r: i for i, r in enumerate(sites.readers)}
+    layout = sites.layout
     changes = torch.zeros(mask.shape)
     for u, _, _, data in real_edges(graph):
-        changes[writers[u], readers[data["reader"]]] = data["score"]
+        changes[layout.row[u], layout.column[data["reader"]]] = data["score"]
     writer, reader = graph.graph[NEXT].split()
-    whole = _order(sites, all_edges(sites))
-    decided = whole[: whole.index((writers[writer], readers[reader]))]
+    whole = _order(sites, layout.exists)
+    decided = whole[: whole.index((layout.row[writer], layout.column[reader]))]
     return _State(sum(bool(mask[edge]) for edge in decided), mask, changes)
 
 
@@ -156,17 +152,17 @@ def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
     Of a layer the MLP comes before the heads, and those are taken from the last to the first, each
     by q, k, v, as the authors' code does; key/value heads come after the query heads.
     """
-    readers = sites.readers
+    targets = sites.layout.targets
 
     def place(reader: int) -> tuple[float, bool, bool, int, int]:
-        owner, slot = Component.of_reader(readers[reader])
+        owner, slot = targets[reader]
         layer = math.inf if owner.kind == "logits" else float(owner.layer)
         first = owner.kind in ("mlp", "neuron")
         return -layer, not first, owner.kind == "kv", -owner.head, "qkv".find(slot)
 
     return [
         (writer, reader)
-        for reader in sorted(range(len(readers)), key=place)
+        for reader in sorted(range(len(targets)), key=place)
         for writer in reversed(mask[:, reader].nonzero().flatten().tolist())
     ]
 
@@ -214,16 +210,9 @@ def _search(
 
 def _heard(sites: Sites) -> dict[int, list[int]]:
     """For each reader the writers through which it is heard; `logits.in` always is."""
-    writers = {w: i for i, w in enumerate(sites.writers)}
-    found: dict[int, list[int]] = {}
-    for r, reader in enumerate(sites.readers):
-        owner, _ = Component.of_reader(reader)
-        names: tuple[str, ...] = (owner.name,)
-        if owner.kind == "logits":
-            continue
-        if owner.kind == "kv":
-            block = sites.blocks[owner.layer]
-            group = block.heads // block.kv_heads
-            names = block.head_names[owner.head * group : (owner.head + 1) * group]
-        found[r] = [writers[name] for name in names]
-    return found
+    layout = sites.layout
+    return {
+        column: [layout.row[name] for name in layout.serves.get(owner.name, (owner.name,))]
+        for column, (owner, _) in enumerate(layout.targets)
+        if owner.kind != "logits"
+    }

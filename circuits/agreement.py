@@ -12,8 +12,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from circuits.graph import all_edges, check_circuit, real_edges
-from relp.scores import ALL_POSITIONS, Component, Scores
+from circuits.graph import check_circuit, edge_places, real_edges
+from relp.layout import Component
+from relp.scores import ALL_POSITIONS, Scores
 
 __all__ = ["agreement", "auroc"]
 
@@ -136,8 +137,8 @@ def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Poi
 
 def _edge_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
     assert scores.edges is not None and effect.edges is not None
-    measured = all_edges(effect) & ~effect.edges.isnan()
-    slots = [Component.of_reader(r)[1] for r in effect.readers]
+    measured = effect.layout.exists & ~effect.edges.isnan()
+    slots = [slot for _, slot in effect.layout.targets]
     for kind in ("edge", *dict.fromkeys(slots)):
         chosen = measured & torch.tensor([kind in ("edge", slot) for slot in slots])
         if chosen.any():
@@ -195,9 +196,9 @@ def _edge_labels(scores: Scores, known: nx.MultiDiGraph) -> Labels:
     assert scores.edges is not None
     table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
     edges = {(d["pos"], u, d["reader"]) for u, _, _, d in real_edges(check_circuit(known))}
-    exists = all_edges(scores).expand(table.shape)
+    exists = scores.layout.exists.expand(table.shape)
     # circuits know positions, but no spans: those have names that match none
-    places = scores.places or (range(len(table)) if scores.edges.dim() == 3 else (-1,))
+    places = scores.places or edge_places(scores)
     names = [
         (places[p], scores.writers[w], scores.readers[r]) for p, w, r in exists.nonzero().tolist()
     ]

@@ -427,12 +427,12 @@ def _search(
         return lambda model, task, _: _acdc(model, task, tau, unfinished, asked)
 
     def ranked(model: Any, task: Any, rules: Any) -> Any:
-        from circuits import assemble, greedy, top
+        from circuits import greedy, top
         from relp import attribute
 
         choose = top if search == "top" else greedy
         scores = attribute(model, task, rules=rules, level="edge")
-        return choose(assemble(scores), edges=edges or EDGES)
+        return choose(scores, edges=edges or EDGES)
 
     return ranked
 

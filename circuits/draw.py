@@ -23,8 +23,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuits.agreement import agreement, points
-from circuits.graph import all_edges, check_circuit, real_edges, size
-from relp.scores import ALL_POSITIONS, Component, Scores
+from circuits.graph import check_circuit, real_edges, size
+from relp.layout import Component
+from relp.scores import ALL_POSITIONS, Scores
 
 __all__ = ["crossings", "draw", "layout", "lined_up", "node_positions", "routes"]
 
@@ -208,7 +209,8 @@ def _edge_heatmap(scores: Scores) -> go.Figure:
     table = (edges if edges.dim() == 2 else edges.sum(0)).numpy()
     figure = go.Figure(
         _heatmap(
-            np.where(all_edges(scores).numpy(), table, np.nan),  # blank where there can be no edge
+            # blank where there can be no edge
+            np.where(scores.layout.exists.numpy(), table, np.nan),
             _unit(scores),
             x=[plain(reader) for reader in scores.readers],
             y=[plain(writer) for writer in scores.writers],

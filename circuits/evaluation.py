@@ -26,9 +26,9 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from circuits.graph import all_edges
+from circuits.rank import ranked, worth
 from relp.capture import undisturbed
-from relp.scores import Component, Scores
+from relp.scores import Scores
 from relp.sites import Sites
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
@@ -186,7 +186,7 @@ def evaluate(
             not ascending in (0, 1]; or as for `faithfulness`.
     """
     many = [scores] if isinstance(scores, Scores) else list(scores)
-    writers = [Component.parse(w) for w in (many[0].writers if many else ())]
+    writers = many[0].layout.sources if many else ()
     sites = Sites.of(model).splitting([w.name for w in writers if w.kind == "neuron"])
     _check(sites, task, many, sizes)
     generator = torch.Generator().manual_seed(seed)
@@ -251,7 +251,7 @@ def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[fl
                 f"evaluate needs finite edge scores; those of {s.rules!r} are of nodes or hold "
                 "NaN; call attribute(model, task, level='edge')"
             )
-        if (s.writers, s.readers) != (sites.writers, sites.readers):
+        if (s.writers, s.readers) != (sites.layout.writers, sites.layout.readers):
             raise ValueError(
                 "scores must be of the model they are evaluated on, all with the same neurons "
                 f"split off; those of {s.rules!r} are of {s.model!r}, have other neurons than the "
@@ -274,19 +274,12 @@ def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[fl
 def _best(
     scores: Scores, sizes: Sequence[float], signed: bool
 ) -> Bool[Tensor, "size pos writer reader"]:
-    """Masks of the best edges."""
+    """Masks of the best edges; ties go to the earlier entry of the table."""
     assert scores.edges is not None
     table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
-    exists = all_edges(scores).expand(table.shape)
-    # in the noise direction an edge that helps the task has a negative score
-    worth = (-table if scores.direction == "noise" else table) if signed else table.abs()
-    order = worth[exists].argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    masks = torch.zeros(len(sizes), *table.shape, dtype=torch.bool)
-    for mask, size in zip(masks, sizes, strict=True):
-        mask[exists] = rank < int(size * len(order))
-    return masks
+    exists = scores.layout.exists.expand(table.shape)
+    rank = ranked(worth(table, scores.direction, signed=signed), exists)
+    return torch.stack([rank <= int(size * int(exists.sum())) for size in sizes])
 
 
 # -- statistics over pairs -------------------------------------------------------------------------

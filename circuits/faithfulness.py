@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from circuits.graph import all_edges, check_circuit, real_edges
+from circuits.graph import check_circuit, real_edges
 from circuits.rerun import output_shapes, skipping
 from relp.attribution import head_changes, neuron_outputs
 from relp.capture import ROOT, answers_only, observe, precise_logits, undisturbed
+from relp.layout import Component
 from relp.norms import NormMap
 from relp.rulebook import DEEPLIFT
-from relp.scores import Component
 from relp.sites import Block, Edit, Sites, bias, editing, weight
 
 __all__ = [
@@ -102,7 +102,7 @@ def completeness(
     out (K = C). Arguments, return value, warnings and errors are those of `faithfulness`.
     """
     sites = circuit_sites(model, circuit)
-    masks = all_edges(sites) & ~circuit_masks(sites, task, circuit)
+    masks = sites.layout.exists & ~circuit_masks(sites, task, circuit)
     shares = _shares(sites, task, masks, progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
@@ -120,12 +120,13 @@ def minimality(
     Costs one circuit evaluation per edge. Errors and warnings are those of `faithfulness`.
     """
     sites = circuit_sites(model, circuit)
+    layout = sites.layout
     (mask,) = circuit_masks(sites, task, circuit)
     edges = [(u, d["reader"], d["pos"], d["score"]) for u, _, _, d in real_edges(circuit)]
     masks = mask.repeat(1 + len(edges), 1, 1, 1)
     for cut, (writer, reader, pos, _) in zip(masks[1:], edges, strict=True):
         at = slice(None) if pos < 0 else pos
-        cut[at, sites.writers.index(writer), sites.readers.index(reader)] = False
+        cut[at, layout.row[writer], layout.column[reader]] = False
     whole, *without = _shares(sites, task, masks, progress).tolist()
     table = pd.DataFrame(edges, columns=["writer", "reader", "pos", "score"])
     table["contribution"] = [whole - share for share in without]
@@ -162,11 +163,11 @@ def endpoints(
         for index, batch in task.buckets(_rows(sites, task)):
             values[index] = observe(sites, batch, (), side=side)[1].float().cpu()
     clean, corrupt = metrics["clean"], metrics["corrupt"]
-    every = all_edges(sites)
+    every = sites.layout.exists
     late = {*sites.blocks[-1].readers, "logits.in"}
     # Beside a circuit that differs at the end only, so that the blocks before are skipped; and
     # behind one that differs everywhere: a hook that acts on the first row of a batch misses it.
-    beside = every & torch.tensor([reader not in late for reader in sites.readers])
+    beside = every & torch.tensor([reader not in late for reader in sites.layout.readers])
     error = 0.0
     for masks, at in (([every, beside], 0), ([torch.zeros_like(every), every], 1)):
         found = circuit_metrics(sites, task.select([0]), torch.stack(masks)[:, None])
@@ -248,14 +249,14 @@ def circuit_masks(
                 "a circuit by position needs prompts of one length; the task has lengths "
                 f"{sorted(set(task.lengths.tolist()))}; use a task of one length"
             )
-    writers = {w: i for i, w in enumerate(sites.writers)}
-    readers = {r: i for i, r in enumerate(sites.readers)}
-    exists = all_edges(sites).tolist()
-    masks = torch.zeros(len(graphs), length, len(writers), len(readers), dtype=torch.bool)
+    layout = sites.layout
+    exists = layout.exists.tolist()
+    masks = torch.zeros(len(graphs), length, *layout.exists.shape, dtype=torch.bool)
     for mask, graph in zip(masks, graphs, strict=True):
         found = []
         for u, _, _, data in real_edges(graph):
-            pos, writer, reader = data["pos"], writers.get(u), readers.get(data["reader"])
+            pos, reader = data["pos"], layout.column.get(data["reader"])
+            writer = layout.row.get(u)
             if writer is None or reader is None or pos >= length or not exists[writer][reader]:
                 raise ValueError(
                     f"every edge of the circuit must be one of the model's; {u!r} -> "
@@ -302,7 +303,7 @@ def circuit_metrics(
 def _rows(sites: Sites, task: Any) -> int:
     """Runs that fit one batch: circuits times pairs."""
     cfg = sites.model.cfg
-    values = len(sites.writers) * int(cfg.d_model)
+    values = len(sites.layout.writers) * int(cfg.d_model)
     if not task.metric.reads_answer_only:
         values += int(cfg.d_vocab)
     return max(1, BATCH_BYTES // (4 * int(task.lengths.max()) * values))
@@ -326,10 +327,6 @@ class _Run:
     base: Mapping[str, Tensor]
     """The corrupt run of the pairs."""
     masks: Bool[Tensor, "circuit pos writer reader"]
-    rows: Mapping[str, int]
-    """Place of each writer."""
-    columns: Mapping[str, int]
-    """Place of each reader."""
     change: Float[Tensor, "writer row length d_model"]
     """What each writer adds now, minus what it added in the corrupt run."""
     projected: dict[str, Tensor] = field(default_factory=dict)
@@ -347,9 +344,7 @@ class _Run:
             sites,
             base,
             masks.to(sites.device),
-            {w: i for i, w in enumerate(sites.writers)},
-            {r: i for i, r in enumerate(sites.readers)},
-            torch.zeros(len(sites.writers), len(masks) * pairs, *shape, device=sites.device),
+            torch.zeros(len(sites.layout.writers), len(masks) * pairs, *shape, device=sites.device),
         )
 
     def metric(self, task: Any, outputs: Mapping[int, int]) -> Float[Tensor, "circuit pair"]:
@@ -367,8 +362,8 @@ class _Run:
     def first_difference(self) -> int:
         """The first block in which readers of two circuits hear different writers."""
         differ = (self.masks[1:] != self.masks[0]).flatten(0, 2).any(0)
-        found = [Component.of_reader(r)[0] for r, at in self.columns.items() if differ[at]]
-        layers = [reader.layer for reader in found if reader.kind != "logits"]
+        found = zip(self.sites.layout.targets, differ.tolist(), strict=True)
+        layers = [owner.layer for (owner, _), at in found if at and owner.kind != "logits"]
         return min(layers, default=len(self.sites.blocks))
 
     def run(self, task: Any, layers: range, outputs: Mapping[int, int]) -> Tensor:
@@ -407,14 +402,14 @@ class _Run:
 
     def note(self, writer: str, site: str, value: Tensor) -> Tensor:
         """Notes what one writer adds differently; the model goes on with it."""
-        self.change[self.rows[writer]] = self.step(site, value)
+        self.change[self.sites.layout.row[writer]] = self.step(site, value)
         return value
 
     def note_heads(self, block: Block, z: Tensor) -> Tensor:
         """Notes what each head adds differently; a norm behind them is split exactly."""
         own = self.base.get(block.name("heads"))
         own = None if own is None else own.repeat(len(self.masks), 1, 1)
-        first = self.rows[block.writers[0]]
+        first = self.sites.layout.row[block.writers[0]]
         into = self.change[first : first + block.heads]
         into[:] = head_changes(block, self.step(block.name("z"), z), own)
         return z
@@ -440,7 +435,7 @@ class _Run:
 
     def mlp_rows(self, block: Block) -> slice:
         """The places of what an MLP and its neurons write."""
-        last = self.rows[block.name("mlp")]
+        last = self.sites.layout.row[block.name("mlp")]
         return slice(last - len(block.split), last + 1)
 
     def step(self, site: str, value: Tensor) -> Tensor:
@@ -491,7 +486,7 @@ class _Run:
         """What readers of one place get in one circuit, behind their norm, and each reader's row:
         those who hear the same share it."""
         entry, known, norm = self.stream(readers[0])
-        keep = self.masks[circuit, :, :known, [self.columns[r] for r in readers]]
+        keep = self.masks[circuit, :, :known, [self.sites.layout.column[r] for r in readers]]
         keep, row = torch.unique(keep, dim=2, return_inverse=True)
         residual = self.base[entry]
         mine = slice(circuit * len(residual), (circuit + 1) * len(residual))
@@ -507,9 +502,9 @@ class _Run:
         """Where a reader reads the residual stream, how many have written there, and its norm."""
         owner, _ = Component.of_reader(reader)
         if owner.kind == "logits":
-            return "final", len(self.rows), None
+            return "final", len(self.sites.layout.writers), None
         block = self.sites.blocks[owner.layer]
-        first = self.rows[block.writers[0]]
+        first = self.sites.layout.row[block.writers[0]]
         if owner.kind not in ("mlp", "neuron"):
             return block.name("resid"), first, block.norm
         if block.parallel:

@@ -38,18 +38,25 @@ graph  model, task, rules, direction, metric, level  str, as in `Scores`
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
-import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from relp.scores import Component, Scores, precedes
+from relp.scores import Scores
 
-__all__ = ["all_edges", "assemble", "check_circuit", "real_edges", "size"]
+__all__ = [
+    "assemble",
+    "check_circuit",
+    "edge_key",
+    "edge_places",
+    "edge_table",
+    "keep",
+    "real_edges",
+    "size",
+]
 
 NODE: Mapping[str, type] = {"kind": str, "layer": int, "head": int, "score": float}
 EDGE: Mapping[str, type] = {
@@ -74,16 +81,94 @@ GRAPH: Mapping[str, type] = {
     "neurons": str,
 }
 
-_WITHIN_LAYER = {"kv": 0, "head": 1, "attn": 1, "mixer": 1, "neuron": 2, "mlp": 3}
 
+def assemble(
+    scores: Scores, kept: Bool[Tensor, "*pos writer reader"] | None = None
+) -> nx.MultiDiGraph:
+    """The graph of edge scores; see the module's docstring for its attributes.
 
-def assemble(scores: Scores) -> nx.MultiDiGraph:
-    """The full graph of edge scores; see the module's docstring for its attributes.
+    Args:
+        scores: edge scores, by position or summed over all.
+        kept: which edges the graph has, with their ends and the structural edges between those;
+            if None all edges and nodes of the model. Its attributes are those of the full graph.
 
     Raises:
         TypeError: `scores` is not `Scores`.
         ValueError: the scores are of nodes, are not finite, or the query heads of a layer do not
             divide evenly over its key/value heads.
+    """
+    table, layout = edge_table(scores), scores.layout
+    exists = layout.exists.expand(table.shape)
+    edges = list(_edges(scores, table, exists if kept is None else exists & kept))
+    read = {v for _, v, _, _ in edges}
+    used = read | {u for u, _, _, _ in edges}
+    for source, heads in layout.serves.items():
+        for head in heads:
+            if kept is None or (source in read and head in used):
+                data = {"score": 0.0, "slot": "kv", "pos": -1, "structural": True, "reader": ""}
+                edges.append((source, head, "kv", data))
+    # reader after reader, so that the sum does not depend on how it is vectorised
+    totals = table.sum(0).T.contiguous().numpy().sum(0).tolist()
+    graph = nx.MultiDiGraph()
+    for c in layout.components:
+        if kept is None or c.name in used:
+            score = totals[layout.row[c.name]] if c.name in layout.row else 0.0
+            graph.add_node(c.name, kind=c.kind, layer=c.layer, head=c.head, score=score)
+    graph.add_edges_from(edges)
+    graph.graph.update(
+        model=scores.model,
+        task=scores.task,
+        rules=scores.rules,
+        direction=scores.direction,
+        metric=scores.metric,
+        metric_clean=float(scores.clean.double().mean()),
+        metric_corrupt=float(scores.corrupt.double().mean()),
+        pairs=len(scores.clean),
+        level=scores.level,
+        total_edges=int(exists.sum()),
+        positions=edge_places(scores) != (-1,),
+        neurons=" ".join(c.name for c in layout.sources if c.kind == "neuron"),
+    )
+    return graph
+
+
+def _edges(
+    scores: Scores,
+    table: Float[Tensor, "pos writer reader"],
+    chosen: Bool[Tensor, "pos writer reader"],
+) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """`(u, v, key, attributes)` of the chosen edges, in the order of the graph: writers as its
+    nodes are, and the readers of one component side by side, where its first one is."""
+    layout, places = scores.layout, edge_places(scores)
+    owners = [owner.name for owner, _ in layout.targets]
+    first = {name: i for i, name in reversed(list(enumerate(owners)))}
+    columns = sorted(range(len(owners)), key=lambda column: first[owners[column]])
+    rows = [layout.row[c.name] for c in layout.components if c.name in layout.row]
+    chosen, table = (t.permute(1, 2, 0)[rows][:, columns] for t in (chosen, table))
+    for (w, r, p), score in zip(chosen.nonzero().tolist(), table[chosen].tolist(), strict=True):
+        column, pos = columns[r], places[p]
+        slot = layout.targets[column][1]
+        data = {"score": score, "slot": slot, "pos": pos, "structural": False}
+        data["reader"] = layout.readers[column]
+        yield layout.writers[rows[w]], owners[column], edge_key(slot, pos), data
+
+
+def edge_key(slot: str, pos: int) -> str:
+    """The key of an edge: its slot, and its position unless that is -1."""
+    return slot if pos < 0 else f"{slot}@{pos}"
+
+
+def edge_places(scores: Scores) -> Sequence[int]:
+    """What the edges of scores have as `pos`: their positions, or -1 if summed over all."""
+    assert scores.edges is not None
+    return range(len(scores.edges)) if scores.edges.dim() == 3 else (-1,)
+
+
+def edge_table(scores: object) -> Float[Tensor, "pos writer reader"]:
+    """Edge scores, 0 where there is no edge; one position if they are summed over all.
+
+    Raises:
+        TypeError, ValueError: as `assemble`.
     """
     if not isinstance(scores, Scores):
         raise TypeError(
@@ -106,67 +191,9 @@ def assemble(scores: Scores) -> nx.MultiDiGraph:
             f"edge scores must be finite; {bad} of {scores.edges.numel()} are NaN or infinite; "
             "look for half-precision overflow or a metric that divides by zero"
         )
-    positions = scores.edges.dim() == 3
     table = scores.edges.detach().cpu().double()
-    # [reader, writer, pos] as lists: indexing tensors one by one would take most of the time.
-    columns = (table if positions else table[None]).permute(2, 1, 0).tolist()
-
-    writers = [Component.parse(writer) for writer in scores.writers]
-    readers = [Component.of_reader(reader) for reader in scores.readers]
-    graph = nx.MultiDiGraph()
-    # In the order in which a forward pass meets them, whatever the order in the table.
-    components = {c.name: c for c in (*writers, *(target for target, _ in readers))}
-    for c in sorted(components.values(), key=_depth):
-        graph.add_node(c.name, kind=c.kind, layer=c.layer, head=c.head, score=0.0)
-
-    total = 0
-    for (target, slot), reader, column in zip(readers, scores.readers, columns, strict=True):
-        for writer, values in zip(writers, column, strict=True):
-            if not precedes(writer, target, parallel=scores.parallel):
-                continue
-            for p, score in enumerate(values):
-                pos = p if positions else -1
-                graph.add_edge(
-                    writer.name,
-                    target.name,
-                    key=f"{slot}@{pos}" if positions else slot,
-                    score=score,
-                    slot=slot,
-                    pos=pos,
-                    structural=False,
-                    reader=reader,
-                )
-                total += 1
-            graph.nodes[writer.name]["score"] += sum(values)
-    _serve_query_heads(graph)
-
-    graph.graph.update(
-        model=scores.model,
-        task=scores.task,
-        rules=scores.rules,
-        direction=scores.direction,
-        metric=scores.metric,
-        metric_clean=float(scores.clean.double().mean()),
-        metric_corrupt=float(scores.corrupt.double().mean()),
-        pairs=len(scores.clean),
-        level=scores.level,
-        total_edges=total,
-        positions=positions,
-        neurons=" ".join(c.name for c in writers if c.kind == "neuron"),
-    )
-    return graph
-
-
-def all_edges(layout: Any) -> Bool[Tensor, "writer reader"]:
-    """Which edges the model has, for what has `writers`, `readers` and `parallel` (`Scores`)."""
-    writers = [Component.parse(w) for w in layout.writers]
-    readers = [Component.of_reader(r)[0] for r in layout.readers]
-    columns: dict[tuple[str, int], list[bool]] = {}
-    for r in readers:  # heads and neurons of one layer hear the same
-        if (r.kind, r.layer) not in columns:
-            heard = [precedes(w, r, parallel=layout.parallel) for w in writers]
-            columns[r.kind, r.layer] = heard
-    return torch.tensor([columns[r.kind, r.layer] for r in readers]).T
+    table = table if table.dim() == 3 else table[None]
+    return table.where(scores.layout.exists, 0.0)
 
 
 def real_edges(graph: nx.MultiDiGraph) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
@@ -179,6 +206,29 @@ def real_edges(graph: nx.MultiDiGraph) -> Iterator[tuple[str, str, str, dict[str
 def size(graph: nx.MultiDiGraph) -> int:
     """Number of edges, structural ones not counted."""
     return sum(1 for _ in real_edges(graph))
+
+
+def keep(graph: nx.MultiDiGraph, edges: Iterable[tuple[str, str, str]]) -> nx.MultiDiGraph:
+    """A copy with these edges, their ends, and the structural edges between those."""
+    edges = {(u, v, key) for u, v, key in edges if not graph.edges[u, v, key]["structural"]}
+    read = {v for _, v, _ in edges}
+    used = read | {u for u, _, _ in edges}
+    edges |= {
+        (u, v, key)
+        for u, v, key, data in graph.edges(keys=True, data=True)
+        if data["structural"] and u in read and v in used
+    }
+    result = nx.MultiDiGraph()
+    result.graph.update(graph.graph)
+    result.add_nodes_from(
+        (node, data.copy()) for node, data in graph.nodes(data=True) if node in used
+    )
+    result.add_edges_from(
+        (u, v, key, data.copy())
+        for u, v, key, data in graph.edges(keys=True, data=True)
+        if (u, v, key) in edges
+    )
+    return result
 
 
 def check_circuit(graph: object) -> nx.MultiDiGraph:
@@ -195,13 +245,18 @@ def check_circuit(graph: object) -> nx.MultiDiGraph:
         )
     _check_attributes("the graph", graph.graph, GRAPH)
     for node, data in graph.nodes(data=True):
-        _check_attributes(f"node {node!r}", data, NODE)
+        _check_attributes("node {!r}", data, NODE, node)
     for u, v, key, data in graph.edges(keys=True, data=True):
-        _check_attributes(f"edge {u!r} -> {v!r} ({key!r})", data, EDGE)
+        _check_attributes("edge {!r} -> {!r} ({!r})", data, EDGE, u, v, key)
     return graph
 
 
-def _check_attributes(owner: str, data: Mapping[str, object], schema: Mapping[str, type]) -> None:
+def _check_attributes(
+    owner: str, data: Mapping[str, object], schema: Mapping[str, type], *names: object
+) -> None:
+    if all(type(data.get(name)) is kind for name, kind in schema.items()):
+        return
+    owner = owner.format(*names)
     for name, kind in schema.items():
         if name not in data:
             raise ValueError(
@@ -212,39 +267,4 @@ def _check_attributes(owner: str, data: Mapping[str, object], schema: Mapping[st
             raise TypeError(
                 f"attribute {name!r} of {owner} must be {kind.__name__}; got {data[name]!r}; "
                 f"convert it with {kind.__name__}(...)"
-            )
-
-
-def _depth(component: Component) -> tuple[float, int, int]:
-    """Sorts components from `embed` to `logits`, as a forward pass meets them."""
-    layer = float("inf" if component.kind == "logits" else component.layer)
-    return layer, _WITHIN_LAYER.get(component.kind, 0), component.head
-
-
-def _serve_query_heads(graph: nx.MultiDiGraph) -> None:
-    """Adds the structural edges: query heads are split evenly over key/value heads, in order."""
-    layers: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"kv": [], "head": []})
-    for node, data in graph.nodes(data=True):  # in order of head
-        if data["kind"] in ("kv", "head"):
-            layers[data["layer"]][data["kind"]].append(node)
-    for layer, nodes in layers.items():
-        sources, heads = nodes["kv"], nodes["head"]
-        if not sources:
-            continue
-        group, rest = divmod(len(heads), len(sources))
-        if rest:
-            raise ValueError(
-                f"query heads must divide evenly over key/value heads: layer {layer} has "
-                f"{len(heads)} and {len(sources)}; give scores that hold all heads of a layer"
-            )
-        for i, head in enumerate(heads):
-            graph.add_edge(
-                sources[i // group],
-                head,
-                key="kv",
-                score=0.0,
-                slot="kv",
-                pos=-1,
-                structural=True,
-                reader="",
             )

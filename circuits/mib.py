@@ -36,6 +36,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ import networkx as nx
 import torch
 
 from circuits.graph import GRAPH, assemble, check_circuit, real_edges
-from circuits.prune import keep
+from relp.layout import Layout
 from relp.scores import Scores, check_texts, written_whole
 from relp.sites import Sites
 
@@ -115,23 +116,33 @@ class _Shape:
             names[f"L{layer}.mlp"] = f"m{layer}"
         return names | {"logits": "logits"}
 
-    def edges(self) -> Iterator[_Edge]:
-        """All edges of the model; the k and v of a group of query heads have one reader."""
-        names, stream = self.nodes, ["embed"]
-
-        def into(node: str, reader: str, writers: list[str], slot: str = "") -> Iterator[_Edge]:
-            return (_Edge(f"{names[w]}->{names[node]}{slot}", w, reader, node) for w in writers)
-
+    @cached_property
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """Of each of our nodes that reads: what they write behind its name, and our reader."""
+        found = {}
         for layer in range(self.layers):
-            heads = [f"L{layer}H{h}" for h in range(self.heads)]
-            for h, head in enumerate(heads):
+            for h in range(self.heads):
+                head = f"L{layer}H{h}"
                 source = head if self.group == 1 else f"L{layer}KV{h // self.group}"
-                for slot, owner in (("q", head), ("k", source), ("v", source)):
-                    yield from into(head, f"{owner}.{slot}", stream, f"<{slot}>")
-            mlp = f"L{layer}.mlp"
-            yield from into(mlp, f"{mlp}.in", stream if self.parallel else stream + heads)
-            stream = [*stream, *heads, mlp]
-        yield from into("logits", "logits.in", stream)
+                found[head] = {"<q>": f"{head}.q", "<k>": f"{source}.k", "<v>": f"{source}.v"}
+            found[f"L{layer}.mlp"] = {"": f"L{layer}.mlp.in"}
+        return found | {"logits": {"": "logits.in"}}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Our writers and readers; the k and v of a group of query heads have one reader."""
+        *writers, _ = self.nodes
+        readers = dict.fromkeys(r for slots in self.inputs.values() for r in slots.values())
+        return Layout(tuple(writers), tuple(readers), self.parallel)
+
+    def edges(self) -> Iterator[_Edge]:
+        """All edges of the model, as the format has them."""
+        names, layout = self.nodes, self.layout
+        for node, slots in self.inputs.items():
+            for slot, reader in slots.items():
+                for row in layout.exists[:, layout.column[reader]].nonzero().flatten().tolist():
+                    writer = layout.writers[row]
+                    yield _Edge(f"{names[writer]}->{names[node]}{slot}", writer, reader, node)
 
 
 def to_mib(
@@ -238,60 +249,56 @@ def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> 
         )
     shape = None if model is None else _Shape.of(model)
     try:
-        graph, chosen = _graph(json.loads(path.read_text(encoding="utf-8")), shape)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return _graph(data, shape, in_graph=in_graph)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} must be a graph in EAP-IG's JSON, of the model if one is given; it is "
             f"not ({type(error).__name__}: {error}); for other files of circuits.save use "
             "circuits.load, renamed if they end in .mib.json"
         ) from error
-    return keep(graph, chosen) if in_graph else graph
 
 
-def _graph(
-    data: dict[str, Any], shape: _Shape | None
-) -> tuple[nx.MultiDiGraph, set[tuple[str, str, str]]]:
-    """The full graph, and the edges that the file marks."""
+def _graph(data: dict[str, Any], shape: _Shape | None, *, in_graph: bool) -> nx.MultiDiGraph:
+    """The full graph, or the edges that the file marks."""
     theirs = _Shape.read(data["cfg"])
     shape = shape or theirs
     if shape.cfg != theirs.cfg:
         raise ValueError(f"the file has {theirs.cfg}, the model {shape.cfg}")
     entries = {n: (float(d["score"]), d["in_graph"]) for n, d in data["edges"].items()}
-    terms, chosen = defaultdict(list), set()
+    layout = shape.layout
+    terms, marked = defaultdict(list), torch.zeros(layout.exists.shape, dtype=torch.bool)
     for e in shape.edges():
-        score, marked = entries.pop(e.name, (0.0, False))
-        terms[e.writer, e.reader].append(score)
-        if marked:
-            owner, _, slot = e.reader.rpartition(".")
-            chosen.add((e.writer, owner, slot))
+        at = layout.row[e.writer], layout.column[e.reader]
+        score, mark = entries.pop(e.name, (0.0, False))
+        terms[at].append(score)
+        if mark:
+            marked[at] = True
     if entries:
         raise ValueError(f"a model with {shape.cfg} has no edge {next(iter(entries))!r}")
 
-    writers = {w: i for i, w in enumerate(dict.fromkeys(w for w, _ in terms))}
-    readers = {r: i for i, r in enumerate(dict.fromkeys(r for _, r in terms))}
-    table = torch.zeros(len(writers), len(readers), dtype=torch.float64)
+    table = torch.zeros(marked.shape, dtype=torch.float64)
     labels: dict[str, Any] = {
         n: "unknown" if kind is str else kind() for n, kind in _LABELS.items()
     }
     labels |= {"direction": "denoise"} | data.get("relp", {})
     sign = -1 if labels["direction"] == "noise" else 1
-    for (writer, reader), scores in terms.items():
-        table[writers[writer], readers[reader]] = sign * math.fsum(scores)
-    graph = assemble(
-        Scores(
-            model=labels["model"],
-            task=labels["task"],
-            rules=labels["rules"],
-            direction=labels["direction"],
-            metric=labels["metric"],
-            clean=torch.zeros(1),
-            corrupt=torch.zeros(1),
-            lengths=torch.ones(1, dtype=torch.long),
-            parallel=shape.parallel,
-            writers=tuple(writers),
-            readers=tuple(readers),
-            edges=table,
-        )
+    for at, parts in terms.items():
+        table[at] = sign * math.fsum(parts)
+    scores = Scores(
+        model=labels["model"],
+        task=labels["task"],
+        rules=labels["rules"],
+        direction=labels["direction"],
+        metric=labels["metric"],
+        clean=torch.zeros(1),
+        corrupt=torch.zeros(1),
+        lengths=torch.ones(1, dtype=torch.long),
+        parallel=shape.parallel,
+        writers=layout.writers,
+        readers=layout.readers,
+        edges=table,
     )
+    graph = assemble(scores, marked if in_graph else None)
     graph.graph.update(labels)
-    return check_circuit(graph), chosen
+    return check_circuit(graph)

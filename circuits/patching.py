@@ -29,13 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.graph import all_edges
 from circuits.rerun import POINTWISE, Rerun, entries
 from circuits.sweep import EVERYWHERE, Cell, Sweep, identity
 from relp.attribution import edge_sites, head_changes, head_outputs, provenance
 from relp.capture import observe, undisturbed
 from relp.choices import OWN, check_ablation, check_direction, check_level
-from relp.scores import ALL_POSITIONS, Component, Effects
+from relp.layout import Component
+from relp.scores import ALL_POSITIONS, Effects
 from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
@@ -127,12 +127,11 @@ def patch(
         labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
         return Effects(components=names, nodes=nodes, **labels)
     table = _unmeasured(sites, len(places))
-    row = {writer: i for i, writer in enumerate(sites.writers)}
-    column = {reader: i for i, reader in enumerate(sites.readers)}
-    rows, columns = torch.tensor([(row[w], column[r]) for w, r in pairs]).T
+    layout = sites.layout
+    rows, columns = torch.tensor([(layout.row[w], layout.column[r]) for w, r in pairs]).T
     table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(pairs), len(places))).T
     table = table if by_position else table[0]
-    return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
+    return Effects(writers=layout.writers, readers=layout.readers, edges=table, **labels)
 
 
 @undisturbed
@@ -284,8 +283,8 @@ def _read(sites: Sites, reader: str) -> Spot:
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
     """The chosen edges of the model as `(writer, reader)`."""
-    writers, readers = sites.writers, sites.readers  # properties, made anew at each access
-    known = tuple((writers[w], readers[r]) for r, w in all_edges(sites).T.nonzero().tolist())
+    writers, readers = sites.layout.writers, sites.layout.readers
+    known = tuple((writers[w], readers[r]) for r, w in sites.layout.exists.T.nonzero().tolist())
     if wanted is None:
         return known
     chosen = tuple(dict.fromkeys(tuple(edge) for edge in wanted))
@@ -310,7 +309,7 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
 
 def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]:
     """NaN for every edge, 0 where there is none."""
-    return torch.where(all_edges(sites), torch.nan, 0.0).repeat(places, 1, 1)
+    return torch.where(sites.layout.exists, torch.nan, 0.0).repeat(places, 1, 1)
 
 
 # -- some pairs ------------------------------------------------------------------------------------

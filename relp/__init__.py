@@ -6,6 +6,7 @@ from relp import lazy, neighbours
 
 if TYPE_CHECKING:
     from relp.attribution import attribute
+    from relp.layout import Component
     from relp.operations import register
     from relp.propagation import UnknownOperationError, coverage, propagate
     from relp.rulebook import (
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
         Rules,
         preset,
     )
-    from relp.scores import Component, Effects, Scores
+    from relp.scores import Effects, Scores
 
 __all__ = [
     "ATTN_LRP",
@@ -46,9 +47,10 @@ lazy.lazily(
     __name__,
     {
         "attribution": "attribute",
+        "layout": "Component",
         "operations": "register",
         "propagation": "UnknownOperationError coverage propagate",
         "rulebook": "ATTN_LRP CP_LRP DEEPLIFT GIM GRADIENT PRESETS RELP Rules preset",
-        "scores": "Component Effects Scores",
+        "scores": "Effects Scores",
     },
 )

@@ -1,23 +1,17 @@
-"""The labelled result: scores of nodes or edges, with everything needed to read them.
-
-Names of components: `embed`, head `L9H6`, key/value head `L9KV1` (grouped-query attention),
-MLP neuron `L9N17`, `L9.attn`, `L9.mlp`, `L9.mixer`, residual stream entering block 9 `L9.resid`,
-`logits`. A reader adds a slot: `L9H6.q`, `L9KV1.k`, `L3.mlp.in`, `logits.in`.
-"""
+"""The labelled result: scores of nodes or edges, with everything needed to read them."""
 
 from __future__ import annotations
 
 import html
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,60 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-__all__ = ["Component", "Effects", "Scores"]
+from relp.layout import Component, Layout
 
-_NAME = re.compile(
-    r"(?P<plain>embed|logits)"
-    r"|L(?P<layer>\d+)(?:H(?P<head>\d+)|KV(?P<kv>\d+)|N(?P<neuron>\d+)"
-    r"|\.(?P<kind>attn|mlp|mixer|resid))"
-)
-_SLOTS = ("q", "k", "v", "in")
+__all__ = ["Effects", "Scores"]
+
 ALL_POSITIONS = ("all positions",)
 """The `tokens` of effects that are of all positions at once."""
-
-
-class Component(NamedTuple):
-    """A component's name taken apart; `layer` and `head` are -1 where there is none."""
-
-    name: str
-    kind: str
-    """embed, head, kv, neuron, attn, mlp, mixer, resid or logits."""
-    layer: int
-    head: int
-    """Number of the head, key/value head or neuron in its layer."""
-
-    @classmethod
-    def parse(cls, name: str) -> Component:
-        """Takes a component's name apart.
-
-        Raises:
-            ValueError: `name` is not a component's name.
-        """
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(
-                f"a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, "
-                f"L9.resid or logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of "
-                "the name"
-            )
-        if match["plain"]:
-            return cls(name, match["plain"], -1, -1)
-        layer = int(match["layer"])
-        for kind in ("head", "kv", "neuron"):
-            if match[kind] is not None:
-                return cls(name, kind, layer, int(match[kind]))
-        return cls(name, match["kind"], layer, -1)
-
-    @staticmethod
-    def of_reader(reader: str) -> tuple[Component, str]:
-        """`"L9H6.q"` -> (component L9H6, slot `"q"`)."""
-        name, _, slot = reader.rpartition(".")
-        if slot not in _SLOTS:
-            raise ValueError(
-                f"a reader must end in one of {_SLOTS}; got {reader!r}; write for instance "
-                "L9H6.q, L3.mlp.in or logits.in"
-            )
-        return Component.parse(name), slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +106,11 @@ class Scores:
     def level(self) -> str:
         """`"node"` or `"edge"`."""
         return "node" if self.nodes is not None else "edge"
+
+    @property
+    def layout(self) -> Layout:
+        """Which edges there are, and where in `edges`; node scores have none."""
+        return Layout.of(self.writers, self.readers, self.parallel)
 
     @property
     def gap(self) -> Float[Tensor, " pair"]:
@@ -255,41 +206,53 @@ class Scores:
         Edge rows are those that exist (the writer comes before the reader). A column `span` takes
         the place of `pos` where scores are by span.
         """
-        if self.nodes is not None:
-            pairs, _, width = self.nodes.shape
-            parsed = [Component.parse(c) for c in self.components]
-            frame = pd.DataFrame(parsed, columns=["component", "kind", "layer", "head"])
-            frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
-            frame["pos"] = list(range(width)) * len(parsed)
-            if len(self.tokens) == width and len(self.lengths.unique()) == 1:
-                frame["token"] = [self.tokens[p] for p in frame["pos"]]
-            frame[self.noun] = self.mean.flatten().tolist()
-            return self._with_places(frame)
-        assert self.edges is not None
-        table = self.edges if self.edges.dim() == 3 else self.edges[None]
-        rows = []
-        for r, reader in enumerate(self.readers):
-            target, slot = Component.of_reader(reader)
-            for w, writer in enumerate(self.writers):
-                if precedes(Component.parse(writer), target, parallel=self.parallel):
-                    for p in range(len(table)):
-                        rows.append((writer, reader, slot, p, float(table[p, w, r])))
-        frame = pd.DataFrame(rows, columns=["writer", "reader", "slot", "pos", self.noun])
-        return self._with_places(frame) if self.edges.dim() == 3 else frame.drop(columns="pos")
-
-    def _with_places(self, frame: pd.DataFrame) -> pd.DataFrame:
-        if not self.places:
-            return frame
-        frame["pos"] = [self.places[p] for p in frame["pos"]]
-        return frame.drop(columns="token", errors="ignore").rename(columns={"pos": "span"})
+        return self._rows(slice(None))
 
     def top(self, k: int) -> pd.DataFrame:
         """The `k` rows of `to_dataframe` with the largest absolute value, largest first."""
         if k < 1:
             raise ValueError(f"`k` must be at least 1; got {k}; ask for one row or more")
-        frame = self.to_dataframe()
-        order = frame[self.noun].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order[:k]].reset_index(drop=True)
+        # NaN, what was not measured, comes last
+        return self._rows(np.argsort(-abs(self._values()), kind="stable")[:k])
+
+    def _values(self) -> Float[np.ndarray, " row"]:
+        """The last column of `to_dataframe`."""
+        if self.nodes is not None:
+            return self.mean.detach().flatten().cpu().double().numpy()
+        assert self.edges is not None
+        table = self.edges.detach().cpu()
+        table = (table if table.dim() == 3 else table[None]).permute(2, 1, 0)
+        return table[self.layout.exists.T].flatten().double().numpy()
+
+    def _rows(self, chosen: slice | Int[np.ndarray, " row"]) -> pd.DataFrame:
+        """These rows of `to_dataframe`; others cost nothing."""
+        values = self._values()
+        numbers = np.arange(len(values))[chosen]
+        if self.nodes is not None:
+            by_position, width = True, self.nodes.shape[-1]
+            component, pos = np.divmod(numbers, width)
+            parsed = [Component.parse(c) for c in self.components]
+            frame = pd.DataFrame(parsed, columns=["component", "kind", "layer", "head"])
+            frame = frame.take(component).reset_index(drop=True)
+        else:
+            assert self.edges is not None
+            by_position = self.edges.dim() == 3
+            width = len(self.edges) if by_position else 1
+            edge, pos = np.divmod(numbers, width)
+            reader, writer = (place[edge].numpy() for place in self.layout.exists.T.nonzero().T)
+            slots = [slot for _, slot in self.layout.targets]
+            columns = {"writer": (self.writers, writer), "reader": (self.readers, reader),
+                       "slot": (slots, reader)}  # fmt: skip
+            frame = pd.DataFrame({k: pd.Index(v).take(at) for k, (v, at) in columns.items()})
+        if by_position and self.places:
+            frame["span"] = pd.Index(self.places).take(pos)
+        elif by_position:
+            frame["pos"] = pos
+            alike = len(self.tokens) == width and len(self.lengths.unique()) == 1
+            if self.nodes is not None and alike:
+                frame["token"] = pd.Index(self.tokens).take(pos)
+        frame[self.noun] = values[numbers]
+        return frame
 
     def __repr__(self) -> str:
         if self.nodes is not None:
@@ -433,19 +396,3 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def precedes(writer: Component, reader: Component, *, parallel: bool = False) -> bool:
-    """True if what `writer` adds to the residual stream is there when `reader` reads it.
-
-    `parallel`: an MLP, and its neurons, read the input of their block, without what the block's own
-    heads add.
-    """
-    if writer.kind == "logits" or reader.kind == "embed":
-        return False
-    if writer.kind == "embed" or reader.kind == "logits":
-        return True
-    if writer.layer != reader.layer:
-        return writer.layer < reader.layer
-    mixed = writer.kind in ("head", "attn", "mixer")
-    return not parallel and mixed and reader.kind in ("mlp", "neuron")

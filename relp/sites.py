@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import PurePath
 from threading import get_ident
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relp.scores import Component
+from relp.layout import Component, Layout
 
 __all__ = ["Block", "Sites", "editing", "reading"]
 
@@ -286,6 +286,11 @@ class Sites:
     def readers(self) -> tuple[str, ...]:
         """Names of the readers, in the order of columns of `Scores.edges`."""
         return (*(r for b in self.blocks for r in b.readers), "logits.in")
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which edges the model has, and where in `Scores.edges`."""
+        return Layout.of(self.writers, self.readers, self.parallel)
 
     @property
     def written(self) -> tuple[str, ...]:

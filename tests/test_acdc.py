@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits import acdc, assemble, top
 from circuits.faithfulness import circuit_masks, circuit_metrics
-from circuits.graph import all_edges, real_edges, size
+from circuits.graph import real_edges, size
 from relp import GRADIENT, attribute
 from relp.sites import Sites
 from tasks.metrics import KLDivergence
@@ -115,7 +115,7 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
 
     monkeypatch.setattr(MODULE, "circuit_metrics", counted)
     circuit = acdc(tiny, task, tau=tau, progress=False)
-    expected = slowly(model, sites, task, tau, all_edges(sites))
+    expected = slowly(model, sites, task, tau, sites.layout.exists)
     assert found(circuit) == pytest.approx(expected, abs=1e-5) and len(expected) > 2
     assert max(found(circuit).values()) <= -tau
     assert circuit.graph["direction"] == "noise" and circuit.graph["rules"] == f"ACDC tau={tau:g}"
@@ -140,7 +140,7 @@ def test_key_value_heads_are_heard_through_the_heads_that_they_serve(tiny):
 @pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
 def test_neurons_come_with_their_mlp_before_the_heads(tiny):
     sites = Sites.of(tiny).splitting(["L2N3", "L2N7"])
-    order = [sites.readers[r] for _, r in MODULE._order(sites, all_edges(sites))]
+    order = [sites.readers[r] for _, r in MODULE._order(sites, sites.layout.exists)]
     start = ["logits.in", "L2N7.in", "L2N3.in", "L2.mlp.in", "L2H3.q", "L2H3.k"]
     assert list(dict.fromkeys(order))[:6] == start
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits import agreement, assemble, auroc, draw, patch, top
 from circuits.agreement import points
 from circuits.cli import _print_agreement
-from circuits.graph import all_edges, real_edges
+from circuits.graph import real_edges
 from relp import GRADIENT, RELP, Effects, Scores, attribute
 from relp.scores import ALL_POSITIONS
 
@@ -134,7 +134,7 @@ def test_noise_of_edges_is_no_effect_and_what_was_not_measured_stays_so(tiny: An
     scores = attribute(tiny, task, level="edge")
     assert scores.edges is not None
     only = torch.tensor([r.endswith(".q") for r in scores.readers])
-    values = scores.edges[all_edges(scores) & only]
+    values = scores.edges[scores.layout.exists & only]
     limit = float(values.abs().median())
     measured = torch.where(only, scores.edges, torch.nan)
     effect = replace(scores, edges=measured, rules="exact", resolution=limit)

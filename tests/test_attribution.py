@@ -15,8 +15,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from circuits import assemble
 from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute
+from relp.layout import Component, precedes
 from relp.propagation import UnknownOperationError
-from relp.scores import Component, precedes
 from tasks import KLDivergence, Task, ioi
 
 ALL = (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT)

@@ -22,11 +22,10 @@ from transformer_lens.tools.analysis.attribution_patching import (
 )
 
 from circuits import assemble, patch, rerun
-from circuits.graph import all_edges
 from relp import DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute, propagate
+from relp.layout import Component
 from relp.norms import NormMap
 from relp.rulebook import PRESETS
-from relp.scores import Component
 from relp.sites import Sites
 from tasks import Task
 
@@ -227,7 +226,7 @@ class Reference:
 def some(scores: Scores) -> Iterator[tuple[str, str, float]]:
     """Every third edge; the others that exist are not looked at, those that do not are 0."""
     assert scores.edges is not None
-    exists, count = all_edges(scores), 0
+    exists, count = scores.layout.exists, 0
     assert bool((scores.edges[~exists] == 0).all())
     for w, r in exists.nonzero().tolist():
         if (w + r) % 3 == 0 or len(scores.readers) < 10:

@@ -27,7 +27,7 @@ from circuits import (
     top,
 )
 from circuits.faithfulness import _doubt, circuit_masks, circuit_metrics, endpoints
-from circuits.graph import all_edges, real_edges, size
+from circuits.graph import real_edges, size
 from relp import RELP, Component, attribute
 from relp.sites import Sites
 from tasks import Task
@@ -239,7 +239,7 @@ def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyP
     masks = torch.rand(2, 1, len(sites.writers), len(sites.readers), generator=generator) < 0.5
     together = circuit_metrics(sites, task, masks)
     # entries that are no edge of the model do not matter
-    torch.testing.assert_close(circuit_metrics(sites, task, masks & all_edges(sites)), together)
+    torch.testing.assert_close(circuit_metrics(sites, task, masks & sites.layout.exists), together)
     by_position, short = masks.expand(-1, 4, -1, -1), task.select([0, 1])
     torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
     monkeypatch.setattr(sys.modules["circuits.faithfulness"], "BATCH_BYTES", 1)
@@ -256,7 +256,7 @@ def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
     handle = sites.points["final"].register_forward_hook(note)
     try:
         masks = torch.zeros(6, 1, len(sites.writers), len(sites.readers), dtype=torch.bool)
-        masks[1:] = all_edges(sites)
+        masks[1:] = sites.layout.exists
         metrics = circuit_metrics(sites, task, masks)
     finally:
         handle.remove()
@@ -266,7 +266,7 @@ def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
 def test_a_block_that_was_replaced_stays_so(tiny: Any) -> None:
     task, sites = random_task(tiny), Sites.of(tiny)
     late = torch.tensor([reader == "logits.in" for reader in sites.readers])
-    masks = torch.stack([all_edges(sites), all_edges(sites) & ~late])[:, None]
+    masks = torch.stack([sites.layout.exists, sites.layout.exists & ~late])[:, None]
     expected = circuit_metrics(sites, task, masks)
     block = tiny.blocks[0]
     usual = type(block).forward
@@ -290,7 +290,7 @@ def test_masks_are_in_the_layout_of_scores(tiny: Any) -> None:
     assert scores.edges is not None
     worst = scores.edges[mask].abs().min()
     assert int(mask.sum()) == 20 and int((scores.edges.abs() >= worst).sum()) == 20
-    assert int(all_edges(sites).sum()) * 3 == circuit.graph["total_edges"]
+    assert int(sites.layout.exists.sum()) * 3 == circuit.graph["total_edges"]
     with pytest.raises(ValueError, match="got none; pass at least one"):
         circuit_masks(sites, task, [])
     with pytest.raises(ValueError, match=r"has lengths \[4, 6\]; use a task of one length"):
@@ -310,7 +310,7 @@ OTHERS = (
 def test_all_edges_are_the_clean_run_and_none_the_corrupt(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name].build(tmp_path)
     task, sites = able_task(model, pairs=2, length=4), Sites.of(model)
-    every = all_edges(sites)
+    every = sites.layout.exists
     found = circuit_metrics(sites, task, torch.stack([every, torch.zeros_like(every)])[:, None])
     torch.testing.assert_close(found, torch.stack(endpoints(sites, task)), atol=1e-4, rtol=1e-4)
 
@@ -323,7 +323,7 @@ def test_blocks_before_the_first_difference_run_once(name: str, tmp_path: Path) 
     last = {*sites.blocks[-1].readers, "logits.in"}
     late = torch.tensor([reader in last for reader in sites.readers])
     masks = torch.rand(3, 1, len(sites.writers), len(late), generator=generator) < 0.7
-    masks = torch.where(late, masks, masks[:1]) & all_edges(sites)
+    masks = torch.where(late, masks, masks[:1]) & sites.layout.exists
     one_by_one = torch.cat([circuit_metrics(sites, task, mask[None]) for mask in masks])
     rows: list[int] = []
     entry = sites.points[sites.blocks[0].name("resid")]
@@ -396,7 +396,7 @@ def test_equals_a_slow_run_on_other_blocks(name: str, tmp_path: Path) -> None:
     model = build(name, tmp_path, MODELS)
     task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
     generator = torch.Generator().manual_seed(0)
-    every = all_edges(sites)
+    every = sites.layout.exists
     masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
     found = circuit_metrics(sites, task, masks[:, None])
     reference = Reference(model, task)

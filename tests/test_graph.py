@@ -3,15 +3,15 @@
 import functools
 import inspect
 import time
-import types
 
 import networkx as nx
 import pytest
 import torch
 
-from circuits.graph import EDGE, GRAPH, NODE, all_edges, assemble, real_edges, size
+from circuits.graph import EDGE, GRAPH, NODE, assemble, real_edges, size
 from circuits.prune import connect, threshold, top
-from relp.scores import Component, Scores, precedes
+from relp.layout import Component, Layout, precedes
+from relp.scores import Scores
 
 
 def make_scores(layers=2, heads=2, kv_heads=None, positions=None, seed=0, **labels) -> Scores:
@@ -158,15 +158,15 @@ def test_parallel_blocks_have_no_edges_from_heads_to_their_own_mlp():
     scores = make_scores(parallel=True)
     graph = assemble(scores)
     assert graph.has_edge("L0H0", "L1.mlp") and not graph.has_edge("L1H0", "L1.mlp")
-    assert size(graph) == int(all_edges(scores).sum()) == 46 - 2 * 2
+    assert size(graph) == int(scores.layout.exists.sum()) == 46 - 2 * 2
 
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_neurons_hear_what_their_mlp_hears(parallel):
     names = [f"L{layer}{part}" for layer in (0, 1) for part in ("H0", "N3", "N7", ".mlp")]
     readers = [*(f"{n}.{s}" for n in names for s in ("qv" if "H" in n else ("in",))), "logits.in"]
-    layout = types.SimpleNamespace(writers=["embed", *names], readers=readers, parallel=parallel)
-    found = all_edges(layout)
+    layout = Layout(("embed", *names), tuple(readers), parallel)
+    found = layout.exists
     for w, row in zip(layout.writers, found.tolist(), strict=True):
         for r, exists in zip(readers, row, strict=True):
             owner, _ = Component.of_reader(r)
@@ -282,8 +282,10 @@ def test_limits():
         top(graph, edges=-1)
     with pytest.raises(TypeError):
         inspect.unwrap(top)(graph, edges=0.1)
+    with pytest.raises(TypeError, match="got str"):
+        inspect.unwrap(top)("scores", edges=3)
     with pytest.raises(TypeError, match="got Scores"):
-        inspect.unwrap(top)(make_scores(), edges=3)
+        inspect.unwrap(connect)(make_scores())
 
 
 def test_ties_do_not_depend_on_the_order_of_the_edges():

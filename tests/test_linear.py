@@ -21,7 +21,6 @@ from conftest import boot, random_task, save_tokenizer, warm
 from torch import Tensor
 
 from circuits import patch
-from circuits.graph import all_edges
 from relp import CP_LRP, DEEPLIFT, GRADIENT, RELP, Scores, attribute
 from relp.sites import Sites, bias, weight
 
@@ -93,7 +92,7 @@ def test_every_score_is_the_exact_effect(model: Any, level: str, direction: str)
     if level == "edge":  # what is nowhere 0: an effect of each writer on each v, MLP and the logits
         reads = torch.tensor([r.endswith((".v", ".in")) for r in effect.readers])
         there = table(effect).abs().amax(0) > 1e-4 * size
-        assert torch.equal(there, all_edges(effect) & reads)
+        assert torch.equal(there, effect.layout.exists & reads)
     for rules in (GRADIENT, RELP, CP_LRP, DEEPLIFT):
         scores = attribute(model, task, rules=rules, **options)
         assert float((table(scores) - table(effect)).abs().max()) < 1e-6 * size, rules.name

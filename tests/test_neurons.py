@@ -35,9 +35,9 @@ from circuits import (
 )
 from circuits.draw import layout
 from circuits.faithfulness import circuit_metrics, endpoints
-from circuits.graph import all_edges, size
+from circuits.graph import size
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
-from relp.scores import precedes
+from relp.layout import precedes
 from relp.sites import Block, Sites
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_single_edges_by_finite_differences(
 def test_circuits_with_neurons_equal_a_slow_run(named: tuple[str, Any]) -> None:
     _, model = named
     task, sites = able_task(model, pairs=2, length=4), Sites.of(model).splitting(NEURONS)
-    every = all_edges(sites)
+    every = sites.layout.exists
     generator = torch.Generator().manual_seed(0)
     masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
     masks = torch.cat([masks, every[None], torch.zeros_like(every)[None]])

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relp import Component, Effects, Scores
-from relp.scores import ALL_POSITIONS, precedes
+from relp.layout import precedes
+from relp.scores import ALL_POSITIONS
 
 LABELS = {
     "model": "tiny",
@@ -328,6 +329,32 @@ def test_top_is_by_absolute_value_and_keeps_the_sign() -> None:
     assert full_message(lambda: edge_scores().top(0)) == (
         "`k` must be at least 1; got 0; ask for one row or more"
     )
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_top_are_rows_of_the_table_largest_first_and_what_was_not_measured_last(level) -> None:
+    tokens, generator = ("When", " Mary"), torch.Generator().manual_seed(0)
+    effects = (
+        node_scores(Effects, tokens=tokens)
+        if level == "node"
+        else edge_scores(Effects, positions=True, places=tokens)
+    )
+    shape = (effects.nodes if level == "node" else effects.edges).shape
+    values = torch.randint(-2, 3, shape, generator=generator).float()
+    values[..., 0] = float("nan")
+    effects = replace(effects, **{f"{level}s": values})
+    table = effects.to_dataframe()
+    rows = list(table.itertuples(index=False, name=None))
+    measured = [row for row in rows if row[-1] == row[-1]]
+    order = sorted(measured, key=lambda row: -abs(row[-1]))
+    assert 0 < len(measured) < len(rows) and order != measured
+    for k in (1, 3, len(rows)):
+        top = effects.top(k)
+        assert top.columns.equals(table.columns) and top.dtypes.equals(table.dtypes)
+        found = list(top.itertuples(index=False, name=None))
+        assert len(found) == k and found[: len(order)] == order[:k]
+    left = [row[:-1] for row in rows if row[-1] != row[-1]]
+    assert [row[:-1] for row in found[len(order) :]] == left  # in the order of the table
 
 
 def test_html_shows_labels_as_text() -> None:

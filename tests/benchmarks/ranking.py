@@ -1,0 +1,62 @@
+"""What it takes to choose and show circuits of a large model: `python tests/benchmarks/ranking.py`.
+
+Synthetic edge scores at the shape of Llama-3.1-8B: 32 layers of 32 heads, of 8 key/value heads, and
+805,681 edges. Seconds, the least of three calls, each with a model that was not seen before.
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from circuits import draw, greedy, threshold, top
+from relp import Scores
+from relp.layout import Layout
+
+LAYERS, HEADS, KV_HEADS, REPEATS = 32, 32, 8, 3
+
+
+def scores(seed: int) -> Scores:
+    """Random scores; each call has a table of its own."""
+    writers, readers = ["embed"], []
+    for layer in range(LAYERS):
+        heads, mlp = [f"L{layer}H{h}" for h in range(HEADS)], f"L{layer}.mlp"
+        writers += [*heads, mlp]
+        readers += [f"{head}.q" for head in heads]
+        readers += [f"L{layer}KV{h}.{slot}" for slot in "kv" for h in range(KV_HEADS)]
+        readers.append(f"{mlp}.in")
+    readers.append("logits.in")
+    shape = len(writers), len(readers)
+    return Scores(
+        model="8b", task="synthetic", rules="RELP", direction="denoise", metric="logit difference",
+        clean=torch.ones(1), corrupt=torch.zeros(1), lengths=torch.ones(1, dtype=torch.long),
+        writers=tuple(writers), readers=tuple(readers),
+        edges=torch.randn(shape, generator=torch.Generator().manual_seed(seed)) ** 3,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Prints the table."""
+    calls: dict[str, Callable[[Scores], object]] = {
+        "top(scores, edges=200)": lambda s: top(s, edges=200),
+        "draw(top(scores, edges=200))": lambda s: draw(top(s, edges=200)),
+        "threshold(scores, 100.0)": lambda s: threshold(s, 100.0),
+        "greedy(scores, edges=200)": lambda s: greedy(s, edges=200),
+        "notebook display of scores": lambda s: s._repr_html_(),
+        "scores.top(10)": lambda s: s.top(10),
+        "scores.to_dataframe()": lambda s: s.to_dataframe(),
+    }
+    print(f"{int(scores(0).layout.exists.sum()):,} edges")
+    for name, call in calls.items():
+        times = []
+        for seed in range(REPEATS):
+            given = scores(seed)
+            Layout.of.cache_clear()  # a model not seen before
+            start = perf_counter()
+            call(given)
+            times.append(perf_counter() - start)
+        print(f"{name:<30} {min(times):6.2f} s")
+
+
+if __name__ == "__main__":
+    main()
