@@ -13,7 +13,7 @@ from conftest import able_task
 from scipy import stats
 
 from circuits import assemble, compare, evaluate, faithfulness, random, top
-from circuits.evaluation import SIZES, Evaluation
+from circuits.evaluation import SIZES, Evaluation, _interval
 from circuits.graph import size
 from relp import GRADIENT, RELP, attribute
 
@@ -173,12 +173,23 @@ def test_comparing_circuits(tiny: Any) -> None:
     assert same.difference == same.low == same.high == 0 and same.p_value == 1
 
 
+def test_an_interval_leaves_a_fortieth_at_each_end() -> None:
+    """Of samples that are spread evenly, and are no matter of the order they come in."""
+    samples = np.linspace(0, 1, 1001)[::-1, None] * [1.0, -2.0]
+    low, high = _interval(samples)
+    assert low == pytest.approx([0.025, -1.95]) and high == pytest.approx([0.975, -0.05])
+
+
 def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
     task = able_task(tiny, length=3)
     scores = attribute(tiny, task, level="edge")
     assert scores.edges is not None
     for wrong, message in (
-        ([], "evaluate needs one set of scores or more"),
+        (
+            [],
+            "^evaluate needs one set of scores or more, and sizes that ascend in "
+            r"\(0, 1\]; got 0 and \[0.001, .*, 1.0\]; leave `sizes` out for those of MIB$",
+        ),
         ([scores, scores], r"must have its own name; got \['RELP', 'RELP'\]"),
         (attribute(tiny, task), "needs finite edge scores; those of 'RELP' are of nodes"),
         (replace(scores, edges=scores.edges * float("nan")), "or hold NaN"),

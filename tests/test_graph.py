@@ -315,8 +315,12 @@ def test_threshold():
         kept = threshold(graph, minimum, signed=signed, connected=False)
         assert kept.has_edge("embed", "L0H0", "q")  # the minimum itself stays
     for bad in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="`minimum` must be"):
+        with pytest.raises(ValueError) as error:
             threshold(graph, bad)
+        assert str(error.value) == (
+            f"`minimum` must be 0 or more, as it is compared with |score|; got {bad}; pass "
+            "signed=True to compare it with the score itself"
+        )
 
 
 def test_the_input_is_left_alone_and_shares_nothing():

@@ -234,6 +234,10 @@ def test_both_name_orders_are_equally_frequent(tokenizer: PreTrainedTokenizerFas
         assert abba == 21
 
 
+def test_a_single_pair_will_do(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(ioi(tokenizer, pairs=1)) == 1
+
+
 def test_mixed_lengths_use_more_templates(tokenizer: PreTrainedTokenizerFast) -> None:
     task = ioi(tokenizer, pairs=100, mixed_lengths=True)
     assert len(set(task.lengths.tolist())) > 2

@@ -256,5 +256,9 @@ def test_files_that_are_not_there_or_pickled(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         from_mib(tmp_path / "c.json")
     (tmp_path / "c.pt").touch()
-    with pytest.raises(ValueError, match="is pickled"):
+    with pytest.raises(ValueError) as error:
         from_mib(tmp_path / "c.pt")
+    assert str(error.value) == (
+        "the file must be .json; 'c.pt' is pickled, and reading it could run code; convert it with "
+        "EAP-IG: Graph.from_pt(path).to_json(path)"
+    )

@@ -675,3 +675,100 @@ def test_a_module_that_holds_a_norm_is_none() -> None:
     frame = coverage(PreNorm(), torch.ones(1, 4), rules=GRADIENT.with_(gate="half"))
     assert frame.query("module == 'PreNorm'")["rule"].tolist() == ["half"]
     assert set(frame.query("module == 'norm'")["rule"]) == {"derivative"}
+
+
+# -- arguments by position, and kinds in the report ------------------------------------------------
+
+
+def coefficients(function: Callable[[Tensor], Tensor], x: Tensor, rules: Rules) -> Tensor:
+    x = x.detach().requires_grad_()
+    with propagate(rules):
+        y = function(x)
+    return torch.autograd.grad(y, x, weights(*y.shape))[0]
+
+
+def test_norms_take_their_arguments_by_position() -> None:
+    mean, scale, shift = weights(4), weights(4) + 2, weights(4)
+    variance = weights(4).square() + 1
+    for x, normalise in (
+        (weights(5, 4), lambda x: F.batch_norm(x, mean, variance, scale, shift)),
+        (weights(5, 4, 3), lambda x: F.instance_norm(x, mean, variance, scale, shift, False)),
+    ):
+        share = (scale / (variance + 1e-5).sqrt()).reshape(1, 4, *[1] * (x.dim() - 2))
+        found = coefficients(normalise, x, RELP)
+        torch.testing.assert_close(found, weights(*x.shape) * share)
+    x, eps = weights(3, 4), 0.5
+    found = coefficients(lambda x: F.layer_norm(x, (4,), None, None, eps), x, RELP)
+    g = weights(3, 4)
+    root = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(found, (g - g.mean(-1, keepdim=True)) / root)
+
+
+@pytest.mark.parametrize("rules", [CP_LRP, RELP.with_(bilinear="half")])
+def test_grouped_queries_hear_their_own_keys_and_values(rules: Rules) -> None:
+    """Four query heads of two entries, two key/value heads that differ."""
+    keys, values = weights(1, 2, 3, 2), weights(1, 2, 3, 2).flip(1)
+
+    def grouped(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            x, x[:, :2] * keys, x[:, 2:] * values, enable_gqa=True
+        )
+
+    def repeated(x: Tensor) -> Tensor:
+        k, v = ((part[:, [0, 0, 1, 1]]) for part in (x[:, :2] * keys, x[:, 2:] * values))
+        return F.scaled_dot_product_attention(x, k, v)
+
+    x = weights(1, 4, 3, 2)
+    torch.testing.assert_close(coefficients(grouped, x, rules), coefficients(repeated, x, rules))
+
+
+def test_an_exponent_of_ones_own_has_the_rule_of_exponents() -> None:
+    x = weights(3).requires_grad_()
+    with register(torch.lgamma, "exponent"), propagate(RELP) as report:
+        y = torch.lgamma(x)
+    assert not y.requires_grad
+    assert report.to_dataframe()[["kind", "rule"]].values.tolist() == [["exponent", "constant"]]
+
+
+def test_the_report_says_what_kind_each_operation_is() -> None:
+    x = weights(2, 3, 4).requires_grad_()
+    with propagate(GRADIENT) as report:
+        attention(x)
+    found = report.to_dataframe()
+    kinds = dict(zip(found["kind"], found["rule"], strict=True))
+    assert kinds.items() >= {"softmax": "derivative", "bilinear": "derivative"}.items()
+    with propagate(RELP) as report:
+        x.max(-1)
+    assert report.to_dataframe().values.tolist() == [["max", "selection", "derivative", "", 1]]
+
+
+class Listed(nn.Module):
+    """Decides by a list of truth values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = (x > 0).tolist()
+        return torch.stack([v * (2 if up else 3) for v, up in zip(x, above, strict=True)]) * x
+
+
+def test_decisions_that_are_lists_are_compared_entry_by_entry() -> None:
+    one, same, other = (torch.tensor(v) for v in ([1.0, 2, -1], [0.5, 3, -2], [0.5, -3, -2]))
+    for reference, remainder in ((same, 0.0), (other, 2 * 9.0 - 3 * 9.0)):
+        x = one.clone().requires_grad_()
+        module = Listed()
+        with propagate(DEEPLIFT, root=module) as report:
+            y = module(x).sum()
+        with report.reference():
+            y_ = module(reference).sum()
+        (c,) = torch.autograd.grad(y, x)
+        left = float(report.remainder()["remainder"].sum())
+        assert float(((reference - one) * c).sum()) + left == pytest.approx(float(y_ - y.detach()))
+        assert left == pytest.approx(-remainder)
+
+
+def test_a_rule_that_does_not_exist_cannot_be_registered() -> None:
+    with pytest.raises(ValueError) as error:
+        register(torch.lgamma, "norm")
+    assert str(error.value) == (
+        "`rule` must be 'linear', 'activation', 'exponent' or a formula (g, x, y) -> coefficient; "
+        "got 'norm'; see register's examples"
+    )

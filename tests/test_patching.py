@@ -172,7 +172,7 @@ def test_pairs_that_end_at_different_places(tiny: Any, ablation: str) -> None:
                 expected = plainly(tiny, alone, name, pos, "corrupt", partial(constant, instead))
                 found = effects.nodes[i, row, pos]
                 torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
-                assert pos <= end or float(found.abs()) <= effects.resolution
+                assert pos <= end or float(found.abs()) <= 4 * effects.resolution
         assert not effects.nodes[:, row][torch.arange(7) >= task.lengths[:, None]].any()
 
 
@@ -485,7 +485,10 @@ def test_slow_sweeps_say_so_once(tiny: Any, capsys: pytest.CaptureFixture[str]) 
     task = random_task(tiny, pairs=4, length=4).with_metric(mean_spread)
     patch(tiny, task, components=["L1.mlp"], batch_size=1)
     said = [line for line in bars(capsys) if "all positions" in line]
-    assert len(said) == 1 and "because the metric 'mean_spread' may read all positions" in said[0]
+    assert said == [
+        "exact effects: each run is of all positions, because the metric 'mean_spread' may read "
+        "all positions; it takes 2 to 3 times as long as one from the change on"
+    ]
     patch(tiny, task, components=["L1.mlp"], progress=False)
     patch(tiny, random_task(tiny), components=["L1.mlp"])
     assert not any("all positions" in line for line in bars(capsys))

@@ -507,7 +507,11 @@ def test_a_divergence_says_nothing_at_the_clean_run(tiny: Any) -> None:
     task = task.with_metric(KLDivergence.of(tiny, task))
     for rules in (GRADIENT, RELP, DEEPLIFT.with_(softmax="derivative")):
         message = full_message(lambda r=rules: attribute(tiny, task, rules=r, direction="noise"))
-        assert f"and so would be every score under {rules.name}; use direction=" in message
+        assert message == (
+            "with direction='noise' the metric must have a slope on the clean run; 'KLDivergence' "
+            f"is 0 there, its maximum, and so would be every score under {rules.name}; use "
+            "direction='denoise', steps=5, rules=DEEPLIFT, or patch, which measures"
+        )
     for options in ({"rules": DEEPLIFT}, {"steps": 2}, {"steps": 2, "path": "activations"}):
         scores = attribute(tiny, task, direction="noise", **options)
         assert scores.nodes is not None and float(scores.nodes.abs().max()) > 1e-2
