@@ -698,7 +698,7 @@ def test_norms_take_their_arguments_by_position() -> None:
         found = coefficients(normalise, x, RELP)
         torch.testing.assert_close(found, weights(*x.shape) * share)
     x, eps = weights(3, 4), 0.5
-    found = coefficients(lambda x: F.layer_norm(x, (4,), None, None, eps), x, RELP)
+    found = coefficients(lambda x: torch.layer_norm(x, (4,), None, None, eps), x, RELP)
     g = weights(3, 4)
     root = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
     torch.testing.assert_close(found, (g - g.mean(-1, keepdim=True)) / root)
@@ -743,10 +743,10 @@ def test_the_report_says_what_kind_each_operation_is() -> None:
 
 
 class Listed(nn.Module):
-    """Decides by a list of truth values."""
+    """Decides by numbers that it takes out of a tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        above = (x > 0).tolist()
+        above = [v > 0 for v in x.tolist()]
         return torch.stack([v * (2 if up else 3) for v, up in zip(x, above, strict=True)]) * x
 
 
