@@ -158,10 +158,7 @@ def _mixed(block: Block) -> str:
 
 
 def _run(
-    sites: Sites,
-    tokens: Int[Tensor, "row pos"],
-    past: tuple[tuple[Tensor, Tensor], ...],
-    start: int,
+    sites: Sites, tokens: Int[Tensor, "row pos"], past: Past, start: int
 ) -> Float[Tensor, "row read d_vocab"]:
     """The logits of tokens that stand from `start` on, behind the past if there is one."""
     if not past:

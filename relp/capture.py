@@ -126,8 +126,8 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
     Nothing changes where the unembedding is no plain matrix.
     """
     inner = sites.model.unembed.original_component
-    half = inner.weight.dtype in (torch.bfloat16, torch.float16)
-    if not is_plain(inner) or not (half or tokens is not None):
+    half = is_plain(inner) and inner.weight.dtype in (torch.bfloat16, torch.float16)
+    if not (half or (is_plain(inner) and tokens is not None)):
         yield
         return
     matrix, offset = weight(inner), bias(inner)
