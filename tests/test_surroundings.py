@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from circuits import assemble, faithfulness, patch, top
-from circuits.rerun import Rerun
+from circuits.rerun import Rerun, _same
 from relp import GRADIENT, RELP, attribute
 from relp.capture import own_forward
 from relp.sites import Sites, bias, editing, norm_parameters, reading, weight, weights_identity
@@ -404,6 +404,16 @@ def test_offloaded_weights_give_the_same_numbers(llama_folder: Path, tmp_path: P
     scale, expected_scale = (norm_parameters(b.ln2).weight for b in (ours, theirs))
     assert scale is not None and expected_scale is not None and torch.equal(scale, expected_scale)
     assert weights_identity(model) == weights_identity(plain)
+
+
+def test_streams_are_compared_row_by_row() -> None:
+    """That of a first token may be thousands of times the others', and would hide what differs."""
+    expected = torch.tensor([[1e6, 0.0], [1.0, 2.0]])
+    found = expected.clone()
+    found[1, 0] += 0.01
+    assert not _same(found, expected)
+    found[1, 0] = 1 + 1e-5
+    assert _same(found, expected)
 
 
 def test_a_run_is_the_same_with_and_without_what_it_keeps(tiny: Any) -> None:
