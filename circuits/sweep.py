@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -60,8 +60,15 @@ def identity(
         "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
         "cells": _digest(json.dumps(cells)),
         **weights_identity(sites.model),
-        "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in LIBRARIES),
     }
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # used from a checkout
+        return "not installed"
 
 
 def _digest(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-__all__ = ["Component", "Layout", "precedes"]
+__all__ = ["Component", "Layout"]
 
 _NAME = re.compile(
     r"(?P<plain>embed|logits)"
@@ -119,7 +119,11 @@ class Layout:
 
     @cached_property
     def exists(self) -> Bool[Tensor, "writer reader"]:
-        """Which edges there are: those whose writer `precedes` their reader. Not to be changed."""
+        """Which edges there are: what the writer adds to the stream is there when the reader reads.
+
+        Where MLPs are parallel to attention, they and their neurons do not hear their own block's
+        heads. Not to be changed.
+        """
         steps = (
             [_written(writer) for writer in self.sources],
             [_read(owner, parallel=self.parallel) for owner, _ in self.targets],
@@ -155,15 +159,6 @@ class Layout:
                 )
             found |= {s: tuple(heads[i * group :][:group]) for i, s in enumerate(sources)}
         return found
-
-
-def precedes(writer: Component, reader: Component, *, parallel: bool = False) -> bool:
-    """True if what `writer` adds to the residual stream is there when `reader` reads it.
-
-    `parallel`: an MLP, and its neurons, read the input of their block, without what the block's own
-    heads add.
-    """
-    return _written(writer) < _read(reader, parallel=parallel)
 
 
 # Each block takes three steps of a forward pass: it begins, its attention has written, it ends.

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from relp import Component
 from tasks import Task, zoo
 from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
@@ -125,6 +126,18 @@ def state(model: Any) -> list[tuple[Any, ...]]:
         for name, p in model.named_parameters()
     ]
     return [*parts, *weights]
+
+
+def precedes(writer: Component, reader: Component, *, parallel: bool = False) -> bool:
+    """Whether a reader hears a writer, case by case: what `Layout.exists` must say."""
+    if writer.kind == "logits" or reader.kind == "embed":
+        return False
+    if writer.kind == "embed" or reader.kind == "logits":
+        return True
+    if writer.layer != reader.layer:
+        return writer.layer < reader.layer
+    mixed = writer.kind in ("head", "attn", "mixer")
+    return not parallel and mixed and reader.kind in ("mlp", "neuron")
 
 
 def random_task(model: Any, *, pairs: int = 4, length: int = 7, seed: int = 0) -> Task:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import boot, random_task, save_tokenizer, state, without_a_difference
+from conftest import boot, precedes, random_task, save_tokenizer, state, without_a_difference
 from replica import Replica
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from circuits import assemble
 from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute
-from relp.layout import Component, precedes
+from relp.layout import Component
 from relp.propagation import UnknownOperationError
 from tasks import KLDivergence, Task, ioi
 

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from conftest import precedes
 from test_graph import make_scores
 from test_scores import full_message
 
-from relp.layout import Component, Layout, precedes
+from relp.layout import Component, Layout
 from relp.sites import Sites
 
 HEADS = ("L0H0", "L0H1", "L0H2", "L0H3")

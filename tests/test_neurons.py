@@ -10,7 +10,7 @@ import networkx as nx
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import able_task, boot, random_task
+from conftest import able_task, boot, precedes, random_task
 from test_edges import MODELS, Reference, build
 from test_faithfulness import alone, split
 from torch import Tensor
@@ -37,7 +37,6 @@ from circuits.draw import layout
 from circuits.faithfulness import circuit_metrics, endpoints
 from circuits.graph import size
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
-from relp.layout import precedes
 from relp.sites import Block, Sites
 
 # -- nodes -----------------------------------------------------------------------------------------

@@ -430,8 +430,12 @@ def test_the_file_of_another_sweep_is_refused(
         pytest.raises(ValueError, match="the metric of its runs is another now"),
     ):
         sweep()
-    monkeypatch.setattr("circuits.sweep.version", lambda name: "0.0" if name == "torch" else "1")
-    with pytest.raises(ValueError, match=r"differs in versions: '.*torch 2.*', now '.*torch 0\.0"):
+    with monkeypatch.context() as other:
+        other.setattr("circuits.sweep.version", lambda name: "0.0" if name == "torch" else "1")
+        with pytest.raises(ValueError, match=r"in versions: '.*torch 2.*', now '.*torch 0\.0"):
+            sweep()
+    monkeypatch.setattr("circuits.sweep.LIBRARIES", ("relp-that-is-a-checkout",))
+    with pytest.raises(ValueError, match=r"now 'relp-that-is-a-checkout not installed'"):
         sweep()
     monkeypatch.undo()
     sweep(random_task(tiny, pairs=2, length=3)).save(file)

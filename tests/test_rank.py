@@ -7,12 +7,13 @@ from random import Random
 import networkx as nx
 import pytest
 import torch
+from conftest import precedes
 from test_graph import names
 
 from circuits.evaluation import _best
 from circuits.graph import assemble, real_edges, size
 from circuits.prune import connect, greedy, random, threshold, top
-from relp.layout import Component, precedes
+from relp.layout import Component
 from relp.scores import Scores
 
 CASES = [

@@ -13,11 +13,11 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from conftest import precedes
 from safetensors.torch import save_file
 from torch import Tensor
 
 from relp import Component, Effects, Scores
-from relp.layout import precedes
 from relp.scores import ALL_POSITIONS
 
 LABELS = {
