@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 from relp import lazy
 
 if TYPE_CHECKING:
-    from circuits.acdc import acdc
-    from circuits.agreement import agreement, auroc
     from circuits.draw import draw
-    from circuits.evaluation import compare, evaluate
-    from circuits.export import load, save
-    from circuits.faithfulness import completeness, faithfulness, minimality
+    from circuits.exact.patch import patch
+    from circuits.files.export import load, save
+    from circuits.files.mib import from_mib, to_mib
     from circuits.graph import assemble
-    from circuits.mib import from_mib, to_mib
-    from circuits.patching import patch
-    from circuits.prune import between, connect, greedy, random, threshold, top, top_nodes
+    from circuits.judge.agreement import agreement, auroc
+    from circuits.judge.evaluation import compare, evaluate
+    from circuits.judge.faithfulness import completeness, faithfulness, minimality
+    from circuits.search.acdc import acdc
+    from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
 
 __all__ = [
     "acdc",
@@ -44,15 +44,15 @@ __all__ = [
 lazy.lazily(
     __name__,
     {
-        "acdc": "acdc",
-        "agreement": "agreement auroc",
+        "search.acdc": "acdc",
+        "judge.agreement": "agreement auroc",
         "draw": "draw",
-        "evaluation": "compare evaluate",
-        "export": "load save",
-        "faithfulness": "completeness faithfulness minimality",
+        "judge.evaluation": "compare evaluate",
+        "files.export": "load save",
+        "judge.faithfulness": "completeness faithfulness minimality",
         "graph": "assemble",
-        "mib": "from_mib to_mib",
-        "patching": "patch",
-        "prune": "between connect greedy random threshold top top_nodes",
+        "files.mib": "from_mib to_mib",
+        "exact.patch": "patch",
+        "search.prune": "between connect greedy random threshold top top_nodes",
     },
 )

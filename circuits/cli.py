@@ -440,8 +440,8 @@ def _search(
 def _acdc(model: Any, task: Any, tau: float, unfinished: Path, asked: str) -> Any:
     """The circuit by exact search, which goes on from what an interrupted one left in the file."""
     from circuits import acdc, connect, load, save
-    from circuits.acdc import NEXT
     from circuits.graph import size
+    from circuits.search.acdc import NEXT
 
     begun = load(unfinished) if unfinished.exists() else None
     if begun is not None and begun.graph.get("asked") != asked:

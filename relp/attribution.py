@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from relp.capture import ROOT, Capture, captures, undisturbed
+from relp.bridge.norms import NormMap
+from relp.bridge.run import ROOT, Capture, captures, undisturbed
+from relp.bridge.sites import Block, Sites, weight
 from relp.choices import OWN, check_direction, check_level
-from relp.norms import NormMap
 from relp.propagation import module_names
 from relp.rulebook import DEEPLIFT, RELP, Rules
 from relp.scores import Scores, span_index
-from relp.sites import Block, Sites, weight
 
 __all__ = ["attribute"]
 

@@ -15,13 +15,13 @@ from test_graph import make_scores, names
 from torch import Tensor
 
 from circuits import acdc, assemble, top
-from circuits.faithfulness import circuit_masks, circuit_metrics
 from circuits.graph import real_edges, size
+from circuits.judge.faithfulness import circuit_masks, circuit_metrics
 from relp import GRADIENT, attribute
-from relp.sites import Sites
+from relp.bridge.sites import Sites
 from tasks.metrics import KLDivergence
 
-MODULE = import_module("circuits.acdc")  # the package has a function of that name
+MODULE = import_module("circuits.search.acdc")  # the package has a function of that name
 
 
 def toy(sites: Sites, seed: int) -> Callable[..., Tensor]:

@@ -13,9 +13,9 @@ from conftest import random_task
 from torch import Tensor
 
 from circuits import agreement, assemble, auroc, draw, patch, top
-from circuits.agreement import points
 from circuits.cli import _print_agreement
 from circuits.graph import real_edges
+from circuits.judge.agreement import points
 from relp import GRADIENT, RELP, Effects, Scores, attribute
 from relp.scores import ALL_POSITIONS
 

@@ -14,7 +14,6 @@ from conftest import able_task, boot, random_task, state
 from torch.nn.modules import module as hooks
 
 from circuits import assemble, faithfulness, patch, top
-from circuits.rerun import Rerun
 from relp import (
     CP_LRP,
     DEEPLIFT,
@@ -25,7 +24,8 @@ from relp import (
     attribute,
     propagate,
 )
-from relp.sites import Sites
+from relp.bridge.rerun import Rerun
+from relp.bridge.sites import Sites
 
 OPAQUE = ("LSTM",)
 FROM_THE_START = ("OPT", "Mamba", "Mamba2")

@@ -31,8 +31,8 @@ from circuits import acdc, cli, connect, load, patch, save
 from circuits.cli import SHOWN, _one_line_errors, app
 from circuits.draw import lined_up
 from circuits.graph import size
-from circuits.rerun import Rerun
 from relp import PRESETS, Scores
+from relp.bridge.rerun import Rerun
 from tasks import ioi, zoo
 
 NUMBER = r"-?\d+\.\d{3}"
@@ -292,7 +292,7 @@ def test_a_circuit_is_kept_before_it_is_checked(model: Path, monkeypatch: Any) -
 
 
 def test_an_interrupted_search_goes_on(model: Path, monkeypatch: Any) -> None:
-    module = importlib.import_module("circuits.acdc")
+    module = importlib.import_module("circuits.search.acdc")
     metrics, calls = module.circuit_metrics, []
 
     def interrupted(*args: Any) -> Any:

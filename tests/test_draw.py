@@ -24,7 +24,7 @@ from circuits.draw import (
     tint,
 )
 from circuits.graph import assemble, size
-from circuits.prune import top
+from circuits.search.prune import top
 from relp.scores import Effects, Scores
 
 

@@ -21,12 +21,13 @@ from transformer_lens.tools.analysis.attribution_patching import (
     attribution_patch,
 )
 
-from circuits import assemble, patch, rerun
+from circuits import assemble, patch
 from relp import DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute, propagate
+from relp.bridge import rerun
+from relp.bridge.norms import NormMap
+from relp.bridge.sites import Sites
 from relp.layout import Component
-from relp.norms import NormMap
 from relp.rulebook import PRESETS
-from relp.sites import Sites
 from tasks import Task
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

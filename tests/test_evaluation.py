@@ -13,8 +13,8 @@ from conftest import able_task
 from scipy import stats
 
 from circuits import assemble, compare, evaluate, faithfulness, random, top
-from circuits.evaluation import SIZES, Evaluation, _interval
 from circuits.graph import size
+from circuits.judge.evaluation import SIZES, Evaluation, _interval
 from relp import GRADIENT, RELP, attribute
 
 

@@ -16,11 +16,11 @@ import pydot
 import pytest
 from test_graph import make_scores
 
-from circuits import export
 from circuits.draw import NEGATIVE, POSITIVE, draw, node_positions, tint
-from circuits.export import from_dot, load, save, to_dot
+from circuits.files import export
+from circuits.files.export import from_dot, load, save, to_dot
 from circuits.graph import assemble, size
-from circuits.prune import top
+from circuits.search.prune import top
 from relp.choices import MIB, SUFFIXES
 
 

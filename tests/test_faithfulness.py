@@ -26,10 +26,10 @@ from circuits import (
     random,
     top,
 )
-from circuits.faithfulness import _doubt, circuit_masks, circuit_metrics, endpoints
 from circuits.graph import real_edges, size
+from circuits.judge.faithfulness import _doubt, circuit_masks, circuit_metrics, endpoints
 from relp import RELP, Component, attribute
-from relp.sites import Sites
+from relp.bridge.sites import Sites
 from tasks import Task
 from tasks.metrics import KLDivergence
 
@@ -175,11 +175,11 @@ def as_users_have_it(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
 def test_each_verb_warns_its_caller_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = as_users_have_it("relp/capture", monkeypatch).undisturbed
-    monkeypatch.setattr("relp.capture.undisturbed", undisturbed)
+    undisturbed = as_users_have_it("relp/bridge/run", monkeypatch).undisturbed
+    monkeypatch.setattr("relp.bridge.run.undisturbed", undisturbed)
     plain, evaluation, search = (
         as_users_have_it(f"circuits/{name}", monkeypatch)
-        for name in ("faithfulness", "evaluation", "acdc")
+        for name in ("judge/faithfulness", "judge/evaluation", "search/acdc")
     )
     for module in (evaluation, search):
         monkeypatch.setattr(module, "endpoints", plain.endpoints)
@@ -242,7 +242,7 @@ def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(circuit_metrics(sites, task, masks & sites.layout.exists), together)
     by_position, short = masks.expand(-1, 4, -1, -1), task.select([0, 1])
     torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
-    monkeypatch.setattr(sys.modules["circuits.faithfulness"], "BATCH_BYTES", 1)
+    monkeypatch.setattr(sys.modules["circuits.judge.faithfulness"], "BATCH_BYTES", 1)
     torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
 
 

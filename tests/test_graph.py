@@ -10,7 +10,7 @@ import torch
 from conftest import precedes
 
 from circuits.graph import EDGE, GRAPH, NODE, assemble, real_edges, size
-from circuits.prune import connect, threshold, top
+from circuits.search.prune import connect, threshold, top
 from relp.layout import Component, Layout
 from relp.scores import Scores
 

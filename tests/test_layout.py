@@ -10,8 +10,8 @@ from conftest import precedes
 from test_graph import make_scores
 from test_scores import full_message
 
+from relp.bridge.sites import Sites
 from relp.layout import Component, Layout
-from relp.sites import Sites
 
 HEADS = ("L0H0", "L0H1", "L0H2", "L0H3")
 GROUPED = Layout(

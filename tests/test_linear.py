@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuits import patch
 from relp import CP_LRP, DEEPLIFT, GRADIENT, RELP, Scores, attribute
-from relp.sites import Sites, bias, weight
+from relp.bridge.sites import Sites, bias, weight
 
 EPS = 1e12
 LIFT = 30.0

@@ -34,10 +34,10 @@ from circuits import (
     top_nodes,
 )
 from circuits.draw import layout
-from circuits.faithfulness import circuit_metrics, endpoints
 from circuits.graph import size
+from circuits.judge.faithfulness import circuit_metrics, endpoints
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
-from relp.sites import Block, Sites
+from relp.bridge.sites import Block, Sites
 
 # -- nodes -----------------------------------------------------------------------------------------
 

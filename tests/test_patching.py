@@ -18,11 +18,11 @@ from transformer_lens import patching
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from circuits import agreement, assemble, faithfulness, patch, top
-from circuits import patching as patching_module
+from circuits.exact import patch as patching_module
 from circuits.graph import real_edges, size
-from circuits.rerun import Rerun
 from relp import GRADIENT, RELP, Component, Effects, attribute
-from relp.sites import Sites, reading
+from relp.bridge.rerun import Rerun
+from relp.bridge.sites import Sites, reading
 from tasks import Task, ioi
 
 EVERYWHERE = slice(None)
@@ -431,10 +431,11 @@ def test_the_file_of_another_sweep_is_refused(
     ):
         sweep()
     with monkeypatch.context() as other:
-        other.setattr("circuits.sweep.version", lambda name: "0.0" if name == "torch" else "1")
+        older = {"torch": "0.0"}
+        other.setattr("circuits.exact.sweep.version", lambda name: older.get(name, "1"))
         with pytest.raises(ValueError, match=r"in versions: '.*torch 2.*', now '.*torch 0\.0"):
             sweep()
-    monkeypatch.setattr("circuits.sweep.LIBRARIES", ("relp-that-is-a-checkout",))
+    monkeypatch.setattr("circuits.exact.sweep.LIBRARIES", ("relp-that-is-a-checkout",))
     with pytest.raises(ValueError, match=r"now 'relp-that-is-a-checkout not installed'"):
         sweep()
     monkeypatch.undo()

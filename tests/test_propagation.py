@@ -32,9 +32,9 @@ from relp import (
     propagation,
 )
 from relp.attribution import node_sites
-from relp.capture import capture
+from relp.bridge.run import capture
+from relp.bridge.sites import Sites
 from relp.rules import Reference
-from relp.sites import Sites
 from tasks import ioi
 
 

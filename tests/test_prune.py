@@ -7,7 +7,7 @@ import pytest
 from test_graph import circuit_of, make_scores, names
 
 from circuits.graph import assemble, real_edges, size
-from circuits.prune import between, connect, greedy, random, threshold, top, top_nodes
+from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
 
 
 def slowly(graph: nx.MultiDiGraph, edges: int, signed: bool) -> set[tuple[str, str, str]]:

@@ -10,9 +10,9 @@ import torch
 from conftest import precedes
 from test_graph import names
 
-from circuits.evaluation import _best
 from circuits.graph import assemble, real_edges, size
-from circuits.prune import connect, greedy, random, threshold, top
+from circuits.judge.evaluation import _best
+from circuits.search.prune import connect, greedy, random, threshold, top
 from relp.layout import Component
 from relp.scores import Scores
 

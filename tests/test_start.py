@@ -110,7 +110,7 @@ def test_lazy_names_are_those_that_type_checkers_see(package: str) -> None:
     assert str(error.value) == f"module {package!r} has no attribute 'nothing'"
 
 
-@pytest.mark.parametrize("name", ["circuits.draw", "circuits.acdc", "tasks.ioi"])
+@pytest.mark.parametrize("name", ["circuits.draw", "tasks.ioi"])
 def test_a_module_does_not_take_the_place_of_the_name(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from circuits import assemble, faithfulness, patch, top
-from circuits.rerun import Rerun, _same
 from relp import GRADIENT, RELP, attribute
-from relp.capture import own_forward
-from relp.sites import Sites, bias, editing, norm_parameters, reading, weight, weights_identity
+from relp.bridge.rerun import Rerun, _same
+from relp.bridge.run import own_forward
+from relp.bridge.sites import (
+    Sites,
+    bias,
+    editing,
+    norm_parameters,
+    reading,
+    weight,
+    weights_identity,
+)
 from tasks import Task, zoo
 
 

@@ -25,11 +25,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from circuits.rank import ranked, worth
-from relp.capture import undisturbed
+from circuits.judge.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from circuits.search.rank import ranked, worth
+from relp.bridge.run import undisturbed
+from relp.bridge.sites import Sites
 from relp.scores import Scores
-from relp.sites import Sites
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
 

@@ -22,8 +22,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from circuits.agreement import agreement, points
 from circuits.graph import check_circuit, real_edges, size
+from circuits.judge.agreement import agreement, points
 from relp.layout import Component
 from relp.scores import ALL_POSITIONS, Scores
 

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from circuits.graph import check_circuit, real_edges
-from circuits.rerun import output_shapes, skipping
 from relp.attribution import head_changes, neuron_outputs
-from relp.capture import ROOT, answers_only, observe, precise_logits, undisturbed
+from relp.bridge.norms import NormMap
+from relp.bridge.rerun import output_shapes, skipping
+from relp.bridge.run import ROOT, answers_only, observe, precise_logits, undisturbed
+from relp.bridge.sites import Block, Edit, Sites, bias, editing, weight
 from relp.layout import Component
-from relp.norms import NormMap
 from relp.rulebook import DEEPLIFT
-from relp.sites import Block, Edit, Sites, bias, editing, weight
 
 __all__ = [
     "circuit_masks",

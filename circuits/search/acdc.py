@@ -23,13 +23,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.graph import assemble, check_circuit, real_edges
+from circuits.judge.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from relp.attribution import provenance
-from relp.capture import undisturbed
+from relp.bridge.run import undisturbed
+from relp.bridge.sites import Sites
 from relp.choices import check_tau
 from relp.scores import Scores
-from relp.sites import Sites
 
 __all__ = ["acdc"]
 

@@ -54,8 +54,8 @@ from circuits.draw import (
     routes,
     tint,
 )
+from circuits.files.mib import from_mib, to_mib
 from circuits.graph import check_circuit
-from circuits.mib import from_mib, to_mib
 from relp.choices import MIB, SUFFIXES
 from relp.scores import check_texts, written_whole
 

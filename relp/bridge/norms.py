@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from relp.bridge.sites import norm_parameters
 from relp.rulebook import Rules
 from relp.rules import STATISTIC_SLOPES
-from relp.sites import norm_parameters
 
 __all__ = ["NormMap"]
 

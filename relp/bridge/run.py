@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from relp.bridge.sites import Edit, Sites, bias, editing, is_plain, reading, shape, weight
 from relp.propagation import Propagation, propagate
 from relp.rulebook import Rules
-from relp.sites import Edit, Sites, bias, editing, is_plain, reading, shape, weight
 
 __all__ = ["Capture", "capture", "captures", "observe"]
 

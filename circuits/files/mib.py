@@ -44,9 +44,9 @@ import networkx as nx
 import torch
 
 from circuits.graph import GRAPH, assemble, check_circuit, real_edges
+from relp.bridge.sites import Sites
 from relp.layout import Layout
 from relp.scores import Scores, check_texts, written_whole
-from relp.sites import Sites
 
 __all__ = ["from_mib", "to_mib"]
 

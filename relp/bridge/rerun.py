@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relp.capture import answers_only, observe, own_forward, precise_logits
-from relp.sites import Block, Edit, Sites, editing, reading
+from relp.bridge.run import answers_only, observe, own_forward, precise_logits
+from relp.bridge.sites import Block, Edit, Sites, editing, reading
 
 __all__ = ["POINTWISE", "Rerun", "entries", "output_shapes", "skipping"]
 

@@ -20,7 +20,7 @@ import networkx as nx
 import torch
 
 from circuits.graph import check_circuit, keep, real_edges
-from circuits.rank import Table, placed, worth
+from circuits.search.rank import Table, placed, worth
 from relp.scores import Scores
 
 __all__ = ["between", "connect", "greedy", "random", "threshold", "top", "top_nodes"]

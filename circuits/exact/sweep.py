@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from relp.bridge.sites import Sites, weights_identity
 from relp.scores import written_whole
-from relp.sites import Sites, weights_identity
 
 __all__ = ["EVERYWHERE", "Cell", "Sweep", "identity"]
 

@@ -29,14 +29,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.rerun import POINTWISE, Rerun, entries
-from circuits.sweep import EVERYWHERE, Cell, Sweep, identity
+from circuits.exact.sweep import EVERYWHERE, Cell, Sweep, identity
 from relp.attribution import edge_sites, head_changes, head_outputs, provenance
-from relp.capture import observe, undisturbed
+from relp.bridge.rerun import POINTWISE, Rerun, entries
+from relp.bridge.run import observe, undisturbed
+from relp.bridge.sites import Edit, Sites, bias, weight
 from relp.choices import OWN, check_ablation, check_direction, check_level
 from relp.layout import Component
 from relp.scores import ALL_POSITIONS, Effects
-from relp.sites import Edit, Sites, bias, weight
 
 __all__ = ["Cell", "measure", "patch"]
 

@@ -1,0 +1,1 @@
+"""Exact effects: what patching a component or an edge really does."""

@@ -1,0 +1,1 @@
+"""Circuits as files: one module a format, one table of suffixes."""

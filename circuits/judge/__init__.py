@@ -1,0 +1,1 @@
+"""Judging scores and circuits: agreement with exact effects, faithfulness, areas by size."""

@@ -1,0 +1,1 @@
+"""Choosing a circuit: by rank, by pruning, by measuring."""

@@ -1,0 +1,1 @@
+"""The one seam to `TransformerBridge`: its sites, its runs, what writers add and readers get."""
