@@ -24,8 +24,7 @@ from plotly.subplots import make_subplots
 
 from circuits.graph import check_circuit, real_edges, size
 from circuits.judge.agreement import agreement, points
-from relp.layout import Component
-from relp.scores import ALL_POSITIONS, Scores
+from relp import Component, EdgeScores, NodeScores, Scores
 
 __all__ = ["crossings", "draw", "layout", "lined_up", "node_positions", "routes"]
 
@@ -72,9 +71,9 @@ def draw(
     if isinstance(what, Scores) and isinstance(against, Scores):
         figure = _scatter(what, against, kind)
     elif isinstance(what, Scores) and against is None:
-        if what.level == "edge":
+        if isinstance(what, EdgeScores):
             figure = _edge_heatmap(what)
-        else:
+        elif isinstance(what, NodeScores):
             figure = _node_heatmap(what if positions else lined_up(what), kind)
     elif isinstance(what, nx.MultiDiGraph) and against is None:
         figure = _circuit(what)
@@ -129,7 +128,7 @@ def _unit(scores: Scores) -> str:
     return f"{scores.noun} ({scores.metric})"
 
 
-def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
+def _node_heatmap(scores: NodeScores, kind: str | None) -> go.Figure:
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
     names, nodes = scores.of_kind(kind)
@@ -148,7 +147,7 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
         named = kind == "neuron" or parsed[0].layer < 0
         z = replace(scores, components=names, nodes=nodes).mean.double().numpy()
         rows = [c.name if named else f"L{c.layer}" for c in parsed]
-        together = scores.tokens if scores.tokens == ALL_POSITIONS else ()
+        together = scores.tokens if scores.is_together else ()
         places = scores.places or together or range(z.shape[1])
         labels = np.array(
             [[f"{name}@{plain(str(place))}" for place in places] for name in names], dtype=object
@@ -183,15 +182,15 @@ def _node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     return figure
 
 
-def lined_up(scores: Scores) -> Scores:
+def lined_up(scores: NodeScores) -> NodeScores:
     """By span if pairs have a span at different positions: a mean by position would smear it."""
     apart = any(len(at.unique()) > 1 for at in scores.spans.values())
     return scores.by_span() if apart else scores
 
 
-def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
+def _token_ticks(scores: NodeScores, width: int) -> dict[str, Any]:
     """What stands at each position, where that is the same for every pair."""
-    if scores.places or scores.tokens == ALL_POSITIONS:
+    if scores.places or scores.is_together:
         return {"tickvals": list(range(width)), "ticktext": [plain(t) for t in scores.tokens]}
     if len(scores.tokens) != width or len(set(scores.lengths.tolist())) != 1:
         return {"dtick": 1 if width <= 40 else None}
@@ -203,10 +202,8 @@ def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
     }
 
 
-def _edge_heatmap(scores: Scores) -> go.Figure:
-    assert scores.edges is not None
-    edges = scores.edges.detach().double().cpu()
-    table = (edges if edges.dim() == 2 else edges.sum(0)).numpy()
+def _edge_heatmap(scores: EdgeScores) -> go.Figure:
+    table = scores.by_position.detach().double().cpu().sum(0).numpy()
     figure = go.Figure(
         _heatmap(
             # blank where there can be no edge

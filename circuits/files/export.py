@@ -56,8 +56,8 @@ from circuits.draw import (
 )
 from circuits.files.mib import from_mib, to_mib
 from circuits.graph import check_circuit
+from relp import check_texts, written_whole
 from relp.choices import MIB, SUFFIXES
-from relp.scores import check_texts, written_whole
 
 __all__ = ["load", "save"]
 

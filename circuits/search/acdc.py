@@ -24,10 +24,9 @@ from tqdm.auto import tqdm
 
 from circuits.graph import assemble, check_circuit, real_edges
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from relp.attribution import provenance
-from relp.bridge import Sites, undisturbed, warn_caller
+from relp import Direction, EdgeScores
+from relp.bridge import Sites, pairs_of, provenance, undisturbed, warn_caller
 from relp.choices import check_tau
-from relp.scores import Scores
 
 __all__ = ["acdc"]
 
@@ -105,12 +104,11 @@ def acdc(
                 "circuit returned has all others; give it as `graph` to go on"
             )
     writers, readers = sites.layout.writers, sites.layout.readers
-    found = Scores(
-        rules=f"ACDC tau={tau:g}",
-        writers=writers,
-        readers=readers,
+    found = EdgeScores(
+        provenance=provenance(sites, task, Direction.NOISE, f"ACDC tau={tau:g}"),
+        pairs=pairs_of(sites, task, {"clean": clean, "corrupt": corrupt}),
+        layout=sites.layout,
         edges=state.changes * state.mask,
-        **provenance(sites, task, "noise", {"clean": clean, "corrupt": corrupt}),
     )
     circuit = assemble(found, state.mask)
     if state.at < len(order):
