@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from relp.layout import Component, Layout
     from relp.operations import register
     from relp.propagation import UnknownOperationError, coverage, propagate
+    from relp.protocols import ModelLike, TaskLike
     from relp.rulebook import (
         ATTN_LRP,
         CP_LRP,
@@ -48,12 +49,14 @@ __all__ = [
     "Effects",
     "Layout",
     "Level",
+    "ModelLike",
     "NodeEffects",
     "NodeScores",
     "Pairs",
     "Provenance",
     "Rules",
     "Scores",
+    "TaskLike",
     "UnknownOperationError",
     "attribute",
     "check_texts",
@@ -74,6 +77,7 @@ lazy.lazily(
         "layout": "Component Layout",
         "operations": "register",
         "propagation": "UnknownOperationError coverage propagate",
+        "protocols": "ModelLike TaskLike",
         "rulebook": "ATTN_LRP CP_LRP DEEPLIFT GIM GRADIENT PRESETS RELP Rules preset",
         "scores": "EdgeEffects EdgeScores Effects NodeEffects NodeScores Pairs Provenance Scores",
     },

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +25,7 @@ from relp.bridge.stream import stream_sites
 from relp.choices import Direction, Level
 from relp.edges import edge_scores, position_groups
 from relp.nodes import component_places, node_scores, node_sites
+from relp.protocols import ModelLike, TaskLike
 from relp.rulebook import RELP, Rules
 from relp.scores import EdgeScores, NodeScores
 
@@ -34,8 +34,8 @@ __all__ = ["attribute"]
 
 @undisturbed
 def attribute(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     *,
     rules: Rules = RELP,
     level: str = "node",
@@ -187,7 +187,7 @@ def _check(rules: Rules, level: Level, steps: int, path: str, positions: bool | 
         )
 
 
-def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None:
+def _must_slope(task: TaskLike, rules: Rules, metric: Float[Tensor, " pair"]) -> None:
     """At the maximum of a metric every score would be 0 up to rounding, and look like a result."""
     at_maximum = task.metric.flat_at_zero and float(metric.abs().max()) < 1e-4
     if at_maximum and rules.softmax != "secant":  # secants see the other run too

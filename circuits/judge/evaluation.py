@@ -27,7 +27,7 @@ from torch import Tensor
 
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.search.rank import ranked, worth
-from relp import Direction, EdgeScores, Scores
+from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Sites, undisturbed
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
@@ -150,8 +150,8 @@ class Evaluation:
 
 @undisturbed
 def evaluate(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     scores: Scores | Sequence[Scores],
     *,
     sizes: Sequence[float] = SIZES,
@@ -214,8 +214,8 @@ def evaluate(
 
 @undisturbed
 def compare(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     one: nx.MultiDiGraph,
     other: nx.MultiDiGraph,
     *,
@@ -256,7 +256,7 @@ def _edge_scores(scores: Sequence[Scores], sizes: Sequence[float]) -> list[EdgeS
     return found
 
 
-def _check(sites: Sites, task: Any, scores: Sequence[EdgeScores]) -> None:
+def _check(sites: Sites, task: TaskLike, scores: Sequence[EdgeScores]) -> None:
     for s in scores:
         if (s.writers, s.readers) != (sites.layout.writers, sites.layout.readers):
             raise ValueError(

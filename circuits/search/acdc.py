@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 import torch
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from circuits.graph import assemble, check_circuit, real_edges
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from relp import Direction, EdgeScores
+from relp import Direction, EdgeScores, ModelLike, TaskLike
 from relp.bridge import Sites, pairs_of, provenance, undisturbed, warn_caller
 from relp.choices import check_tau
 
@@ -39,8 +38,8 @@ NEXT = "acdc_next"
 
 @undisturbed
 def acdc(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     *,
     tau: float,
     graph: nx.MultiDiGraph | None = None,
@@ -163,7 +162,7 @@ def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
 
 
 def _search(
-    sites: Sites, task: Any, tau: float, order: list[Edge], state: _State
+    sites: Sites, task: TaskLike, tau: float, order: list[Edge], state: _State
 ) -> Iterator[_State]:
     """Decides the edges of `order` from `state` on, a few at a time."""
     heard = _heard(sites)

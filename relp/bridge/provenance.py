@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relp.bridge.sites import Sites
 from relp.choices import Direction
+from relp.protocols import TaskLike
 from relp.scores import Pairs, Provenance
 
 __all__ = ["fingerprint", "pairs_of", "provenance", "token_labels"]
@@ -21,7 +22,7 @@ LIBRARIES = ("relp", "torch", "transformers", "transformer-lens")
 """Whose versions can make other numbers."""
 
 
-def provenance(sites: Sites, task: Any, direction: Direction, rules: str) -> Provenance:
+def provenance(sites: Sites, task: TaskLike, direction: Direction, rules: str) -> Provenance:
     """Where the numbers of a model on a task come from."""
     dtype, weights = fingerprint(sites.model)
     return Provenance(
@@ -37,7 +38,7 @@ def provenance(sites: Sites, task: Any, direction: Direction, rules: str) -> Pro
     )
 
 
-def pairs_of(sites: Sites, task: Any, metrics: Mapping[str, Tensor]) -> Pairs:
+def pairs_of(sites: Sites, task: TaskLike, metrics: Mapping[str, Tensor]) -> Pairs:
     """What is known of a task's pairs; `metrics`: of the `clean` and of the `corrupt` run."""
     return Pairs(
         clean=metrics["clean"],
@@ -90,7 +91,7 @@ def _version(library: str) -> str:
         return "not installed"
 
 
-def token_labels(model: Any, task: Any) -> tuple[str, ...]:
+def token_labels(model: Any, task: TaskLike) -> tuple[str, ...]:
     """What stands at each position of the clean prompts, if all have one length.
 
     The token where all pairs have the same one, else the span that is there in all pairs, or "".
