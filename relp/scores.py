@@ -497,6 +497,11 @@ class EdgeScores(Scores):
         return self.layout.readers
 
     @property
+    def parallel(self) -> bool:
+        """True if MLPs do not read what their own block's heads write."""
+        return self.layout.parallel
+
+    @property
     def by_position(self) -> Float[Tensor, "pos writer reader"]:
         """`edges` with an axis for positions; of length 1 if they are summed over all."""
         return self.edges if self.edges.dim() == 3 else self.edges[None]
