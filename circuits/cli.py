@@ -26,13 +26,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import tasks
 from relp import Direction, Level, preset
 from relp.choices import MIB, SUFFIXES, check_ablation, check_tau
 from tasks import zoo
+from tasks.registry import TASKS, builder, check_task
 
-TASKS = ("ioi",)
-"""Functions of the package `tasks`."""
 SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
 EDGES = 100
@@ -264,7 +262,7 @@ def list_tasks() -> None:
     """List the tasks and the models that come with the package."""
     table = Table("name", "what it is")
     for name in TASKS:
-        table.add_row(name, (getattr(tasks, name).__doc__ or "").strip().splitlines()[0])
+        table.add_row(name, (builder(name).__doc__ or "").strip().splitlines()[0])
     for name in zoo.names():
         table.add_row(name, "model that comes with the package")
     console.print(table)
@@ -400,11 +398,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _task(name: str) -> Callable[..., Any]:
     """What makes a task, given a tokenizer; imported when it is called."""
-    if name not in TASKS:
-        raise ValueError(
-            f"the task must be one of {', '.join(TASKS)}; got {name!r}; `relp tasks` lists them"
-        )
-    return lambda tokenizer, **options: getattr(tasks, name)(tokenizer, **options)
+    check_task(name)
+    return lambda tokenizer, **options: builder(name)(tokenizer, **options)
 
 
 def _search(
