@@ -27,8 +27,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import tasks
+from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
 from relp import preset
-from relp.choices import MIB, SUFFIXES, check_ablation, check_direction, check_level, check_tau
+from relp.choices import check_direction, check_level
 from tasks import zoo
 
 TASKS = ("ioi",)
@@ -166,7 +167,7 @@ def measure(
         _check_model(model)
         with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
             from circuits import patch
-            from circuits.draw import lined_up
+            from circuits.draw.heatmaps import lined_up
 
             bridge, name = _boot(model)
             prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)

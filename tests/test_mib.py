@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from architectures import ARCHITECTURES
 from conftest import boot, save_tokenizer
-from test_export import same
+from test_files import same
 from test_graph import make_scores, names
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -33,7 +33,7 @@ from circuits import (
     top,
     top_nodes,
 )
-from circuits.draw import layout
+from circuits.draw.layout import layout
 from circuits.graph import size
 from circuits.judge.faithfulness import circuit_metrics, endpoints
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute

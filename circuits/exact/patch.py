@@ -29,12 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from circuits.choices import check_ablation
 from circuits.exact.sweep import EVERYWHERE, Cell, Sweep, identity
 from relp.attribution import edge_sites, head_changes, head_outputs, provenance
 from relp.bridge.rerun import POINTWISE, Rerun, entries
 from relp.bridge.run import observe, undisturbed
 from relp.bridge.sites import Edit, Sites, bias, weight
-from relp.choices import OWN, check_ablation, check_direction, check_level
+from relp.choices import OWN, check_direction, check_level
 from relp.layout import Component
 from relp.scores import ALL_POSITIONS, Effects
 

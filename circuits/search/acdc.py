@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from circuits.choices import check_tau
 from circuits.graph import assemble, check_circuit, real_edges
 from circuits.judge.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from relp.attribution import provenance
 from relp.bridge.run import undisturbed
 from relp.bridge.sites import Sites
-from relp.choices import check_tau
 from relp.scores import Scores
 
 __all__ = ["acdc"]
