@@ -357,6 +357,20 @@ def test_svg_is_painted_by_score(tmp_path):
     assert texts[at + 1 : at + 6] == [*legend, f"−{limit:.2g}", f"+{limit:.2g}"]
 
 
+def test_svg_has_the_slots_of_a_head_in_one_order(tmp_path):
+    """Whatever the seed of Python's hashes: the same circuit gives the same file."""
+    circuit = make_circuit(edges=40)
+    root = ET.parse(save(circuit, tmp_path / "c.svg")).getroot()
+    shown = []
+    for group in root.iter(f"{SVG}g"):
+        if group.get("class") == "relp-node":
+            node, *slots = (text.text for text in group.iter(f"{SVG}text"))
+            entered = {d["slot"] for *_, d in circuit.in_edges(node, data=True)}
+            assert slots == [slot for slot in "qkv" if slot in entered]
+            shown.append("".join(slots))
+    assert "qkv" in shown
+
+
 def test_positions_are_shown(tmp_path):
     circuit = make_circuit(positions=3, edges=40)
     root = ET.parse(save(circuit, tmp_path / "c.svg")).getroot()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import networkx as nx
 import plotly.graph_objects as go
 
-from circuits.draw.paint import plain
 from relp.scores import Scores
 
 __all__ = ["draw"]
@@ -46,30 +45,32 @@ def draw(
         ValueError: `kind` is not among the components, the circuit is empty, or the two results
             were not made for the same model, task and direction.
     """
-    # imported where they are used: scipy is for the comparison only
+    figure = _figure(what, against, kind, positions)
+    if title is not None:
+        from circuits.draw.paint import plain
+
+        figure.update_layout(title_text=plain(title))
+    return figure
+
+
+def _figure(what: object, against: object, kind: str | None, positions: bool) -> go.Figure:
+    """By what is given; each kind of picture is imported when one is drawn."""
     if isinstance(what, Scores) and isinstance(against, Scores):
         from circuits.draw.scatter import scatter
 
-        figure = scatter(what, against, kind)
-    elif isinstance(what, Scores) and against is None:
+        return scatter(what, against, kind)
+    if isinstance(what, Scores) and against is None:
         from circuits.draw.heatmaps import edge_heatmap, lined_up, node_heatmap
 
         if what.level == "edge":
-            figure = edge_heatmap(what)
-        else:
-            figure = node_heatmap(what if positions else lined_up(what), kind)
-    elif isinstance(what, nx.MultiDiGraph) and against is None:
+            return edge_heatmap(what)
+        return node_heatmap(what if positions else lined_up(what), kind)
+    if isinstance(what, nx.MultiDiGraph) and against is None:
         from circuits.draw.diagram import diagram
 
-        figure = diagram(what)
-    else:
-        given = type(what).__name__ + (
-            f" and {type(against).__name__}" if against is not None else ""
-        )
-        raise TypeError(
-            "draw takes Scores, Effects, Scores with Effects, or a circuit "
-            f"(networkx.MultiDiGraph); got {given}; see help(draw)"
-        )
-    if title is not None:
-        figure.update_layout(title_text=plain(title))
-    return figure
+        return diagram(what)
+    given = type(what).__name__ + (f" and {type(against).__name__}" if against is not None else "")
+    raise TypeError(
+        "draw takes Scores, Effects, Scores with Effects, or a circuit "
+        f"(networkx.MultiDiGraph); got {given}; see help(draw)"
+    )

@@ -11,27 +11,8 @@ import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
 
+from circuits.draw import paint
 from circuits.draw.layout import BOX, Point, bezier, layout, routes
-from circuits.draw.paint import (
-    MUTED,
-    NEGATIVE,
-    NEUTRAL,
-    POSITIVE,
-    edge_hue,
-    edge_limit,
-    edge_note,
-    edge_opacity,
-    edge_share,
-    extent,
-    heading,
-    ink,
-    line_width,
-    node_limit,
-    node_note,
-    node_positions,
-    plain,
-    tint,
-)
 
 __all__ = ["diagram"]
 
@@ -60,8 +41,8 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     (left, low), (right, high) = reach.min(0) - [0.7, 0.6], reach.max(0) + [0.7, 0.6]
     margin = {"l": 50, "r": 110, "t": 80, "b": 20}
     figure.update_layout(
-        title_text=f"{plain(heading(graph))}<br><sup>{extent(graph)}; blue positive, red negative, "
-        "width by |score|</sup>",
+        title_text=f"{paint.plain(paint.heading(graph))}<br><sup>{paint.extent(graph)}; "
+        "blue positive, red negative, width by |score|</sup>",
         template="plotly_white",
         showlegend=False,
         width=max(620, margin["l"] + margin["r"] + _PIXELS[0] * (right - left)),
@@ -87,15 +68,15 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
 
 def _lines(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> list[_Line]:
     """The strongest last, so on top."""
-    curves, strongest = routes(graph, positions), edge_limit(graph)
+    curves, strongest = routes(graph, positions), paint.edge_limit(graph)
     t = np.linspace(0, 1, 24)[:, None]
     lines = [
         _Line(
             # even in the square root, as most scores are small
-            math.ceil(_STEPS * math.sqrt(edge_share(data, strongest))),
-            edge_hue(data),
+            math.ceil(_STEPS * math.sqrt(paint.edge_share(data, strongest))),
+            paint.edge_hue(data),
             bezier(curves[u, v, key], t),  # [t, xy]
-            plain(edge_note(u, v, data)),
+            paint.plain(paint.edge_note(u, v, data)),
         )
         for u, v, key, data in graph.edges(keys=True, data=True)
     ]
@@ -116,10 +97,10 @@ def _strokes(lines: list[_Line]) -> list[go.Scatter]:
                 mode="lines",
                 line={
                     "color": hue,
-                    "width": line_width(share, 0.7),
-                    "dash": "dot" if hue == NEUTRAL else "solid",
+                    "width": paint.line_width(share, 0.7),
+                    "dash": "dot" if hue == paint.NEUTRAL else "solid",
                 },
-                opacity=edge_opacity(share, structural=hue == NEUTRAL),
+                opacity=paint.edge_opacity(share, structural=hue == paint.NEUTRAL),
                 hoverinfo="skip",
                 name=f"edges {step}/{_STEPS}",
             )
@@ -131,7 +112,7 @@ def _edge_notes(lines: list[_Line]) -> go.Scatter:
     """Four unseen points along each edge that say what it is."""
     # Arrays, and colours as numbers: plotly looks at lists and names of colours one by one.
     places = np.array([line.path[i] for line in lines for i in (5, 9, 13, 17)]).reshape(-1, 2)
-    hues = (NEGATIVE, NEUTRAL, POSITIVE)
+    hues = (paint.NEGATIVE, paint.NEUTRAL, paint.POSITIVE)
     return go.Scatter(
         x=places[:, 0],
         y=places[:, 1],
@@ -152,8 +133,8 @@ def _edge_notes(lines: list[_Line]) -> go.Scatter:
 
 def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatter:
     """An unseen point on each box that says what it is, and the scale of their colours."""
-    limit = node_limit(graph)
-    title = {"text": plain(f"node score ({graph.graph['metric']})"), "side": "right"}
+    limit = paint.node_limit(graph)
+    title = {"text": paint.plain(f"node score ({graph.graph['metric']})"), "side": "right"}
     return go.Scatter(
         x=[x for x, _ in positions.values()],
         y=[y for _, y in positions.values()],
@@ -162,13 +143,13 @@ def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatt
             "size": 30,
             "opacity": 0,
             "color": [graph.nodes[node]["score"] for node in positions],
-            "colorscale": [[0, tint(-1.0, 1.0)], [0.5, "#ffffff"], [1, tint(1.0, 1.0)]],
+            "colorscale": [[0, paint.tint(-1.0, 1.0)], [0.5, "#ffffff"], [1, paint.tint(1.0, 1.0)]],
             "cmin": -limit,
             "cmid": 0,
             "cmax": limit,
             "colorbar": {"title": title, "thickness": 12, "len": 0.5},
         },
-        hovertext=[plain(node_note(graph, node)) for node in positions],
+        hovertext=[paint.plain(paint.node_note(graph, node)) for node in positions],
         hoverinfo="text",
         name="nodes",
     )
@@ -176,19 +157,19 @@ def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatt
 
 def _boxes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> list[dict[str, Any]]:
     """An annotation for each node."""
-    limit = node_limit(graph)
+    limit = paint.node_limit(graph)
     return [
         {
             "x": x,
             "y": y,
-            "text": plain(node) + _second_line(node_positions(graph, node)),
+            "text": paint.plain(node) + _second_line(paint.node_positions(graph, node)),
             "showarrow": False,
-            "bgcolor": tint(graph.nodes[node]["score"], limit),
-            "bordercolor": MUTED,
+            "bgcolor": paint.tint(graph.nodes[node]["score"], limit),
+            "bordercolor": paint.MUTED,
             "borderpad": 2,
             "width": BOX[0] * _PIXELS[0] - 6,
             "height": BOX[1] * _PIXELS[1] - 6,
-            "font": {"size": 11, "color": ink(graph.nodes[node]["score"], limit)},
+            "font": {"size": 11, "color": paint.ink(graph.nodes[node]["score"], limit)},
         }
         for node, (x, y) in positions.items()
     ]

@@ -10,17 +10,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.draw.paint import (
-    edge_hue,
-    edge_limit,
-    edge_note,
-    edge_width,
-    heading,
-    ink,
-    node_limit,
-    node_note,
-    tint,
-)
+from circuits.draw import paint
 
 __all__ = ["from_dot", "to_dot"]
 
@@ -84,9 +74,9 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
                 f"attributes must not be named {sorted(_WORDS)} in .dot; got {sorted(taken)}; "
                 "rename them or save as .graphml"
             )
-    limit, strongest = node_limit(graph), edge_limit(graph)
+    limit, strongest = paint.node_limit(graph), paint.edge_limit(graph)
     # In labels a backslash begins an escape such as \N, also one written as an entity.
-    label = _quote((title or heading(graph)).replace("\\", 2 * "\\"))
+    label = _quote((title or paint.heading(graph)).replace("\\", 2 * "\\"))
     lines = [
         'digraph "circuit" {',
         *('rankdir="BT";', 'labelloc="t";', f"label={label};"),
@@ -95,17 +85,17 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     ]
     for node, data in graph.nodes(data=True):
         style = {
-            "fillcolor": tint(data["score"], limit),
-            "fontcolor": ink(data["score"], limit),
-            "tooltip": node_note(graph, node),
+            "fillcolor": paint.tint(data["score"], limit),
+            "fontcolor": paint.ink(data["score"], limit),
+            "tooltip": paint.node_note(graph, node),
         }
         lines.append(f"{_quote(node)} {_attributes(data, **style)}")
     for u, v, key, data in graph.edges(keys=True, data=True):
         style = {
-            "color": edge_hue(data),
-            "penwidth": f"{edge_width(data, strongest):.2f}",
+            "color": paint.edge_hue(data),
+            "penwidth": f"{paint.edge_width(data, strongest):.2f}",
             "style": "dashed" if data["structural"] else "solid",
-            "tooltip": edge_note(u, v, data),
+            "tooltip": paint.edge_note(u, v, data),
         }
         lines.append(f"{_quote(u)} -> {_quote(v)} {_attributes({'key': key, **data}, **style)}")
     return "\n".join([*lines, "}", ""])

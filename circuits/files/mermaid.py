@@ -6,16 +6,7 @@ import json
 
 import networkx as nx
 
-from circuits.draw.paint import (
-    MUTED,
-    edge_hue,
-    edge_limit,
-    edge_width,
-    heading,
-    ink,
-    node_limit,
-    tint,
-)
+from circuits.draw import paint
 
 __all__ = ["to_mermaid"]
 
@@ -29,11 +20,11 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     Raises:
         ValueError: Mermaid would refuse to draw it for its size.
     """
-    limit, strongest = node_limit(graph), edge_limit(graph)
+    limit, strongest = paint.node_limit(graph), paint.edge_limit(graph)
     # The title is YAML, in which a JSON string is a valid one.
     lines = [
         "---",
-        f"title: {json.dumps(title or heading(graph), ensure_ascii=False)}",
+        f"title: {json.dumps(title or paint.heading(graph), ensure_ascii=False)}",
         "---",
         "flowchart BT",
     ]
@@ -41,15 +32,15 @@ def to_mermaid(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     for node, name in ids.items():
         score = graph.nodes[node]["score"]
         lines.append(f'    {name}("{_text(node)}")')
-        fill, color = tint(score, limit), ink(score, limit)
-        lines.append(f"    style {name} fill:{fill},color:{color},stroke:{MUTED}")
+        fill, color = paint.tint(score, limit), paint.ink(score, limit)
+        lines.append(f"    style {name} fill:{fill},color:{color},stroke:{paint.MUTED}")
     styles = []
     for i, (u, v, key, data) in enumerate(graph.edges(keys=True, data=True)):
         arrow = "-.->" if data["structural"] else "-->"
         label = "" if key in ("in", "kv") else f'|"{_text(key)}"|'
         lines.append(f"    {ids[u]} {arrow}{label} {ids[v]}")
-        width = f"{edge_width(data, strongest):.2f}px"
-        styles.append(f"    linkStyle {i} stroke:{edge_hue(data)},stroke-width:{width}")
+        width = f"{paint.edge_width(data, strongest):.2f}px"
+        styles.append(f"    linkStyle {i} stroke:{paint.edge_hue(data)},stroke-width:{width}")
     text = "\n".join([*lines, *styles]) + "\n"
     arrows = graph.number_of_edges()
     if arrows > _MOST_EDGES or len(text) > _MOST_TEXT:

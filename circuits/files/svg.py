@@ -8,28 +8,8 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from circuits.draw import paint
 from circuits.draw.layout import BOX, PORTS, Curve, Point, layout, routes
-from circuits.draw.paint import (
-    DARK,
-    MUTED,
-    NEGATIVE,
-    NEUTRAL,
-    POSITIVE,
-    edge_hue,
-    edge_limit,
-    edge_note,
-    edge_opacity,
-    edge_share,
-    edge_width,
-    extent,
-    heading,
-    ink,
-    line_width,
-    node_limit,
-    node_note,
-    node_positions,
-    tint,
-)
 from circuits.files.node_link import FORMAT, from_json, to_json
 from circuits.files.xml import ILLEGAL
 
@@ -41,10 +21,10 @@ _MARGIN, _HEAD, _FOOT, _GUTTER = 28.0, 92.0, 84.0, 62.0
 _FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
 # Prefixed, as the picture may stand in a page with styles of its own.
 _STYLE = f"""
-.relp-edge:hover {{ stroke-opacity: 1; stroke: {DARK}; }}
-.relp-node:hover rect {{ stroke: {DARK}; stroke-width: 2.5; }}
+.relp-edge:hover {{ stroke-opacity: 1; stroke: {paint.DARK}; }}
+.relp-node:hover rect {{ stroke: {paint.DARK}; stroke-width: 2.5; }}
 """
-_CAPTION = f"fill:{MUTED}"
+_CAPTION = f"fill:{paint.MUTED}"
 
 
 def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
@@ -53,7 +33,7 @@ def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     curves = routes(graph, positions)
     canvas = _Canvas.around(positions.values(), curves.values())
     svg = canvas.blank()
-    _add(svg, "title", text=title or heading(graph))
+    _add(svg, "title", text=title or paint.heading(graph))
     _add(svg, "metadata", text=to_json(graph), id=FORMAT)
     _add(svg, "style", text=_STYLE)
     _add(svg, "rect", width="100%", height="100%", fill="#ffffff")
@@ -61,7 +41,7 @@ def to_svg(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     places = {node: canvas.at(point) for node, point in positions.items()}
     _bands(svg, graph, places, canvas.width)
     _edges(svg, graph, curves, canvas)
-    nodes, limit = _add(svg, "g"), node_limit(graph)
+    nodes, limit = _add(svg, "g"), paint.node_limit(graph)
     for node, place in places.items():
         _node(nodes, graph, node, place, limit)
     _legend(svg, graph, canvas.height)
@@ -118,7 +98,7 @@ class _Canvas:
                 "viewBox": f"0 0 {self.width:.0f} {self.height:.0f}",
                 "role": "img",
                 "font-family": _FONT,
-                "fill": DARK,
+                "fill": paint.DARK,
             },
         )
 
@@ -149,7 +129,7 @@ def _heading(svg: ET.Element, graph: nx.MultiDiGraph, title: str | None, width: 
     g, room = graph.graph, width - 2 * _MARGIN
     metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
     first = title or f"{g['task']} · {g['model']}"
-    second = f"{g['rules']} · {g['direction']} · {extent(graph)} · {metric}"
+    second = f"{g['rules']} · {g['direction']} · {paint.extent(graph)} · {metric}"
     _label(svg, _MARGIN, 42.0, _fit(first, 20.0, room), 20.0, font_weight="600")
     _label(svg, _MARGIN, 65.0, _fit(second, 13.0, room), 13.0, style=_CAPTION)
 
@@ -184,25 +164,26 @@ def _edges(
     canvas: _Canvas,
 ) -> None:
     """The strongest last, so on top."""
-    group, strongest = _add(svg, "g"), edge_limit(graph)
+    group, strongest = _add(svg, "g"), paint.edge_limit(graph)
     ranked = sorted(graph.edges(keys=True, data=True), key=lambda edge: abs(edge[3]["score"]))
     for u, v, key, data in ranked:
         (x0, y0), (x1, y1), (x2, y2), (x3, y3) = (canvas.at(point) for point in curves[u, v, key])
-        opacity = edge_opacity(edge_share(data, strongest), structural=data["structural"])
+        share = paint.edge_share(data, strongest)
+        opacity = paint.edge_opacity(share, structural=data["structural"])
         path = _add(
             group,
             "path",
             d=f"M{x0:.1f} {y0:.1f}C{x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} {x3:.1f} {y3:.1f}",
-            stroke=edge_hue(data),
+            stroke=paint.edge_hue(data),
             class_="relp-edge",
             fill="none",
             stroke_linecap="round",
-            stroke_width=f"{edge_width(data, strongest):.2f}",
+            stroke_width=f"{paint.edge_width(data, strongest):.2f}",
             stroke_opacity=f"{opacity:.2f}",
         )
         if data["structural"]:
             path.set("stroke-dasharray", "2 3")
-        _add(path, "title", text=edge_note(u, v, data))
+        _add(path, "title", text=paint.edge_note(u, v, data))
 
 
 def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: Point, limit: float) -> None:
@@ -210,7 +191,7 @@ def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: Point, limi
     data, (x, y) = graph.nodes[node], at
     w, h = BOX[0] * _X, BOX[1] * _Y
     group = _add(parent, "g", class_="relp-node")
-    _add(group, "title", text=node_note(graph, node))
+    _add(group, "title", text=paint.node_note(graph, node))
     box = _add(
         group,
         "rect",
@@ -219,15 +200,16 @@ def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: Point, limi
         width=f"{w:.1f}",
         height=f"{h:.1f}",
         rx="6" if data["kind"] in ("head", "kv") else f"{h / 2:.1f}",
-        fill=tint(data["score"], limit),
-        stroke=MUTED,
+        fill=paint.tint(data["score"], limit),
+        stroke=paint.MUTED,
         stroke_width="1.1",
     )
     if data["kind"] == "kv":
         box.set("stroke-dasharray", "3 2")
-    slots = {d["slot"] for *_, d in graph.in_edges(node, data=True)} & set(PORTS)
-    where = node_positions(graph, node)
-    middle = {"text_anchor": "middle", "style": f"fill:{ink(data['score'], limit)}"}
+    entered = {d["slot"] for *_, d in graph.in_edges(node, data=True)}
+    slots = [slot for slot in PORTS if slot in entered]
+    where = paint.node_positions(graph, node)
+    middle = {"text_anchor": "middle", "style": f"fill:{paint.ink(data['score'], limit)}"}
     px = (11.0 if where else 13.0) * 7 / max(7, len(node))
     drop = 3.0 if where else 0.5 if slots else 4.5
     _label(group, x, y + drop, node, px, font_weight="500", **middle)
@@ -239,19 +221,19 @@ def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: Point, limi
 
 def _legend(svg: ET.Element, graph: nx.MultiDiGraph, height: float) -> None:
     y, x = height - 40, _MARGIN
-    strongest, limit = edge_limit(graph), node_limit(graph)
-    for hue, word in ((POSITIVE, "positive"), (NEGATIVE, "negative")):
+    strongest, limit = paint.edge_limit(graph), paint.node_limit(graph)
+    for hue, word in ((paint.POSITIVE, "positive"), (paint.NEGATIVE, "negative")):
         _line(svg, x, y, hue, 4.0)
         _label(svg, x + 33, y + 4, word, 12.0, style=_CAPTION)
         x += 104
     for share in (1.0, 0.5, 0.1):
-        _line(svg, x, y, NEUTRAL, line_width(share))
+        _line(svg, x, y, paint.NEUTRAL, paint.line_width(share))
         _label(svg, x + 33, y + 4, f"{share * strongest:.2g}", 12.0, style=_CAPTION)
         x += 76
     x += 16
     stops = _add(_add(svg, "defs"), "linearGradient", id="relp-scale")
     for offset, score in (("0", -1.0), ("0.5", 0.0), ("1", 1.0)):
-        _add(stops, "stop", offset=offset, stop_color=tint(score, 1.0))
+        _add(stops, "stop", offset=offset, stop_color=paint.tint(score, 1.0))
     low, high = f"−{limit:.2g}", f"+{limit:.2g}"
     _label(svg, x, y + 4, low, 12.0, style=_CAPTION)
     x += 7.2 * len(low) + 4
