@@ -69,16 +69,17 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
 def _lines(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> list[_Line]:
     """The strongest last, so on top."""
     curves, strongest = routes(graph, positions), paint.edge_limit(graph)
-    t = np.linspace(0, 1, 24)[:, None]
+    points = np.array([curves[edge] for edge in graph.edges(keys=True)]).reshape(-1, 4, 2)
+    paths = bezier(points.swapaxes(0, 1), np.linspace(0, 1, 24))
     lines = [
         _Line(
             # even in the square root, as most scores are small
             math.ceil(_STEPS * math.sqrt(paint.edge_share(data, strongest))),
             paint.edge_hue(data),
-            bezier(curves[u, v, key], t),  # [t, xy]
+            path,
             paint.plain(paint.edge_note(u, v, data)),
         )
-        for u, v, key, data in graph.edges(keys=True, data=True)
+        for (u, v, data), path in zip(graph.edges(data=True), paths, strict=True)
     ]
     return sorted(lines, key=lambda line: line[:2])
 

@@ -144,9 +144,9 @@ def crossings(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> int:
     return int((split & split.T).sum()) // 2
 
 
-def bezier(curve: Curve | np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Points of Bezier curves with control points `[4, ..., xy]`, at each `t` of `[t, 1]`."""
-    p, q, r, s = np.asarray(curve)[..., None, :]
+def bezier(curves: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Points `[curve, t, xy]` of curves with control points `[4, curve, xy]`, at each `t`."""
+    (p, q, r, s), t = curves[:, :, None], t[:, None]
     return (1 - t) ** 3 * p + 3 * t * (1 - t) ** 2 * q + 3 * t**2 * (1 - t) * r + t**3 * s
 
 
@@ -181,19 +181,20 @@ def routes(
         aside = math.copysign(1.0, x0 + x1) * bows + fan
         sideways = np.stack([aside, np.zeros_like(aside)], axis=-1)  # [bow, 2, xy]
         lean, land = start + rise + sideways[:, 0], end - rise + sideways[:, 1]  # [bow, xy]
-        curves = np.stack(np.broadcast_arrays(start, lean, land, end))  # [4, bow, xy]
         between = boxes[(boxes[:, 1] > y0 + 0.1) & (boxes[:, 1] < y1 - 0.1)]
         best = 0
         if len(between) and len(bows) > 1:
+            curves = np.stack(np.broadcast_arrays(start, lean, land, end))  # [4, bow, xy]
             best = int((_covered(curves, between) + prices).argmin())
-        p, q, r, s = ((float(x), float(y)) for x, y in curves[:, best])
+        points = (start, lean[best], land[best], end)
+        p, q, r, s = ((float(x), float(y)) for x, y in points)
         result[u, v, key] = (p, q, r, s)
     return result
 
 
 def _covered(curves: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Of each curve, how many of 22 points along it come close to a box: [bow]."""
-    path = bezier(curves, np.linspace(0.04, 0.96, 22)[:, None])  # [bow, t, xy]
+    path = bezier(curves, np.linspace(0.04, 0.96, 22))  # [bow, t, xy]
     near = np.abs(path[:, :, None] - boxes)  # [bow, t, node, xy]
     w, h = BOX
     inside = (near[..., 0] < w / 2 + 0.04) & (near[..., 1] < h / 2 + 0.04)
