@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits import acdc, assemble, top
 from circuits.graph import real_edges, size
-from circuits.judge.faithfulness import circuit_masks, circuit_metrics
+from circuits.masked import circuit_masks, circuit_metrics
 from relp import GRADIENT, attribute
 from relp.bridge.sites import Sites
 from tasks.metrics import KLDivergence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,19 @@ from torch import Tensor
 from transformer_lens.tools.analysis import attribution_patching as lens
 
 from circuits import (
+    acdc,
     assemble,
+    compare,
     completeness,
     connect,
+    evaluate,
     faithfulness,
     minimality,
     random,
     top,
 )
 from circuits.graph import real_edges, size
-from circuits.judge.faithfulness import _doubt, circuit_masks, circuit_metrics, endpoints
+from circuits.masked import _doubt, circuit_masks, circuit_metrics, endpoints
 from relp import RELP, Component, attribute
 from relp.bridge.sites import Sites
 from tasks import Task
@@ -162,38 +163,19 @@ def test_the_doubt_says_how_many_pairs_are_right() -> None:
     )
 
 
-def as_users_have_it(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module without the tests' type checker, whose own frames would count as callers."""
-    path = Path(__file__).parent.parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"plain_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
-def test_each_verb_warns_its_caller_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = as_users_have_it("relp/bridge/run", monkeypatch).undisturbed
-    monkeypatch.setattr("relp.bridge.run.undisturbed", undisturbed)
-    plain, evaluation, search = (
-        as_users_have_it(f"circuits/{name}", monkeypatch)
-        for name in ("judge/faithfulness", "judge/evaluation", "search/acdc")
-    )
-    for module in (evaluation, search):
-        monkeypatch.setattr(module, "endpoints", plain.endpoints)
+def test_each_verb_warns_its_caller_once(tiny: Any) -> None:
     task = prefers_the_foil(tiny)
     scores = attribute(tiny, task, level="edge")
     circuit = top(assemble(scores), edges=3, connected=False)
     for verb in (
-        lambda: plain.faithfulness(tiny, task, circuit),
-        lambda: plain.completeness(tiny, task, [circuit, circuit], progress=False),
-        lambda: plain.minimality(tiny, task, circuit, progress=False),
-        lambda: evaluation.evaluate(tiny, task, scores, sizes=[0.5], progress=False),
-        lambda: evaluation.compare(tiny, task, circuit, circuit),
-        lambda: search.acdc(tiny, task, tau=0.1, graph=circuit, progress=False),
-        lambda: plain.endpoints(Sites.of(tiny), task, stacklevel=2),
+        lambda: faithfulness(tiny, task, circuit),
+        lambda: completeness(tiny, task, [circuit, circuit], progress=False),
+        lambda: minimality(tiny, task, circuit, progress=False),
+        lambda: evaluate(tiny, task, scores, sizes=[0.5], progress=False),
+        lambda: compare(tiny, task, circuit, circuit),
+        lambda: acdc(tiny, task, tau=0.1, graph=circuit, progress=False),
+        lambda: endpoints(Sites.of(tiny), task),
     ):
         with pytest.warns(UserWarning, match="it is right on 0 of 4 clean prompts") as record:
             verb()
@@ -242,7 +224,7 @@ def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(circuit_metrics(sites, task, masks & sites.layout.exists), together)
     by_position, short = masks.expand(-1, 4, -1, -1), task.select([0, 1])
     torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
-    monkeypatch.setattr(sys.modules["circuits.judge.faithfulness"], "BATCH_BYTES", 1)
+    monkeypatch.setattr("relp.bridge.memory.CIRCUIT_BYTES", 1)
     torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
 
 
@@ -366,7 +348,7 @@ def alone(reference: Any, kept: set[tuple[str, str]], sites: Sites) -> Tensor:
 
     for i, block in enumerate(sites.blocks):
         names, module = block.writers, model.blocks[i]
-        for reader in block.mixer_readers:
+        for reader in block.mixer.readers:
             hear(reader)
         now = reference.run("clean", edits)
         if block.heads:
@@ -379,11 +361,11 @@ def alone(reference: Any, kept: set[tuple[str, str]], sites: Sites) -> Tensor:
             added |= zip(names, parts, strict=False)
         else:
             added[names[0]] = now[f"{i}.mixer"] - corrupt[f"{i}.mixer"]
-        for reader in block.mlp_readers:
+        for reader in block.mlp.readers if block.mlp else ():
             hear(reader)
         if block.mlp:
             now = reference.run("clean", edits)
-            neurons = reference.neurons(block, now) if block.split else {}
+            neurons = reference.neurons(block, now) if block.mlp.parts else {}
             rest = now[f"{i}.mlp"] - corrupt[f"{i}.mlp"] - sum(neurons.values())
             added |= {**neurons, names[-1]: rest}
     hear("logits.in")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuits import patch
 from relp import CP_LRP, DEEPLIFT, GRADIENT, RELP, Scores, attribute
-from relp.bridge.sites import Sites, bias, weight
+from relp.bridge import Sites, bias, weight
 
 EPS = 1e12
 LIFT = 30.0
@@ -59,15 +59,16 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         tokens = bridge.embed.weight
         tokens[:, :FIXED] = tokens[0, :FIXED]
         tokens[:, FIXED:] -= tokens[:, FIXED:].mean(1, keepdim=True)
-        for norm in (*(n for b in blocks for n in (b.norm, b.mlp_norm)), bridge.ln_final):
+        for norm in (*(m.norm for b in blocks for m in b.modules), bridge.ln_final):
             norm.original_component.weight.normal_(1.0, 0.3).mul_(EPS**0.5)
             norm.config.eps = EPS  # a bridge that computes the norm itself overlooks the model's
         for block in blocks:
             mlp = bridge.blocks[block.layer].mlp
-            for matrix in (weight(block.q), weight(block.k)):
+            queries, keys, _ = (slot.through[0].module for slot in block.mixer.slots)
+            for matrix in (weight(queries), weight(keys)):
                 matrix[:, FIXED:] = 0
                 matrix *= 8  # patterns far from uniform
-            for matrix in (weight(block.o), weight(mlp.out)):
+            for matrix in (weight(block.mixer.out.module), weight(mlp.out)):
                 matrix[:FIXED] = 0
                 matrix[FIXED:] -= matrix[FIXED:].mean(0)  # what a norm takes off stays the same
             bias(getattr(mlp, "in")).add_(LIFT)

@@ -35,9 +35,9 @@ from circuits import (
 )
 from circuits.draw.layout import layout
 from circuits.graph import size
-from circuits.judge.faithfulness import circuit_metrics, endpoints
+from circuits.masked import circuit_metrics, endpoints
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
-from relp.bridge.sites import Block, Sites
+from relp.bridge import Block, Sites
 
 # -- nodes -----------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class Apart(Reference):
         """What each neuron adds (to the norm behind it, if there is one) if activations move."""
         out = self.model.blocks[block.layer].mlp.out
         found = {}
-        for n in block.split:
+        for n in block.mlp.numbers:
             alone = torch.zeros_like(step)
             alone[..., n] = step[..., n]
             added = out(alone) - out(torch.zeros_like(step))
@@ -270,7 +270,9 @@ class Apart(Reference):
         for name, projection in self.first(i).items():
             value = projection(x).reshape(*x.shape[:2], -1)  # OPT merges pairs and positions
             chosen = torch.zeros(value.shape[-1], dtype=torch.bool)
-            chosen[[reader.head] if reader.kind == "neuron" else list(self.blocks[i].split)] = True
+            chosen[
+                [reader.head] if reader.kind == "neuron" else list(self.blocks[i].mlp.numbers)
+            ] = True
             mine = chosen if reader.kind == "neuron" else ~chosen
             site = f"{i}.mlp.{name}"
             edits[site] = torch.where(mine, value, self.corrupt[site])

@@ -31,9 +31,9 @@ from relp import (
     propagate,
     propagation,
 )
-from relp.attribution import node_sites
 from relp.bridge.run import capture
 from relp.bridge.sites import Sites
+from relp.nodes import node_sites
 from relp.rules import Reference
 from tasks import ioi
 

@@ -21,9 +21,9 @@ from replica import Replica, Trace
 from torch import Tensor
 
 from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, propagate
-from relp.attribution import node_sites
 from relp.bridge.run import Capture, capture
 from relp.bridge.sites import Sites
+from relp.nodes import node_sites
 from tasks import Task
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -18,17 +18,11 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 
 from circuits import assemble, faithfulness, patch, top
 from relp import GRADIENT, RELP, attribute
+from relp.bridge import Sites, bias, editing, reading, weight
+from relp.bridge.norms import norm_parameters
+from relp.bridge.provenance import weights_identity
 from relp.bridge.rerun import Rerun, _same
 from relp.bridge.run import own_forward
-from relp.bridge.sites import (
-    Sites,
-    bias,
-    editing,
-    norm_parameters,
-    reading,
-    weight,
-    weights_identity,
-)
 from tasks import Task, zoo
 
 

@@ -16,7 +16,7 @@ as `DEEPLIFT` attributes it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,29 +24,41 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import find_executable_batch_size
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.choices import check_ablation
 from circuits.exact.sweep import EVERYWHERE, Cell, Sweep, identity
-from relp.attribution import edge_sites, head_changes, head_outputs, provenance
-from relp.bridge.rerun import POINTWISE, Rerun, entries
-from relp.bridge.run import observe, undisturbed
-from relp.bridge.sites import Edit, Sites, bias, weight
+from relp.attribution import provenance
+from relp.bridge import (
+    POINTWISE,
+    REBUILT,
+    ROOT,
+    Basis,
+    Edit,
+    Reading,
+    Rerun,
+    Sites,
+    entries,
+    must_match,
+    observe,
+    pairs_kept,
+    prompts_per_run,
+    readings,
+    received,
+    stream_places,
+    stream_sites,
+    undisturbed,
+    what_is_added,
+    writer_changes,
+)
 from relp.choices import OWN, check_direction, check_level
 from relp.layout import Component
 from relp.scores import ALL_POSITIONS, Effects
 
 __all__ = ["Cell", "measure", "patch"]
 
-BATCH_BYTES = 24 << 20
-"""Activations of one batch on a CPU, where larger ones were not faster; elsewhere memory is what
-the device has, and a batch that does not fit is made smaller."""
-DEVICE_BYTES = 4 << 30
-PAIR_BYTES = 512 << 20
-"""Activations of both runs that are kept for the pairs at work."""
 IDLE = 1 / 8
 """Share of a batch that may run for nothing, because some of its cells start later than others."""
 
@@ -174,7 +186,9 @@ def measure(
             # called again with fewer prompts if memory runs out; what is finished stays finished
             means = _means(sites, task, cells, other, ablation, prompts)
             bar.begin()
-            for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
+            for index, pairs in task.buckets(
+                min(prompts, pairs_kept(sites, task, edges=any(c.reader for c in cells)))
+            ):
                 part = _Part.of(sites, pairs, cells, own, ablation, means)
                 eps = torch.finfo(part.rerun.values["final"].dtype).eps
                 for side, metric in ((own, part.rerun.metric), (other, part.metric)):
@@ -193,7 +207,7 @@ def measure(
 
         try:
             find_executable_batch_size(
-                run, starting_batch_size=batch_size or _prompts(sites, task)
+                run, starting_batch_size=batch_size or prompts_per_run(sites, task)
             )()
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(sweep.interrupted(resume)) from stop
@@ -271,15 +285,19 @@ def _written(sites: Sites, component: str) -> Spot:
     return Spot(max(0, Component.parse(component).layer), *sites.part(component))
 
 
-def _read(sites: Sites, reader: str) -> Spot:
-    """Where what a reader gets is, as far as it is its own."""
-    (_, kind, layer, number), slot = Component.of_reader(reader)
-    if kind == "logits":
-        return Spot(len(sites.blocks), "final")
-    block = sites.blocks[layer]
-    if kind in ("mlp", "mixer"):
-        return Spot(layer, block.name(f"{kind}_in"))
-    return Spot(layer, block.name(slot), number, block.heads if slot == "q" else block.kv_heads)
+def _spot(reading: Reading) -> Spot:
+    """Where what a reader gets is."""
+    return Spot(reading.place.layer, reading.site)
+
+
+def _part_values(basis: Basis, own: Mapping[str, Tensor]) -> list[_Write]:
+    """What the parts of a module that are split off get in the own run."""
+    return [
+        _Write(m.site, part, own[m.site][..., part])
+        for slot in basis.slots
+        for m in slot.through
+        for part in (m.span(number, own[m.site].shape[-1]) for number in slot.numbers)
+    ]
 
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
@@ -289,15 +307,6 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
     if wanted is None:
         return known
     chosen = tuple(dict.fromkeys(tuple(edge) for edge in wanted))
-    neurons = {name for b in sites.blocks for name in b.neuron_names}
-    for name in (name.removesuffix(".in") for edge in chosen for name in edge):
-        if name in neurons:
-            raise ValueError(
-                "`edges` must be between heads, whole MLPs, the embedding and the logits; got the "
-                f"neuron {name!r}, whose edges are not measured; use those of its MLP, "
-                f"level='node' with components=[{name!r}], or the scores of "
-                f"attribute(level='edge', neurons=[{name!r}])"
-            )
     existing = set(known)
     unknown = [edge for edge in chosen if edge not in existing] if chosen else ["none"]
     if unknown:
@@ -331,6 +340,8 @@ class _Part:
     cells: tuple[Cell, ...]
     spots: tuple[Spot, ...]
     """Where each cell writes."""
+    readings: Mapping[str, Reading]
+    """Where the cells' readers read."""
     changes: Mapping[str, Tensor]
     """What each writer would add differently `[pair, pos, d_model]`; empty without edges."""
     changed: Mapping[str, tuple[int, ...]]
@@ -343,9 +354,13 @@ class _Part:
     ) -> _Part:  # fmt: skip
         """Runs both sides."""
         written = {c.component: _written(sites, c.component) for c in cells}
-        names = tuple(dict.fromkeys(spot.site for spot in written.values()))
-        readers = tuple(dict.fromkeys(c.reader for c in cells if c.reader))
-        rerun = Rerun.of(sites, task, (*names, *(edge_sites(sites) if readers else ())), side=own)
+        writers = {c.component for c in cells if c.reader}
+        where = readings(sites) if writers else {}
+        read = {c.reader: where[c.reader] for c in cells if c.reader}
+        sources = [spot.site for spot in written.values()]
+        names = tuple(dict.fromkeys([*sources, *_sources(sites, writers)]))
+        stream = stream_sites(sites) if writers else ()
+        rerun = Rerun.of(sites, task, (*names, *stream), side=own)
         other = "corrupt" if own == "clean" else "clean"
         instead, metric = observe(sites, task, names if ablation == "patch" else (), side=other)
         for name in names if ablation != "patch" else ():
@@ -359,11 +374,11 @@ class _Part:
             differs = (value[..., part] != instead[spot.site][..., part]).any(-1).any(0)
             changed[component] = tuple(differs.nonzero().flatten().tolist())
         changes = {}
-        if readers:
-            _must_be_known(sites, rerun.values, readers)
-            changes = _writer_changes(sites, rerun.values, instead, written)
-        spots = tuple(_read(sites, c.reader) if c.reader else written[c.component] for c in cells)
-        return cls(rerun, metric, instead, cells, spots, changes, changed)
+        if writers:
+            _must_be_known(sites, rerun.values, read.values())
+            changes = _writer_changes(sites, rerun.values, instead, writers)
+        spots = tuple(_spot(read[c.reader]) if c.reader else written[c.component] for c in cells)
+        return cls(rerun, metric, instead, cells, spots, read, changes, changed)
 
     def plan(self, numbers: Sequence[int]) -> tuple[list[int], list[_Job]]:
         """Of the cells with these numbers, those that change nothing, and the others as jobs."""
@@ -391,8 +406,9 @@ class _Part:
             writes = self._writes({i: places[i] for i in numbers if i not in inside})
             writes |= self._handed_on(inside)
             rows = [
-                (writes[i], [row] * len(places[i]), [pos - start for pos in places[i]])
+                (write, [row] * len(places[i]), [pos - start for pos in places[i]])
                 for row, i in enumerate(numbers)
+                for write in writes[i]
             ]
             edits = _edits(rows, len(numbers))
             effects = self.rerun(edits, copies=len(numbers), layer=layer, start=start)
@@ -435,42 +451,56 @@ class _Part:
         if batch:
             yield batch
 
-    def _writes(self, batch: Mapping[int, Sequence[int]]) -> dict[int, _Write]:
+    def _writes(self, batch: Mapping[int, Sequence[int]]) -> dict[int, list[_Write]]:
         """What each cell writes at its positions."""
         by_site: dict[str, list[int]] = {}
         for number in batch:
             by_site.setdefault(self.spots[number].site, []).append(number)
         writes = {}
-        for site, numbers in by_site.items():
-            width = self.rerun.values[site].shape[-1]
-            for number, value in zip(numbers, self._values(numbers), strict=True):
-                new = value.transpose(0, 1)[list(batch[number])]
-                writes[number] = _Write(site, self.spots[number].part(width), new)
+        for numbers in by_site.values():
+            for number, values in zip(numbers, self._values(numbers), strict=True):
+                at = list(batch[number])
+                found = [w._replace(value=w.value.transpose(0, 1)[at]) for w in values]
+                writes[number] = found
         return writes
 
-    def _handed_on(self, batch: Mapping[int, Sequence[int]]) -> dict[int, _Write]:
+    def _handed_on(self, batch: Mapping[int, Sequence[int]]) -> dict[int, list[_Write]]:
         """The same, seen behind the cells' block: what it hands on at these positions."""
         if not batch:
             return {}
-        writes, places = self._writes(batch), [p for at in batch.values() for p in at]
-        free = iter(range(len(places)))
-        rows = [(writes[i], [next(free) for _ in at], [0] * len(at)) for i, at in batch.items()]
+        writes, positions = self._writes(batch), [p for at in batch.values() for p in at]
+        free = iter(range(len(positions)))
+        rows = []
+        for number, at in batch.items():
+            row = [next(free) for _ in at]
+            rows += [(write, row, [0] * len(at)) for write in writes[number]]
         layer = self.spots[next(iter(batch))].layer
-        streams = self.rerun.behind(_edits(rows, len(places)), layer=layer, places=places)
+        streams = self.rerun.behind(_edits(rows, len(positions)), layer=layer, places=positions)
         site = entries(self.rerun.sites)[layer + 1]
         each = streams.split([len(at) for at in batch.values()])
-        return {i: _Write(site, slice(None), new) for i, new in zip(batch, each, strict=True)}
+        return {i: [_Write(site, slice(None), new)] for i, new in zip(batch, each, strict=True)}
 
-    def _values(self, numbers: Sequence[int]) -> Iterable[Float[Tensor, "pair pos part"]]:
-        """What cells that write at one site write there, at all positions."""
-        cells, spots = [self.cells[i] for i in numbers], [self.spots[i] for i in numbers]
+    def _values(self, numbers: Sequence[int]) -> Iterator[list[_Write]]:
+        """What cells that write at one site write, at all positions `[pair, pos, part]`."""
+        cells, own = [self.cells[i] for i in numbers], self.rerun.values
         if not cells[0].reader:
-            value = self.instead[spots[0].site]
-            return [value[..., spot.part(value.shape[-1])] for spot in spots]
-        sites, own = self.rerun.sites, self.rerun.values
+            for spot in (self.spots[i] for i in numbers):
+                value = self.instead[spot.site]
+                part = spot.part(value.shape[-1])
+                yield [_Write(spot.site, part, value[..., part])]
+            return
+        readers = [self.readings[c.reader] for c in cells]
+        stream = own[readers[0].place.entry]
         heard = torch.stack([self.changes[c.component] for c in cells])
-        stream = own[_entry(sites, spots[0])]
-        return _received(sites, spots, stream + heard.to(stream))
+        found = received(readers, stream + heard.to(stream))
+        # the rest of a module reads by itself: what its parts get stays as it was
+        kept = [] if readers[0].slot else _part_values(readers[0].place.basis, own)
+        for i, reader in enumerate(readers):
+            yield [
+                *(_Write(site, reader.part(site, own[site].shape[-1]), value[i])
+                  for site, value in found.items()),
+                *kept,
+            ]  # fmt: skip
 
 
 class _Write(NamedTuple):
@@ -478,7 +508,7 @@ class _Write(NamedTuple):
 
     site: str
     part: slice
-    value: Float[Tensor, "place pair part"]
+    value: Float[Tensor, "place pair part"] | Float[Tensor, "pair pos part"]
 
 
 def _edits(
@@ -502,101 +532,39 @@ def _edits(
 # -- edges -----------------------------------------------------------------------------------------
 
 
-def _entry(sites: Sites, spot: Spot) -> str:
-    """The residual stream that a reader reads."""
-    if spot.layer == len(sites.blocks):
-        return "final"
-    block = sites.blocks[spot.layer]
-    middle = spot.site == block.name("mlp_in") and not block.parallel
-    return block.name("mid" if middle else "resid")
-
-
-def _received(
-    sites: Sites, spots: Sequence[Spot], streams: Float[Tensor, "reader pair pos d_model"]
-) -> Float[Tensor, "reader pair pos part"]:
-    """What readers at one site get when each reads a stream of its own."""
-    layer, site, _, heads = spots[0]
-    if layer == len(sites.blocks):
-        return streams
-    block = sites.blocks[layer]
-    norm = block.mlp_norm if site == block.name("mlp_in") else block.norm
-    with torch.no_grad():
-        x = streams if norm is None else norm(streams.flatten(0, 1)).view_as(streams)
-    projection = {name: module for name, module, _ in block.attention_readers}.get(site)
-    if projection is None:
-        return x
-    at = [spot.number for spot in spots]
-    w = rearrange(weight(projection), "(h d) m -> h d m", h=heads)[at]
-    x = torch.einsum("rptm,rdm->rptd", x, w.to(x.dtype))
-    offset = bias(projection)
-    return x if offset is None else x + rearrange(offset, "(h d) -> h 1 1 d", h=heads)[at]
-
-
 def _writer_changes(
-    sites: Sites, own: Mapping[str, Tensor], instead: Mapping[str, Tensor], writers: Iterable[str]
+    sites: Sites, own: Mapping[str, Tensor], instead: Mapping[str, Tensor], writers: Container[str]
 ) -> dict[str, Float[Tensor, "pair pos d_model"]]:
     """What writers would add to the residual stream, less what they add."""
-    changes: dict[str, Tensor] = {}
-    by_site: dict[str, list[str]] = {}
-    for writer in writers:
-        by_site.setdefault(_written(sites, writer).site, []).append(writer)
-    for site, names in by_site.items():
-        step = instead[site] - own[site]
-        if Component.parse(names[0]).kind != "head":
-            changes[names[0]] = step
-            continue
-        block = sites.blocks[Component.parse(names[0]).layer]
-        added = head_changes(block, step, own.get(block.name("heads")))
-        changes |= {name: added[_written(sites, name).number] for name in names}
-    return changes
+    found = {"embed": instead[ROOT] - own[ROOT]} if "embed" in writers else {}
+    for place in stream_places(sites):
+        if any(writer in writers for writer in place.basis.writers):
+            found |= writer_changes(place.basis, own, instead)
+    return found
 
 
-def _must_be_known(sites: Sites, own: Mapping[str, Tensor], readers: Iterable[str]) -> None:
+def _sources(sites: Sites, writers: Container[str]) -> tuple[str, ...]:
+    """The sites of what `_writer_changes` needs."""
+    found = [ROOT] if "embed" in writers else []
+    for place in stream_places(sites):
+        if any(writer in writers for writer in place.basis.writers):
+            found += place.basis.holding
+    return tuple(found)
+
+
+def _must_be_known(sites: Sites, own: Mapping[str, Tensor], readers: Iterable[Reading]) -> None:
     """Edges are rebuilt outside the model, so its own run must come out of the same parts."""
     for block, after in zip(sites.blocks, entries(sites)[1:], strict=True):
-        mixed = own[block.name("z" if block.heads else "mixer")]
-        if block.heads:
-            mixed, offset = head_outputs(block, mixed).sum(0), bias(block.o)
-            mixed = mixed if offset is None else mixed + offset
-        if block.attn_post is not None:
-            _must_equal(mixed, own[block.name("heads")], f"what heads of block {block.layer} add")
-            mixed = own[block.name("attn")]
-        added = mixed + own[block.name("mlp")] if block.mlp else mixed
-        _must_equal(own[block.name("resid")] + added, own[after], f"what block {block.layer} adds")
+        rebuilt = own[block.name("resid")] + sum(what_is_added(m, own) for m in block.modules)
+        must_match(rebuilt, own[after], REBUILT.format(f"what block {block.layer} adds"))
     for reader in readers:
-        spot = _read(sites, reader)
-        found = _received(sites, [spot], own[_entry(sites, spot)][None])[0]
-        value = own[spot.site]
-        _must_equal(found, value[..., spot.part(value.shape[-1])], f"what {reader} reads")
-
-
-def _must_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    error = float((found - expected).abs().max())
-    scale = float(expected.abs().max())
-    if error > max(1e-3, 8 * torch.finfo(expected.dtype).eps) * max(scale, 1e-6):
-        raise RuntimeError(
-            f"{what} must be what the model computes; rebuilt it misses by {error:.2g} of "
-            f"{scale:.2g}; remove hooks that change activations, or use level='node' for this model"
-        )
+        found = received([reader], own[reader.place.entry][None])
+        for site, value in found.items():
+            expected = own[site][..., reader.part(site, own[site].shape[-1])]
+            must_match(value[0], expected, REBUILT.format(f"what {reader.name} reads"))
 
 
 # -- memory ----------------------------------------------------------------------------------------
-
-
-def _prompts(sites: Sites, task: Any) -> int:
-    """Prompts in one forward pass."""
-    values = 12 * int(sites.model.cfg.d_model)
-    if not task.metric.reads_answer_only:
-        values += int(sites.model.cfg.d_vocab)
-    memory = BATCH_BYTES if sites.device.type == "cpu" else DEVICE_BYTES
-    return max(1, memory // (4 * int(task.lengths.max()) * values))
-
-
-def _pairs_kept(sites: Sites, task: Any, cells: Sequence[Cell]) -> int:
-    """Pairs whose activations are kept at a time."""
-    edges = any(c.reader for c in cells)
-    values = (20 * len(sites.blocks) + len(sites.writers) * edges) * int(sites.model.cfg.d_model)
-    return max(1, PAIR_BYTES // (4 * int(task.lengths.max()) * values))
 
 
 def _means(

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from relp.bridge.sites import Sites, weights_identity
+from relp.bridge.provenance import weights_identity
+from relp.bridge.sites import Sites
 from relp.scores import written_whole
 
 __all__ = ["EVERYWHERE", "Cell", "Sweep", "identity"]

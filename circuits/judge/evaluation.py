@@ -25,10 +25,9 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from circuits.judge.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.search.rank import ranked, worth
-from relp.bridge.run import undisturbed
-from relp.bridge.sites import Sites
+from relp.bridge import Sites, undisturbed
 from relp.scores import Scores
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
@@ -196,7 +195,7 @@ def evaluate(
         many.append(replace(many[0], rules=name, edges=drawn, direction="denoise"))
     masks = [_best(s, sizes, signed) for s in many]
     length = max(m.shape[1] for m in masks)
-    clean, corrupt = endpoints(sites, task, stacklevel=4)
+    clean, corrupt = endpoints(sites, task)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
     metric = circuit_metrics(sites, task, together, progress=progress)
     return Evaluation(
@@ -228,7 +227,7 @@ def compare(
     """
     sites = circuit_sites(model, [one, other])
     masks = circuit_masks(sites, task, [one, other])
-    clean, corrupt = endpoints(sites, task, stacklevel=4)
+    clean, corrupt = endpoints(sites, task)
     metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 

@@ -12,7 +12,6 @@ paper's edges within a component (a head's output and its q) do not exist here.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,9 @@ from tqdm.auto import tqdm
 
 from circuits.choices import check_tau
 from circuits.graph import assemble, check_circuit, real_edges
-from circuits.judge.faithfulness import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from relp.attribution import provenance
-from relp.bridge.run import undisturbed
-from relp.bridge.sites import Sites
+from relp.bridge import Sites, undisturbed, warn_caller
 from relp.scores import Scores
 
 __all__ = ["acdc"]
@@ -89,7 +87,7 @@ def acdc(
             "attribute(level='edge') without positions=True"
         )
     sites = Sites.of(model) if graph is None else circuit_sites(model, graph)
-    clean, corrupt = endpoints(sites, task, stacklevel=4)
+    clean, corrupt = endpoints(sites, task)
     mask = sites.layout.exists if graph is None else circuit_masks(sites, task, graph)[0, 0]
     order = _order(sites, mask)
     state = _State(0, mask, torch.zeros(mask.shape))
@@ -102,10 +100,9 @@ def acdc(
             for state in search:
                 bar.update(state.at - bar.n)
         except KeyboardInterrupt:
-            warnings.warn(
+            warn_caller(
                 f"interrupted: the search decided {state.at} of {len(order)} edges, and the "
-                "circuit returned has all others; give it as `graph` to go on",
-                stacklevel=3,
+                "circuit returned has all others; give it as `graph` to go on"
             )
     writers, readers = sites.layout.writers, sites.layout.readers
     found = Scores(

@@ -1,1 +1,78 @@
-"""The one seam to `TransformerBridge`: its sites, its runs, what writers add and readers get."""
+"""The one seam to `TransformerBridge`: its sites, its runs, and what is added to and read from its
+residual stream."""
+
+from relp.bridge.basis import Basis, Matrix, Slot, bias, weight
+from relp.bridge.capture import ROOT, Capture
+from relp.bridge.memory import circuit_runs, pairs_kept, pairs_per_batch, prompts_per_run
+from relp.bridge.norms import NormMap
+from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
+from relp.bridge.run import (
+    answers_only,
+    capture,
+    captures,
+    observe,
+    own_forward,
+    precise_logits,
+    undisturbed,
+    warn_caller,
+)
+from relp.bridge.sites import Block, Edit, Sites, editing, reading
+from relp.bridge.stream import (
+    REBUILT,
+    Place,
+    Reading,
+    exact_changes,
+    must_match,
+    normed,
+    readings,
+    received,
+    stream_places,
+    stream_sites,
+    what_is_added,
+    writer_changes,
+)
+
+__all__ = [
+    "POINTWISE",
+    "REBUILT",
+    "ROOT",
+    "Basis",
+    "Block",
+    "Capture",
+    "Edit",
+    "Matrix",
+    "NormMap",
+    "Place",
+    "Reading",
+    "Rerun",
+    "Sites",
+    "Slot",
+    "answers_only",
+    "bias",
+    "capture",
+    "captures",
+    "circuit_runs",
+    "editing",
+    "entries",
+    "exact_changes",
+    "must_match",
+    "normed",
+    "observe",
+    "output_shapes",
+    "own_forward",
+    "pairs_kept",
+    "pairs_per_batch",
+    "stream_places",
+    "precise_logits",
+    "prompts_per_run",
+    "reading",
+    "readings",
+    "received",
+    "skipping",
+    "stream_sites",
+    "undisturbed",
+    "warn_caller",
+    "weight",
+    "what_is_added",
+    "writer_changes",
+]

@@ -9,16 +9,17 @@ the norm, one backward for each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relp.bridge.sites import norm_parameters
+from relp.bridge.basis import at_hand, inner
 from relp.rulebook import Rules
 from relp.rules import STATISTIC_SLOPES
 
-__all__ = ["NormMap"]
+__all__ = ["NormMap", "norm_parameters"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +107,30 @@ def _centred(x: Tensor, eps: float, centres: bool) -> tuple[Tensor, Tensor]:
     """The (centred) input and one over its root mean square."""
     c = x - x.mean(-1, keepdim=True) if centres else x
     return c, torch.rsqrt(c.square().mean(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """What a layer or RMS norm computes with."""
+
+    weight: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+    eps: float
+    centres: bool
+    """True for a layer norm: the mean is taken off first."""
+
+
+def norm_parameters(norm: Any) -> Norm:
+    """The parameters of a block's norm, whatever its class calls them."""
+    module = inner(norm)
+    scale, offset = at_hand(module, "weight"), at_hand(module, "bias")
+    centres = not norm.uses_rms_norm
+    if scale is not None:  # Gemma keeps the weight's distance from 1
+        scale = scale.detach().float() + (1.0 if norm.uses_weight_offset else 0.0)
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    return Norm(
+        weight=scale,
+        bias=offset.detach().float() if centres and offset is not None else None,
+        eps=float(norm.config.eps if eps is None else eps),
+        centres=centres,
+    )

@@ -25,7 +25,7 @@ from relp.bridge.sites import Block, Edit, Sites, editing, reading
 
 __all__ = ["POINTWISE", "Rerun", "entries", "output_shapes", "skipping"]
 
-POINTWISE = (".z", ".attn", ".mixer", ".mlp_in", ".neurons", ".mlp")
+POINTWISE = (".z", ".attn", ".mixer", ".mlp_in", ".up", ".gate", ".neurons", ".mlp")
 """Sites of a block behind which positions do not meet before the next block."""
 Past = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of each block."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from threading import RLock, get_ident
 from typing import Any, ParamSpec, TypeVar
@@ -15,11 +15,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relp.bridge.sites import Edit, Sites, bias, editing, is_plain, reading, shape, weight
+from relp.bridge.basis import bias, is_plain, shape, weight
+from relp.bridge.capture import ROOT, Capture
+from relp.bridge.sites import Edit, Sites, editing, reading
 from relp.propagation import Propagation, propagate
 from relp.rulebook import Rules
 
-__all__ = ["Capture", "capture", "captures", "observe"]
+__all__ = [
+    "answers_only",
+    "capture",
+    "captures",
+    "observe",
+    "own_forward",
+    "precise_logits",
+    "undisturbed",
+    "warn_caller",
+]
 
 _AT_WORK: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """A lock for each model: what a verb puts on it is there for one of them at a time."""
@@ -27,36 +38,10 @@ _AT_WORK: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ROOT = "L0.resid"
-"""Where relevance ends: token plus position embedding, as block 0 gets it."""
+OURS = ("relp", "circuits", "tasks", "jaxtyping", "beartype")
+"""Whose frames are no caller's: our own, and those that check our annotations in tests."""
 ROWS = 8192
 """Rows of the unembedding's matrix that are widened to float32 at a time."""
-
-
-@dataclass(frozen=True, eq=False)
-class Capture:
-    """One batch of pairs: what both runs did, and the coefficients of a run between the two."""
-
-    own: Mapping[str, Tensor]
-    """Activations of the run that patching would change."""
-    other: Mapping[str, Tensor]
-    """Activations of the other run."""
-    values: Mapping[str, Tensor]
-    """Activations of the run that was differentiated: the own run, or one on the way to the
-    other."""
-    coefficients: Mapping[str, Tensor]
-    """d metric / d activation under the rules at each site, where the values are."""
-    own_metric: Float[Tensor, " pair"]
-    other_metric: Float[Tensor, " pair"]
-    share: float = 1.0
-    """Its part of a mean along a path."""
-    remainder: Mapping[str, float] = field(default_factory=dict)
-    """Module and operation -> what no coefficient explains, because the two runs take different
-    branches there (`Propagation.remainder`); sum over pairs."""
-
-    def delta(self, site: str) -> Tensor:
-        """What patching changes at a site: other run minus own run."""
-        return self.other[site] - self.own[site]
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
@@ -86,6 +71,14 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def warn_caller(message: str) -> None:
+    """Warns, with the line outside of this project that has led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def observe(

@@ -15,7 +15,6 @@ and `L3.mixer` take the places of q, k, v and z, attn.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,9 +25,9 @@ from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from relp.bridge.basis import Basis, Matrix, Slot, inner, shape
 from relp.layout import Component, Layout
 
 __all__ = ["Block", "Sites", "editing", "reading"]
@@ -40,45 +39,34 @@ MIXERS = ("attn", "linear_attn", "mamba", "mixer", "ssm")
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One transformer block: its parts, and how its heads are counted."""
+    """One transformer block: what mixes positions, and behind or beside it the MLP."""
 
     layer: int
-    heads: int
-    """0 where heads cannot be told apart: then the mixer is one writer and one reader."""
-    kv_heads: int
-    norm: nn.Module | None
-    """What the attention's readers read through."""
-    mlp_norm: nn.Module | None
-    q: Any
-    k: Any
-    v: Any
-    o: Any
-    """Projections; None in a mixer."""
-    mlp: bool
-    """False where the mixer is all there is (Mamba)."""
+    mixer: Basis
+    """Attention by its heads, or the whole of a mixer where heads cannot be told apart."""
+    mlp: Basis | None
+    """None where the mixer is all there is (Mamba)."""
     parallel: bool
     """The MLP reads the block's input, not what the block's heads wrote."""
-    attn_post: nn.Module | None
-    """The norm through which the heads' sum is added to the stream (Gemma-2, OLMo-2)."""
-    neurons: int
-    """Neurons of the MLP; 0 where it is no single one (mixture of experts)."""
-    up: Any
-    gate: Any
-    down: Any
-    """Its matrices; None where there is no such one."""
-    mlp_post: nn.Module | None
-    """The norm through which the neurons' sum is added to the stream (Gemma-2, OLMo-2)."""
-    split: tuple[int, ...] = ()
-    """Neurons that are writers and readers of their own; the MLP is the rest of them."""
 
     def name(self, part: str) -> str:
         """`L3.mlp` for part `mlp`."""
         return f"L{self.layer}.{part}"
 
     @property
-    def head_names(self) -> tuple[str, ...]:
-        """`L3H0`, `L3H1`, …; empty for a mixer."""
-        return tuple(f"L{self.layer}H{h}" for h in range(self.heads))
+    def heads(self) -> int:
+        """How many there are; 0 where they cannot be told apart."""
+        return len(self.mixer.parts)
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads have keys and values of their own."""
+        return self.mixer.slots[-1].through[0].parts if self.heads else 0
+
+    @property
+    def neurons(self) -> int:
+        """How many the MLP has; 0 where it is no single one (mixture of experts)."""
+        return self.mlp.out.parts if self.mlp and self.mlp.out else 0
 
     @property
     def neuron_names(self) -> tuple[str, ...]:
@@ -86,69 +74,35 @@ class Block:
         return tuple(f"L{self.layer}N{n}" for n in range(self.neurons))
 
     @property
-    def split_names(self) -> tuple[str, ...]:
-        """The neurons that are writers and readers of their own."""
-        return tuple(f"L{self.layer}N{n}" for n in self.split)
-
-    @property
-    def kv_names(self) -> tuple[str, ...]:
-        """Who reads keys and values: the heads, or with grouped queries `L3KV0`, …"""
-        if self.kv_heads == self.heads:
-            return self.head_names
-        return tuple(f"L{self.layer}KV{h}" for h in range(self.kv_heads))
-
-    @property
-    def attention_readers(self) -> tuple[tuple[str, nn.Module, int], ...]:
-        """`(site, projection, number of heads)` for q, k and v; empty for a mixer."""
-        if not self.heads:
-            return ()
-        return (
-            (self.name("q"), self.q, self.heads),
-            (self.name("k"), self.k, self.kv_heads),
-            (self.name("v"), self.v, self.kv_heads),
-        )
-
-    @property
-    def neuron_readers(self) -> tuple[tuple[str, nn.Module], ...]:
-        """`(site, projection)` of what each neuron reads through: one, or two where it is gated."""
-        both = (("gate", self.gate), ("up", self.up))
-        return tuple((self.name(part), module) for part, module in both if module is not None)
+    def modules(self) -> tuple[Basis, ...]:
+        """Mixer and MLP, as far as there are."""
+        return (self.mixer,) if self.mlp is None else (self.mixer, self.mlp)
 
     @property
     def components(self) -> tuple[str, ...]:
         """All node-level components of the block but neurons."""
-        whole = "attn" if self.heads else "mixer"
-        mlp = (self.name("mlp"),) if self.mlp else ()
-        return (self.name("resid"), *self.head_names, self.name(whole), *mlp)
-
-    @property
-    def mixer_readers(self) -> tuple[str, ...]:
-        """The readers of the block's attention or mixer, in the order of their columns."""
-        if not self.heads:
-            return (f"{self.name('mixer')}.in",)
-        q = tuple(f"{h}.q" for h in self.head_names)
-        kv = tuple(f"{h}.{slot}" for slot in "kv" for h in self.kv_names)
-        return (*q, *kv)
-
-    @property
-    def mlp_readers(self) -> tuple[str, ...]:
-        """The neurons that are readers of their own, and the rest of the MLP."""
-        return tuple(f"{writer}.in" for writer in self.mlp_writers)
+        heads = self.mixer.parts if self.heads else ()
+        return (self.name("resid"), *heads, *(m.component for m in self.modules))
 
     @property
     def readers(self) -> tuple[str, ...]:
         """All readers of the block, in the order of their columns."""
-        return (*self.mixer_readers, *self.mlp_readers)
-
-    @property
-    def mlp_writers(self) -> tuple[str, ...]:
-        """The neurons that are writers of their own, and the rest of the MLP."""
-        return (*self.split_names, self.name("mlp")) if self.mlp else ()
+        return tuple(reader for module in self.modules for reader in module.readers)
 
     @property
     def writers(self) -> tuple[str, ...]:
         """All writers of the block, in the order of their rows."""
-        return (*(self.head_names or (self.name("mixer"),)), *self.mlp_writers)
+        return tuple(writer for module in self.modules for writer in module.writers)
+
+    def splitting(self, numbers: Sequence[int]) -> Block:
+        """This block with the neurons of these numbers as writers and readers of their own."""
+        if self.mlp is None or not (numbers or self.mlp.parts):
+            return self
+        names = tuple(f"L{self.layer}N{n}" for n in numbers)
+        readers = tuple(f"{name}.in" for name in names)
+        slots = tuple(replace(s, readers=readers, numbers=tuple(numbers)) for s in self.mlp.slots)
+        mlp = replace(self.mlp, slots=slots, parts=names, numbers=tuple(numbers))
+        return replace(self, mlp=mlp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +171,8 @@ class Sites:
             chosen.setdefault(layer, set()).add(number)
         for layer, numbers in chosen.items():
             block, last = self.blocks[layer], max(numbers)
-            if {shape(module)[0] for _, module in block.neuron_readers} != {block.neurons}:
+            through = [m for slot in (block.mlp.slots if block.mlp else ()) for m in slot.through]
+            if {shape(matrix.module)[0] for matrix in through} != {block.neurons}:
                 raise ValueError(
                     "neurons with edges of their own need an MLP whose matrices can be told apart; "
                     f"block {layer} has none (but experts, joint matrices or a mixer alone); leave "
@@ -228,14 +183,13 @@ class Sites:
                     f"`neurons` of block {layer} must be below {block.neurons}, as many as it has; "
                     f"got L{layer}N{last}; count from 0"
                 )
-        split = {layer: tuple(sorted(numbers)) for layer, numbers in chosen.items()}
-        blocks = tuple(replace(b, split=split.get(b.layer, ())) for b in self.blocks)
+        blocks = tuple(b.splitting(sorted(chosen.get(b.layer, ()))) for b in self.blocks)
         return replace(self, blocks=blocks)
 
     @property
     def neurons(self) -> tuple[str, ...]:
         """Names of the neurons that are writers and readers of their own."""
-        return tuple(name for b in self.blocks for name in b.split_names)
+        return tuple(name for b in self.blocks if b.mlp for name in b.mlp.parts)
 
     def chosen(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
         """Names of node-level components, in the order of the model.
@@ -295,10 +249,11 @@ class Sites:
     @property
     def written(self) -> tuple[str, ...]:
         """The sites where blocks write, in the order of a run."""
-        parts = (
-            (b, ("z" if b.heads else "mixer", *(["mlp"] if b.mlp else []))) for b in self.blocks
+        return tuple(
+            m.out.site if m.out and m.parts and not m.entry else m.component
+            for b in self.blocks
+            for m in b.modules
         )
-        return tuple(b.name(p) for b, names in parts for p in names)
 
     @property
     def parallel(self) -> bool:
@@ -311,7 +266,7 @@ class Sites:
         first = next(self.model.parameters())
         if not first.is_meta:
             return first.device
-        embedding = _inner(self.model.original_model.get_input_embeddings())
+        embedding = inner(self.model.original_model.get_input_embeddings())
         return torch.device(embedding._hf_hook.execution_device)  # its weights are offloaded
 
 
@@ -326,57 +281,85 @@ def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Modul
             f"{type(module).__name__} with {[n for n in parts if 'hook' not in n]}; use "
             "relp.propagate and relp.coverage, which work on any module"
         )
-    inside = dict(mixer.named_children())
-    projections: list[Any] = [inside.get(p) for p in "qkvo"]
-    q, k, v, o = projections
-    heads = 0 if None in projections else int(cfg.n_heads)
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     norm = parts.get("ln1", parts.get("norm"))  # OLMo-2 norms only what it adds
-    mlp = parts.get("mlp")
-    inner = {} if mlp is None else dict(mlp.named_children())
-    down = inner.get("out")
-    # a mixture of experts has a `gate` too, but it is the router
-    up, gate = (None if down is None else inner.get(name) for name in ("in", "gate"))
-    block = Block(
-        layer=layer,
-        heads=heads,
-        kv_heads=heads and int(getattr(cfg, "n_key_value_heads", None) or heads),
-        norm=norm,
-        mlp_norm=parts.get("ln2", norm if parallel else None),
-        q=q,
-        k=k,
-        v=v,
-        o=o,
-        mlp=mlp is not None,
-        parallel=parallel,
-        attn_post=parts.get("ln1_post") if heads else None,
-        neurons=0 if down is None else shape(down)[1],
-        up=up,
-        gate=gate,
-        down=down,
-        mlp_post=parts.get("ln2_post") if mlp is not None else None,
-    )
     points: dict[str, Any] = {"resid": module.hook_in}
-    added = module.hook_attn_out if "attn" in parts else mixer.hook_out
-    if heads:
-        points |= {"q": q.hook_out, "k": k.hook_out, "v": v.hook_out, "z": o.hook_in, "attn": added}
-        if block.attn_post is not None:
-            points["heads"] = block.attn_post.hook_in
+    inside = dict(mixer.named_children())
+    if all(inside.get(p) is not None for p in "qkvo"):
+        mixing, found = _attention(cfg, layer, inside, norm, parts.get("ln1_post"))
     else:
-        points |= {"mixer_in": mixer.hook_in, "mixer": added}
-    if mlp is not None:
-        # an MLP without a module of its own (OPT) begins where its first layer does
-        entry = mlp if mlp.name is not None else getattr(mlp, "in")
-        points |= {"mlp_in": entry.hook_in, "mlp": module.hook_mlp_out}
-        if not parallel:
-            # without a norm before it (OLMo-2) the MLP reads the stream itself
-            points["mid"] = parts.get("ln2", entry).hook_in
-        if block.mlp_post is not None:
-            points["mlp_out"] = block.mlp_post.hook_in
-    if down is not None:
-        points["neurons"] = down.hook_in
-    points |= {n: m.hook_out for n, m in (("up", up), ("gate", gate)) if m is not None}
-    return block, points
+        name = f"L{layer}.mixer"
+        mixing, found = Basis(name, norm, entry=f"{name}_in"), {"mixer_in": mixer.hook_in}
+    added = module.hook_attn_out if "attn" in parts else mixer.hook_out
+    points |= found | {mixing.component.partition(".")[2]: added}
+    mlp = parts.get("mlp")
+    if mlp is None:
+        return Block(layer, mixing, None, parallel), points
+    # an MLP without a module of its own (OPT) begins where its first layer does
+    entry = mlp if mlp.name is not None else getattr(mlp, "in")
+    if not parallel:
+        # without a norm before it (OLMo-2) the MLP reads the stream itself
+        points["mid"] = parts.get("ln2", entry).hook_in
+    behind = parts.get("ln2", norm if parallel else None)
+    basis, found = _mlp(layer, mlp, behind, parts.get("ln2_post"))
+    points |= found | {"mlp_in": entry.hook_in, "mlp": module.hook_mlp_out}
+    return Block(layer, mixing, basis, parallel), points
+
+
+def _attention(
+    cfg: Any, layer: int, inside: Mapping[str, Any], norm: Any, post: Any
+) -> tuple[Basis, dict[str, Any]]:
+    """Attention by its heads, and its sites by part."""
+    heads = int(cfg.n_heads)
+    sources = int(getattr(cfg, "n_key_value_heads", None) or heads)
+    names = tuple(f"L{layer}H{h}" for h in range(heads))
+    # with grouped queries the readers of keys and values are nodes of their own
+    kv = names if sources == heads else tuple(f"L{layer}KV{h}" for h in range(sources))
+    slots = tuple(
+        Slot(
+            tuple(f"{owner}.{slot}" for owner in owners),
+            tuple(range(len(owners))),
+            (Matrix(f"L{layer}.{slot}", inside[slot], len(owners)),),
+        )
+        for slot, owners in (("q", names), ("k", kv), ("v", kv))
+    )
+    basis = Basis(
+        f"L{layer}.attn",
+        norm,
+        slots,
+        Matrix(f"L{layer}.z", inside["o"], heads),
+        names,
+        tuple(range(heads)),
+        post=post,
+        behind=f"L{layer}.attn" if post is None else f"L{layer}.heads",
+    )
+    points = {slot: inside[slot].hook_out for slot in "qkv"} | {"z": inside["o"].hook_in}
+    return basis, points if post is None else points | {"heads": post.hook_in}
+
+
+def _mlp(layer: int, mlp: Any, norm: Any, post: Any) -> tuple[Basis, dict[str, Any]]:
+    """An MLP as a whole, of which neurons can be split off, and its sites by part."""
+    points: dict[str, Any] = {} if post is None else {"mlp_out": post.hook_in}
+    inside, out = dict(mlp.named_children()), None
+    slots: tuple[Slot, ...] = ()
+    if (down := inside.get("out")) is not None:
+        neurons = shape(down)[1]
+        # a mixture of experts has a `gate` too, but it is the router
+        both = {name: inside[part] for name, part in (("gate", "gate"), ("up", "in"))
+                if inside.get(part) is not None}  # fmt: skip
+        through = tuple(Matrix(f"L{layer}.{name}", m, neurons) for name, m in both.items())
+        out, slots = Matrix(f"L{layer}.neurons", down, neurons), (Slot((), (), through),)
+        points |= {"neurons": down.hook_in} | {name: m.hook_out for name, m in both.items()}
+    basis = Basis(
+        f"L{layer}.mlp",
+        norm,
+        slots,
+        out,
+        entry=f"L{layer}.mlp_in",
+        post=post,
+        behind=f"L{layer}.mlp" if post is None else f"L{layer}.mlp_out",
+    )
+    return basis, points
 
 
 Edit = Callable[[Tensor], Tensor]
@@ -469,139 +452,3 @@ def editing(sites: Sites, edits: Mapping[str, Edit]) -> Iterator[None]:
             f"an edited site must be passed when the model runs; {missing[0]!r} was not; turn off "
             "use_split_qkv_input, use_attn_result and use_hook_mlp_in, which take other paths"
         )
-
-
-def weights_identity(model: Any) -> dict[str, str]:
-    """What tells a model's weights from others: their `dtype`, and a hash of all (`weights`).
-
-    Weights are hashed as they lie in memory, name by name; those on a disk are fetched.
-    """
-    from accelerate.utils import align_module_device  # not at the top: it takes a second
-
-    digest, dtypes = hashlib.sha256(), set()
-    for module in getattr(model, "original_model", model).modules():
-        with torch.no_grad(), align_module_device(module):
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            for name, tensor in own:
-                if tensor.is_floating_point():
-                    dtypes.add(str(tensor.dtype).removeprefix("torch."))
-                digest.update(f"{name} {list(tensor.shape)}".encode())
-                flat = tensor.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().data)
-    return {"dtype": "+".join(sorted(dtypes)), "weights": digest.hexdigest()[:16]}
-
-
-# -- projections -----------------------------------------------------------------------------------
-
-
-def weight(projection: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """The matrix that a linear module multiplies by, whichever way round its class stores it.
-
-    Where its `weight` is not what it computes with (an adapter beside it, quantised or offloaded
-    weights) the matrix is read off the module, run on unit vectors.
-
-    Raises:
-        RuntimeError: the module is no linear map.
-    """
-    inner = _inner(projection)
-    if not is_plain(inner):
-        return _measured(inner)[0]
-    matrix = _at_hand(inner, "weight").detach()
-    return matrix.T if _is_transposed(inner) else matrix
-
-
-def bias(projection: nn.Module) -> Float[Tensor, " d_out"] | None:
-    """What a linear module adds, if anything. Errors are those of `weight`."""
-    inner = _inner(projection)
-    if not is_plain(inner):
-        return _measured(inner)[1]
-    offset = _at_hand(inner, "bias")
-    return None if offset is None else offset.detach()
-
-
-def shape(projection: nn.Module) -> tuple[int, int]:
-    """`(d_out, d_in)` of a linear module, without its weights."""
-    inner = _inner(projection)
-    if hasattr(inner, "out_features") and hasattr(inner, "in_features"):  # 4-bit weights are packed
-        return int(inner.out_features), int(inner.in_features)
-    d_out, d_in = inner.weight.shape
-    return (d_in, d_out) if _is_transposed(inner) else (d_out, d_in)
-
-
-def is_plain(module: Any) -> bool:
-    """True if a module computes with its own `weight` and `bias`, wherever they are."""
-    forward = type(module).forward
-    # accelerate keeps the module's own forward beside the one that fetches offloaded weights
-    own = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
-    if getattr(own, "__func__", forward if own is None else own) is not forward:
-        return False
-    return forward is nn.Linear.forward or _is_transposed(module)
-
-
-def _at_hand(module: Any, parameter: str) -> Any:
-    """A module's parameter, fetched if it is offloaded; None if it has none."""
-    from accelerate.utils import align_module_device  # not at the top: it takes a second
-
-    with align_module_device(module):
-        return getattr(module, parameter, None)
-
-
-def _inner(projection: Any) -> Any:
-    """The module of the model itself: a bridge wraps it."""
-    return getattr(projection, "original_component", None) or projection
-
-
-def _is_transposed(module: Any) -> bool:
-    """transformers' Conv1D (GPT-2) holds `[d_in, d_out]`."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _measured(module: Any) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
-    """Matrix and bias of a module that gives them away by what it computes only."""
-    _, d_in = shape(module)
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    units = torch.eye(d_in, dtype=like.dtype, device=like.device if device is None else device)
-    probe = torch.linspace(-1, 1, d_in).cos().to(units) * units.new_tensor([[1.0], [-2.0]])
-    with torch.no_grad():
-        offset, *rows = module(torch.cat([torch.zeros_like(units[:1]), units, probe])[None])[0]
-        matrix = (torch.stack(rows[:d_in]) - offset).T
-        expected, found = probe @ matrix.T + offset, torch.stack(rows[d_in:])
-    error, size = float((found - expected).abs().max()), float(expected.abs().max())
-    if not error <= max(1e-3, 8 * torch.finfo(units.dtype).eps) * max(size, 1e-6):
-        raise RuntimeError(
-            f"a projection must be a linear map to have edges; a {type(module).__name__} differs "
-            f"from the matrix that it shows by {error:.2g} of {size:.2g}; merge the adapter, load "
-            "the weights unquantised, or use level='node'"
-        )
-    return matrix, offset
-
-
-# -- norms -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """What a layer or RMS norm computes with."""
-
-    weight: Float[Tensor, " d_model"] | None
-    bias: Float[Tensor, " d_model"] | None
-    eps: float
-    centres: bool
-    """True for a layer norm: the mean is taken off first."""
-
-
-def norm_parameters(norm: Any) -> Norm:
-    """The parameters of a block's norm, whatever its class calls them."""
-    inner = _inner(norm)
-    scale, offset = _at_hand(inner, "weight"), _at_hand(inner, "bias")
-    centres = not norm.uses_rms_norm
-    if scale is not None:  # Gemma keeps the weight's distance from 1
-        scale = scale.detach().float() + (1.0 if norm.uses_weight_offset else 0.0)
-    eps = getattr(inner, "eps", getattr(inner, "variance_epsilon", None))
-    return Norm(
-        weight=scale,
-        bias=offset.detach().float() if centres and offset is not None else None,
-        eps=float(norm.config.eps if eps is None else eps),
-        centres=centres,
-    )

@@ -1,0 +1,40 @@
+"""What was seen of one batch of pairs: both runs, and the coefficients of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["ROOT", "Capture"]
+
+ROOT = "L0.resid"
+"""Where relevance ends: token plus position embedding, as block 0 gets it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """One batch of pairs: what both runs did, and the coefficients of a run between the two."""
+
+    own: Mapping[str, Tensor]
+    """Activations of the run that patching would change."""
+    other: Mapping[str, Tensor]
+    """Activations of the other run."""
+    values: Mapping[str, Tensor]
+    """Activations of the run that was differentiated: the own run, or one on the way to the
+    other."""
+    coefficients: Mapping[str, Tensor]
+    """d metric / d activation under the rules at each site, where the values are."""
+    own_metric: Float[Tensor, " pair"]
+    other_metric: Float[Tensor, " pair"]
+    share: float = 1.0
+    """Its part of a mean along a path."""
+    remainder: Mapping[str, float] = field(default_factory=dict)
+    """Module and operation -> what no coefficient explains, because the two runs take different
+    branches there (`Propagation.remainder`); sum over pairs."""
+
+    def delta(self, site: str) -> Tensor:
+        """What patching changes at a site: other run minus own run."""
+        return self.other[site] - self.own[site]

@@ -1,0 +1,60 @@
+"""How much runs at once: batches that keep memory near a constant, whatever the model and task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from relp.bridge.sites import Sites
+
+__all__ = ["circuit_runs", "pairs_kept", "pairs_per_batch", "prompts_per_run"]
+
+EDGE_BYTES = 384 << 20
+"""Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
+NODE_BYTES = 512 << 20
+RUN_BYTES = 24 << 20
+"""Activations of one batch of changed runs on a CPU, where larger ones were not faster; elsewhere
+memory is what the device has, and a batch that does not fit is made smaller."""
+DEVICE_BYTES = 4 << 30
+PAIR_BYTES = 512 << 20
+"""Activations of both runs that are kept for the pairs at work."""
+CIRCUIT_BYTES = 256 << 20
+"""Memory for the writers' changes of the circuits and pairs that share a run."""
+
+
+def pairs_per_batch(sites: Sites, task: Any, level: str, names: Sequence[str]) -> int:
+    """Pairs in one batch of `attribute`, when the named sites are captured."""
+    cfg, length = sites.model.cfg, int(task.lengths.max())
+    graph = 40 * int(cfg.d_model) * len(sites.blocks)
+    neurons = {b.name(part): b.neurons for b in sites.blocks for part in ("up", "gate", "neurons")}
+    if level == "edge":
+        captured = 3 * sum(neurons.get(name, int(cfg.d_model)) for name in names)
+        columns = max(len(b.readers) for b in sites.blocks)
+        held = int(cfg.d_model) * (len(sites.writers) + columns) + captured
+        return max(1, EDGE_BYTES // (4 * length * (graph + held)))
+    held = 3 * sum(neurons.get(name, 0) for name in names)
+    return max(1, NODE_BYTES // (4 * length * (graph + held + 3 * int(cfg.d_vocab))))
+
+
+def prompts_per_run(sites: Sites, task: Any) -> int:
+    """Prompts in one forward pass in which something is changed."""
+    values = 12 * int(sites.model.cfg.d_model)
+    if not task.metric.reads_answer_only:
+        values += int(sites.model.cfg.d_vocab)
+    memory = RUN_BYTES if sites.device.type == "cpu" else DEVICE_BYTES
+    return max(1, memory // (4 * int(task.lengths.max()) * values))
+
+
+def pairs_kept(sites: Sites, task: Any, *, edges: bool) -> int:
+    """Pairs whose activations are kept at a time."""
+    values = (20 * len(sites.blocks) + len(sites.writers) * edges) * int(sites.model.cfg.d_model)
+    return max(1, PAIR_BYTES // (4 * int(task.lengths.max()) * values))
+
+
+def circuit_runs(sites: Sites, task: Any) -> int:
+    """Runs in one batch: circuits times pairs."""
+    cfg = sites.model.cfg
+    values = len(sites.layout.writers) * int(cfg.d_model)
+    if not task.metric.reads_answer_only:
+        values += int(cfg.d_vocab)
+    return max(1, CIRCUIT_BYTES // (4 * int(task.lengths.max()) * values))

@@ -1,0 +1,52 @@
+"""Node scores of one capture: how much moving each component by itself would do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from relp.bridge.capture import ROOT, Capture
+from relp.bridge.sites import Sites
+
+__all__ = ["component_places", "node_scores", "node_sites"]
+
+
+def node_sites(sites: Sites, components: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The sites that node scores of these components need; of all but neurons if None."""
+    names = sites.components if components is None else components
+    return tuple(dict.fromkeys(sites.part(c)[0] for c in names))
+
+
+Places = Mapping[tuple[str, int], tuple[list[int], list[int]]]
+"""(site, how many equal parts it has) -> the columns of the components there, and their parts."""
+
+
+def component_places(sites: Sites, components: Sequence[str]) -> Places:
+    """Where node-level components are."""
+    found: Places = defaultdict(lambda: ([], []))
+    for column, component in enumerate(components):
+        site, number, parts = sites.part(component)
+        columns, numbers = found[site, parts]
+        columns.append(column)
+        numbers.append(number)
+    return found
+
+
+def node_scores(seen: Capture, places: Places) -> Float[Tensor, "pair component pos"]:
+    """First-order effect of moving each component from the own to the other run.
+
+    Unit: that of the metric. Source: arXiv:2508.21258; with gradients, attribution patching.
+    """
+    pairs, length, _ = seen.own[ROOT].shape
+    scores = torch.empty(pairs, sum(len(c) for c, _ in places.values()), length)
+    # a layer's heads or neurons, of which there are many, in one go
+    for (site, parts), (columns, numbers) in places.items():
+        product = seen.delta(site).float() * seen.coefficients[site].float()
+        whole = reduce(product, "p t (part d) -> p part t", "sum", part=parts)
+        scores[:, columns] = whole[:, numbers].cpu()
+    return scores
