@@ -28,8 +28,7 @@ from rich.table import Table
 
 import tasks
 from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
-from relp import preset
-from relp.choices import check_direction, check_level
+from relp import Direction, Level, preset
 from tasks import zoo
 
 TASKS = ("ioi",)
@@ -160,14 +159,15 @@ def measure(
 ) -> None:
     """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
     with _one_line_errors():
-        check_level(level)
-        check_direction(direction)
+        Level(level)
+        Direction(direction)
         check_ablation(ablation)
         make = _task(task)
         _check_model(model)
         with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
             from circuits import patch
             from circuits.draw.heatmaps import lined_up
+            from relp import NodeScores
 
             bridge, name = _boot(model)
             prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
@@ -176,7 +176,7 @@ def measure(
                            resume=finished)  # fmt: skip
             effect.save(out)
             finished.unlink()
-        shown = lined_up(effect) if level == "node" else effect
+        shown = lined_up(effect) if isinstance(effect, NodeScores) else effect
         strongest = shown.top(10).drop(columns=["kind", "layer", "head", "slot"], errors="ignore")
         rest = "; other: the sum over all other positions" if shown.places else ""
         _print_table(

@@ -27,6 +27,8 @@ edge   score           float  in units of the metric; the sign is that of `Score
        structural      bool   True: leads from a key/value head to a query head
        reader          str    the reader in full (`L9H6.q`), empty for structural edges
 graph  model, task, rules, direction, metric, level  str, as in `Scores`
+       versions, dtype, weights  str, of the libraries and the model, as in `Provenance`
+       compatibility   bool   True if the bridge was in compatibility mode
        metric_clean    float  mean of the metric over the clean prompts
        metric_corrupt  float  mean of the metric over the corrupt prompts
        pairs           int    pairs of prompts behind the scores
@@ -38,20 +40,21 @@ graph  model, task, rules, direction, metric, level  str, as in `Scores`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import networkx as nx
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from relp.scores import Scores
+from relp import EdgeScores, Scores
 
 __all__ = [
     "assemble",
     "check_circuit",
+    "check_edges",
     "edge_key",
-    "edge_places",
     "edge_table",
     "keep",
     "real_edges",
@@ -72,6 +75,10 @@ GRAPH: Mapping[str, type] = {
     "rules": str,
     "direction": str,
     "metric": str,
+    "versions": str,
+    "dtype": str,
+    "weights": str,
+    "compatibility": bool,
     "metric_clean": float,
     "metric_corrupt": float,
     "pairs": int,
@@ -97,6 +104,7 @@ def assemble(
         ValueError: the scores are of nodes, are not finite, or the query heads of a layer do not
             divide evenly over its key/value heads.
     """
+    scores = check_edges(scores)
     table, layout = edge_table(scores), scores.layout
     exists = layout.exists.expand(table.shape)
     edges = list(_edges(scores, table, exists if kept is None else exists & kept))
@@ -116,30 +124,26 @@ def assemble(
             graph.add_node(c.name, kind=c.kind, layer=c.layer, head=c.head, score=score)
     graph.add_edges_from(edges)
     graph.graph.update(
-        model=scores.model,
-        task=scores.task,
-        rules=scores.rules,
-        direction=scores.direction,
-        metric=scores.metric,
+        **asdict(scores.provenance) | {"direction": str(scores.direction)},
         metric_clean=float(scores.clean.double().mean()),
         metric_corrupt=float(scores.corrupt.double().mean()),
         pairs=len(scores.clean),
-        level=scores.level,
+        level=str(scores.level),
         total_edges=int(exists.sum()),
-        positions=edge_places(scores) != (-1,),
+        positions=scores.edges.dim() == 3,
         neurons=" ".join(c.name for c in layout.sources if c.kind == "neuron"),
     )
     return graph
 
 
 def _edges(
-    scores: Scores,
+    scores: EdgeScores,
     table: Float[Tensor, "pos writer reader"],
     chosen: Bool[Tensor, "pos writer reader"],
 ) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """`(u, v, key, attributes)` of the chosen edges, in the order of the graph: writers as its
     nodes are, and the readers of one component side by side, where its first one is."""
-    layout, places = scores.layout, edge_places(scores)
+    layout, places = scores.layout, scores.positions
     owners = [owner.name for owner, _ in layout.targets]
     first = {name: i for i, name in reversed(list(enumerate(owners)))}
     columns = sorted(range(len(owners)), key=lambda column: first[owners[column]])
@@ -158,14 +162,8 @@ def edge_key(slot: str, pos: int) -> str:
     return slot if pos < 0 else f"{slot}@{pos}"
 
 
-def edge_places(scores: Scores) -> Sequence[int]:
-    """What the edges of scores have as `pos`: their positions, or -1 if summed over all."""
-    assert scores.edges is not None
-    return range(len(scores.edges)) if scores.edges.dim() == 3 else (-1,)
-
-
-def edge_table(scores: object) -> Float[Tensor, "pos writer reader"]:
-    """Edge scores, 0 where there is no edge; one position if they are summed over all.
+def check_edges(scores: object) -> EdgeScores:
+    """Gives `scores` back if a graph can be made of them.
 
     Raises:
         TypeError, ValueError: as `assemble`.
@@ -175,7 +173,7 @@ def edge_table(scores: object) -> Float[Tensor, "pos writer reader"]:
             f"`scores` must be Scores; got {type(scores).__name__}; call "
             "attribute(model, task, level='edge')"
         )
-    if scores.edges is None:
+    if not isinstance(scores, EdgeScores):
         raise ValueError(
             "assemble needs edge scores; these are node scores; call "
             "attribute(model, task, level='edge')"
@@ -191,8 +189,12 @@ def edge_table(scores: object) -> Float[Tensor, "pos writer reader"]:
             f"edge scores must be finite; {bad} of {scores.edges.numel()} are NaN or infinite; "
             "look for half-precision overflow or a metric that divides by zero"
         )
-    table = scores.edges.detach().cpu().double()
-    table = table if table.dim() == 3 else table[None]
+    return scores
+
+
+def edge_table(scores: EdgeScores) -> Float[Tensor, "pos writer reader"]:
+    """Edge scores, 0 where there is no edge; one position if they are summed over all."""
+    table = scores.by_position.detach().cpu().double()
     return table.where(scores.layout.exists, 0.0)
 
 

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import networkx as nx
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.graph import check_circuit, real_edges
+from relp import ModelLike, TaskLike
 from relp.bridge import (
     ROOT,
     Edit,
@@ -47,7 +47,9 @@ from relp.bridge import (
 __all__ = ["circuit_masks", "circuit_metrics", "circuit_sites", "endpoints"]
 
 
-def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+def endpoints(
+    sites: Sites, task: TaskLike
+) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """The metric on the clean and on the corrupt prompts, between which circuits are placed.
 
     Warns:
@@ -89,7 +91,7 @@ def endpoints(sites: Sites, task: Any) -> tuple[Float[Tensor, " pair"], Float[Te
     return clean, corrupt
 
 
-def _doubt(task: Any, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"]) -> str:
+def _doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"]) -> str:
     """Why shares of the gap would be shares of noise, or nothing."""
     gap, pairs = (clean - corrupt).double(), len(clean)
     mean = float(gap.mean())
@@ -113,7 +115,7 @@ def _doubt(task: Any, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pa
 # -- circuits as masks -----------------------------------------------------------------------------
 
 
-def circuit_sites(model: Any, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]) -> Sites:
+def circuit_sites(model: ModelLike, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]) -> Sites:
     """The sites of a model with the neurons split off that are so in the (first of the) circuits.
 
     Raises:
@@ -125,7 +127,7 @@ def circuit_sites(model: Any, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGra
 
 
 def circuit_masks(
-    sites: Sites, task: Any, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]
+    sites: Sites, task: TaskLike, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]
 ) -> Bool[Tensor, "circuit pos writer reader"]:
     """Which writers each reader hears; the position axis has length 1 where all are alike.
 
@@ -177,7 +179,7 @@ def circuit_masks(
 
 def circuit_metrics(
     sites: Sites,
-    task: Any,
+    task: TaskLike,
     masks: Bool[Tensor, "circuit pos writer reader"],
     *,
     progress: bool = False,
@@ -230,7 +232,7 @@ class _Run:
             torch.zeros(len(sites.layout.writers), len(masks) * pairs, *shape, device=sites.device),
         )
 
-    def metric(self, task: Any, outputs: Mapping[int, int]) -> Float[Tensor, "circuit pair"]:
+    def metric(self, task: TaskLike, outputs: Mapping[int, int]) -> Float[Tensor, "circuit pair"]:
         """The metric of each circuit; `outputs`: how each block returns (see `output_shapes`)."""
         first = self.first_difference() if len(self.masks) > 1 else 0
         if first:
@@ -249,7 +251,7 @@ class _Run:
         layers = [owner.layer for (owner, _), at in found if at and owner.kind != "logits"]
         return min(layers, default=len(self.sites.blocks))
 
-    def run(self, task: Any, layers: range, outputs: Mapping[int, int]) -> Tensor:
+    def run(self, task: TaskLike, layers: range, outputs: Mapping[int, int]) -> Tensor:
         """The logits at the end of a run in which only some blocks take part."""
         edits: dict[str, Edit] = answers_only(self.sites, task, len(self.masks))
         if 0 in layers:

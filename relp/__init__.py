@@ -6,9 +6,12 @@ from relp import lazy, neighbours
 
 if TYPE_CHECKING:
     from relp.attribution import attribute
-    from relp.layout import Component
+    from relp.choices import Direction, Level
+    from relp.files import check_texts, written_whole
+    from relp.layout import Component, Layout
     from relp.operations import register
     from relp.propagation import UnknownOperationError, coverage, propagate
+    from relp.protocols import ModelLike, TaskLike
     from relp.rulebook import (
         ATTN_LRP,
         CP_LRP,
@@ -20,7 +23,16 @@ if TYPE_CHECKING:
         Rules,
         preset,
     )
-    from relp.scores import Effects, Scores
+    from relp.scores import (
+        EdgeEffects,
+        EdgeScores,
+        Effects,
+        NodeEffects,
+        NodeScores,
+        Pairs,
+        Provenance,
+        Scores,
+    )
 
 __all__ = [
     "ATTN_LRP",
@@ -31,15 +43,28 @@ __all__ = [
     "PRESETS",
     "RELP",
     "Component",
+    "Direction",
+    "EdgeEffects",
+    "EdgeScores",
     "Effects",
+    "Layout",
+    "Level",
+    "ModelLike",
+    "NodeEffects",
+    "NodeScores",
+    "Pairs",
+    "Provenance",
     "Rules",
     "Scores",
+    "TaskLike",
     "UnknownOperationError",
     "attribute",
+    "check_texts",
     "coverage",
     "preset",
     "propagate",
     "register",
+    "written_whole",
 ]
 
 neighbours.check_neighbours()
@@ -47,10 +72,13 @@ lazy.lazily(
     __name__,
     {
         "attribution": "attribute",
-        "layout": "Component",
+        "choices": "Direction Level",
+        "files": "check_texts written_whole",
+        "layout": "Component Layout",
         "operations": "register",
         "propagation": "UnknownOperationError coverage propagate",
+        "protocols": "ModelLike TaskLike",
         "rulebook": "ATTN_LRP CP_LRP DEEPLIFT GIM GRADIENT PRESETS RELP Rules preset",
-        "scores": "Effects Scores",
+        "scores": "EdgeEffects EdgeScores Effects NodeEffects NodeScores Pairs Provenance Scores",
     },
 )

@@ -9,8 +9,8 @@ is the corrupt run, and a positive score means that patching the clean value in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,22 +18,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from relp.bridge.memory import pairs_per_batch
+from relp.bridge.provenance import pairs_of, provenance
 from relp.bridge.run import captures, undisturbed
 from relp.bridge.sites import Sites
 from relp.bridge.stream import stream_sites
-from relp.choices import OWN, check_direction, check_level
+from relp.choices import Direction, Level
 from relp.edges import edge_scores, position_groups
 from relp.nodes import component_places, node_scores, node_sites
+from relp.protocols import ModelLike, TaskLike
 from relp.rulebook import RELP, Rules
-from relp.scores import Scores
+from relp.scores import EdgeScores, NodeScores
 
 __all__ = ["attribute"]
 
 
 @undisturbed
 def attribute(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     *,
     rules: Rules = RELP,
     level: str = "node",
@@ -46,7 +48,7 @@ def attribute(
     batch_size: int | None = None,
     strict: bool = True,
     progress: bool = True,
-) -> Scores:
+) -> NodeScores | EdgeScores:
     """Estimates what patching every component or edge would do to the task's metric.
 
     >>> scores = attribute(model, task, rules=RELP)               # nodes [pair, component, pos]
@@ -87,7 +89,8 @@ def attribute(
         UnknownOperationError: the model has an operation that no rule knows.
         RuntimeError: a hook did not fire, or a score is not finite.
     """
-    _check(rules, level, direction, steps, path, positions)
+    level, way = Level(level), Direction(direction)
+    _check(rules, level, steps, path, positions)
     if (components if level == "edge" else neurons or None) is not None:
         raise ValueError(
             "`components` is for node scores and `neurons` for edge scores; got the other one with "
@@ -99,7 +102,7 @@ def attribute(
     where = component_places(sites, chosen)
     names = node_sites(sites, chosen) if level == "node" else stream_sites(sites)
     batch_size = pairs_per_batch(sites, task, level, names) if batch_size is None else batch_size
-    own, other = OWN[direction], "clean" if OWN[direction] == "corrupt" else "corrupt"
+    own, other = way.own, way.other
     metrics = {own: torch.zeros(len(task)), other: torch.zeros(len(task))}
     width = int(task.lengths.max())
     nodes = torch.zeros(len(task), len(chosen), width)
@@ -135,30 +138,26 @@ def attribute(
             f"every score must be finite; {int((~torch.isfinite(result)).sum())} are not under "
             f"{rules.name}; run the model in float32, or look for overflow in its activations"
         )
-    labels = provenance(sites, task, direction, metrics)
     along = "" if path == "inputs" else f" of {path}"
-    labels["rules"] = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
-    labels["remainder"] = dict(remainder)
+    name = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
+    source, about = provenance(sites, task, way, name), pairs_of(sites, task, metrics)
     if level == "node":
-        return Scores(components=chosen, nodes=result, **labels)
-    if places:
-        labels |= {"places": places, "tokens": places}
-    return Scores(writers=sites.writers, readers=sites.readers, edges=result, **labels)
+        return NodeScores(provenance=source, pairs=about, remainder=dict(remainder),
+                          components=chosen, nodes=result)  # fmt: skip
+    about = replace(about, tokens=places or about.tokens)
+    return EdgeScores(provenance=source, pairs=about, places=places, remainder=dict(remainder),
+                      layout=sites.layout, edges=result)  # fmt: skip
 
 
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _check(
-    rules: Rules, level: str, direction: str, steps: int, path: str, positions: bool | str
-) -> None:
+def _check(rules: Rules, level: Level, steps: int, path: str, positions: bool | str) -> None:
     if not isinstance(rules, Rules):
         raise TypeError(
             f"`rules` must be a Rules value such as relp.RELP; got {type(rules).__name__}; "
             "turn a name into rules with relp.preset(name)"
         )
-    check_level(level)
-    check_direction(direction)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(
             f"`steps` must be a whole number of at least 1; got {steps!r}; leave it out"
@@ -188,7 +187,7 @@ def _check(
         )
 
 
-def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None:
+def _must_slope(task: TaskLike, rules: Rules, metric: Float[Tensor, " pair"]) -> None:
     """At the maximum of a metric every score would be 0 up to rounding, and look like a result."""
     at_maximum = task.metric.flat_at_zero and float(metric.abs().max()) < 1e-4
     if at_maximum and rules.softmax != "secant":  # secants see the other run too
@@ -198,39 +197,3 @@ def _must_slope(task: Any, rules: Rules, metric: Float[Tensor, " pair"]) -> None
             f"{rules.name}; use direction='denoise', steps=5, rules=DEEPLIFT, or patch, which "
             "measures"
         )
-
-
-def provenance(
-    sites: Sites, task: Any, direction: str, metrics: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """What a result says of where it comes from, scores and exact effects alike."""
-    return {
-        "model": sites.model_name,
-        "task": task.name,
-        "direction": direction,
-        "metric": task.metric.name,
-        "clean": metrics["clean"],
-        "corrupt": metrics["corrupt"],
-        "lengths": task.lengths,
-        "parallel": sites.parallel,
-        "spans": task.spans,
-        "tokens": token_labels(sites.model, task),
-    }
-
-
-def token_labels(model: Any, task: Any) -> tuple[str, ...]:
-    """What stands at each position of the clean prompts, if all have one length.
-
-    The token where all pairs have the same one, else the span that is there in all pairs, or "".
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None or len(task.lengths.unique()) > 1:
-        return ()
-    labels = [""] * task.clean.shape[1]
-    for name, at in task.spans.items():
-        if len(at.unique()) == 1:
-            labels[int(at[0])] = name
-    for pos, column in enumerate(task.clean.T):
-        if len(column.unique()) == 1:
-            labels[pos] = tokenizer.decode([int(column[0])])
-    return tuple(labels)

@@ -1,27 +1,65 @@
-"""Words and numbers that a verb can be asked for, and the sentence about any other.
+"""Words that a verb can be asked for, and the sentence about any other.
 
 Nothing is imported here: the command refuses an option before torch is there.
 """
 
 from __future__ import annotations
 
-__all__ = ["LEVELS", "OWN", "check_direction", "check_level"]
+from enum import StrEnum
 
-LEVELS = ("node", "edge")
-OWN = {"denoise": "corrupt", "noise": "clean"}
-"""The run in which each direction changes something."""
+__all__ = ["Direction", "Level"]
 
 
-def check_level(level: str) -> None:
-    """Raises ValueError if `level` is none of `LEVELS`."""
-    if level not in LEVELS:
-        raise ValueError(f"`level` must be 'node' or 'edge'; got {level!r}; choose one of them")
+class Level(StrEnum):
+    """What is scored: components, or what each reader hears of each writer.
 
+    >>> Level("node") == "node"
+    True
+    """
 
-def check_direction(direction: str) -> None:
-    """Raises ValueError if `direction` is none of `OWN`."""
-    if direction not in OWN:
+    NODE = "node"
+    EDGE = "edge"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Level:
         raise ValueError(
-            f"`direction` must be 'denoise' or 'noise'; got {direction!r}; 'denoise' patches clean "
+            f"`level` must be 'node' or 'edge'; got {value!r}; choose one of them"
+        ) from None
+
+
+class Direction(StrEnum):
+    """In which run something is changed, and so what the sign of a score says.
+
+    `denoise`: the own run is the corrupt one, and a positive score means that putting the clean
+    value in raises the metric (as TransformerLens' `attribution_patch` and the RelP demo). `noise`:
+    the own run is the clean one, and a positive score means that putting the corrupt value in
+    raises the metric (as EAP-IG and MIB).
+
+    >>> Direction("noise").own, Direction("noise").other
+    ('clean', 'corrupt')
+    """
+
+    DENOISE = "denoise"
+    NOISE = "noise"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Direction:
+        raise ValueError(
+            f"`direction` must be 'denoise' or 'noise'; got {value!r}; 'denoise' patches clean "
             "values into the corrupt run"
-        )
+        ) from None
+
+    @property
+    def own(self) -> str:
+        """The run in which something is changed: `clean` or `corrupt`."""
+        return "corrupt" if self is Direction.DENOISE else "clean"
+
+    @property
+    def other(self) -> str:
+        """The run whose values are put in."""
+        return "clean" if self is Direction.DENOISE else "corrupt"
+
+    @property
+    def sign(self) -> int:
+        """1 where positive helps the clean behaviour, -1 where it works against it."""
+        return 1 if self is Direction.DENOISE else -1

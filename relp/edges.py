@@ -16,6 +16,7 @@ from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
 from relp.bridge.stream import NO_STREAM, Place, changes, must_match, stream_places
 from relp.propagation import module_names
+from relp.protocols import TaskLike
 from relp.rulebook import Rules
 from relp.scores import span_index
 
@@ -32,7 +33,7 @@ NO_NEURONS = (
 )
 
 
-def position_groups(task: Any, positions: bool | str) -> list[Any]:
+def position_groups(task: TaskLike, positions: bool | str) -> list[Any]:
     """What edge scores are summed over: indices into the flattened pairs and positions."""
     pairs, length = task.clean.shape
     if not positions:

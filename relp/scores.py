@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,77 +18,85 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from relp.choices import Direction, Level
+from relp.files import check_texts, written_whole
 from relp.layout import Component, Layout
 
-__all__ = ["Effects", "Scores"]
+__all__ = [
+    "EdgeEffects",
+    "EdgeScores",
+    "Effects",
+    "NodeEffects",
+    "NodeScores",
+    "Pairs",
+    "Provenance",
+    "Scores",
+    "span_index",
+]
+
+S = TypeVar("S", bound="Scores")
+N = TypeVar("N", bound="NodeScores")
 
 ALL_POSITIONS = ("all positions",)
 """The `tokens` of effects that are of all positions at once."""
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """First-order estimates of what patching each component or edge would do to the metric.
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where numbers come from; every file that holds them says it.
 
-    Unit: that of the metric. Sign: with `direction="denoise"` positive means that putting the
-    clean value into the corrupt run raises the metric; with `"noise"` that putting the corrupt
-    value into the clean run raises it.
+    >>> scores.provenance.title
+    'RELP · ioi-gpt2 · ioi · denoise'
     """
 
     model: str
     task: str
+    metric: str
+    direction: Direction
     rules: str
     """Name of the rules, `exact` for measured effects."""
-    direction: str
-    metric: str
+    versions: str = "unknown"
+    """Of relp and of the libraries that compute."""
+    dtype: str = "unknown"
+    """Of the model's weights."""
+    weights: str = "unknown"
+    """A fingerprint of them."""
+    compatibility: bool = False
+    """Whether the bridge was in TransformerLens' compatibility mode, whose weights are others."""
+
+    @classmethod
+    def of(cls, labels: Mapping[str, Any]) -> Provenance:
+        """What a file, or a graph, says of itself; labels of other things are left alone.
+
+        Raises:
+            ValueError: there is no such direction.
+            KeyError, TypeError: a label is missing, or of another type.
+        """
+        values = {f.name: labels[f.name] for f in fields(cls)}
+        return cls(**values | {"direction": Direction(values["direction"])})
+
+    @property
+    def title(self) -> str:
+        """One line that says where the numbers come from."""
+        return f"{self.rules} · {self.model} · {self.task} · {self.direction}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pairs:
+    """What is known of the pairs of prompts that a result is about."""
+
     clean: Float[Tensor, " pair"]
     """The metric on the clean prompts."""
     corrupt: Float[Tensor, " pair"]
     """The metric on the corrupt prompts."""
     lengths: Int[Tensor, " pair"]
-    """Tokens of each pair; entries of `nodes` from there on are 0."""
-    parallel: bool = False
-    """MLPs do not read what their own block's heads write (GPT-J, GPT-NeoX, Falcon, Phi)."""
+    """Tokens of each pair; entries of node scores from there on are 0."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
-    """What stands at each position (see `relp.attribution.token_labels`), or empty."""
-    places: tuple[str, ...] = ()
-    """What the position axis holds instead of tokens: the named spans, and `other` for the rest."""
-    resolution: float = 0.0
-    """Changes of the metric up to this are rounding, no effect: of measured ones, the last place
-    of the metric in the model's precision (mean over pairs); 0 for estimates."""
-    components: tuple[str, ...] = ()
-    nodes: Float[Tensor, "pair component pos"] | None = None
-    writers: tuple[str, ...] = ()
-    readers: tuple[str, ...] = ()
-    edges: Float[Tensor, "*pos writer reader"] | None = None
-    """Mean over pairs, summed over positions unless they were asked for. Entries of a writer
-    that does not come before the reader are 0."""
-
-    remainder: Mapping[str, float] = field(default_factory=dict)
-    """Module and operation -> what scores cannot explain, because a router (or another choice)
-    goes different ways in the two runs; mean over pairs, in the unit of the metric. Only rules that
-    compare two runs know it: with it, their scores sum to the gap."""
-
-    noun = "score"
+    """What stands at each position (see `relp.bridge.provenance.token_labels`), or empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", MappingProxyType(dict(self.spans)))
-        if (self.nodes is None) == (self.edges is None):
-            raise ValueError("Scores must hold either nodes or edges; got both or neither")
-        if self.nodes is not None and self.nodes.shape[1] != len(self.components):
-            raise ValueError(
-                f"`nodes` must be [pair, component, pos] with {len(self.components)} components; "
-                f"got {list(self.nodes.shape)}"
-            )
-        if self.edges is not None and self.edges.shape[-2:] != (
-            len(self.writers),
-            len(self.readers),
-        ):
-            raise ValueError(
-                f"`edges` must end in [writer {len(self.writers)}, reader {len(self.readers)}]; "
-                f"got {list(self.edges.shape)}"
-            )
 
     # a copy, and what another process gets, has spans of its own that are as read-only as these
     def __getstate__(self) -> dict[str, Any]:
@@ -100,68 +105,129 @@ class Scores:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, spans=MappingProxyType(state["spans"]))
 
-    # -- reading -------------------------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scores:
+    """First-order estimates of what patching each component or edge would do to the metric.
+
+    `NodeScores` and `EdgeScores` are the two forms. Unit: that of the metric. Sign: see
+    `Direction`: with `"denoise"` positive means that putting the clean value into the corrupt run
+    raises the metric, with `"noise"` that putting the corrupt value into the clean run raises it.
+    """
+
+    provenance: Provenance
+    pairs: Pairs
+    places: tuple[str, ...] = ()
+    """What the position axis holds instead of tokens: the named spans, and `other` for the rest."""
+    resolution: float = 0.0
+    """Changes of the metric up to this are rounding, no effect: of measured ones, the last place
+    of the metric in the model's precision (mean over pairs); 0 for estimates."""
+    remainder: Mapping[str, float] = field(default_factory=dict)
+    """Module and operation -> what scores cannot explain, because a router (or another choice)
+    goes different ways in the two runs; mean over pairs, in the unit of the metric. Only rules that
+    compare two runs know it: with it, their scores sum to the gap."""
+
+    noun: ClassVar[str] = "score"
+    level: ClassVar[Level]
+    _other_form: ClassVar[str]
+    """What to do for what the other form has alone."""
+
+    # -- where it comes from -------------------------------------------------------------------
 
     @property
-    def level(self) -> str:
-        """`"node"` or `"edge"`."""
-        return "node" if self.nodes is not None else "edge"
+    def model(self) -> str:
+        """The model's name."""
+        return self.provenance.model
 
     @property
-    def layout(self) -> Layout:
-        """Which edges there are, and where in `edges`; node scores have none."""
-        return Layout.of(self.writers, self.readers, self.parallel)
+    def task(self) -> str:
+        """The task's name."""
+        return self.provenance.task
 
     @property
-    def gap(self) -> Float[Tensor, " pair"]:
-        """What a complete patch does to the metric: clean - corrupt for `denoise`, else minus."""
-        gap = self.clean - self.corrupt
-        return gap if self.direction == "denoise" else -gap
+    def metric(self) -> str:
+        """The metric's name."""
+        return self.provenance.metric
+
+    @property
+    def direction(self) -> Direction:
+        """In which run something is changed."""
+        return self.provenance.direction
+
+    @property
+    def rules(self) -> str:
+        """Name of the rules, `exact` for measured effects."""
+        return self.provenance.rules
 
     @property
     def title(self) -> str:
         """One line that says where the numbers come from."""
-        return f"{self.rules} · {self.model} · {self.task} · {self.direction}"
+        return self.provenance.title
 
     @property
-    def mean(self) -> Float[Tensor, "component pos"]:
-        """Node scores, at each position averaged over the pairs that are long enough for it."""
-        if self.nodes is None:
-            raise ValueError("mean is of node scores; these are edge scores, averaged already")
-        positions = torch.arange(self.nodes.shape[-1])
-        pairs = (positions < self.lengths[:, None]).sum(0).clamp(min=1)
-        return self.nodes.sum(0) / pairs
+    def clean(self) -> Float[Tensor, " pair"]:
+        """The metric on the clean prompts."""
+        return self.pairs.clean
 
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of component present, in order of appearance."""
-        return tuple(dict.fromkeys(Component.parse(c).kind for c in self.components))
+    @property
+    def corrupt(self) -> Float[Tensor, " pair"]:
+        """The metric on the corrupt prompts."""
+        return self.pairs.corrupt
 
-    def of_kind(self, kind: str) -> tuple[tuple[str, ...], Float[Tensor, "pair component pos"]]:
-        """Names and scores of the components of one kind (`resid`, `attn`, `head`, `mlp`, …).
+    @property
+    def lengths(self) -> Int[Tensor, " pair"]:
+        """Tokens of each pair."""
+        return self.pairs.lengths
 
-        Raises:
-            ValueError: the result is edge-level or has no such kind.
+    @property
+    def spans(self) -> Mapping[str, Int[Tensor, " pair"]]:
+        """The position of each named span in each pair."""
+        return self.pairs.spans
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What stands at each position, or empty."""
+        return self.pairs.tokens
+
+    @property
+    def gap(self) -> Float[Tensor, " pair"]:
+        """What a complete patch does to the metric: clean - corrupt for `denoise`, else minus."""
+        return (self.clean - self.corrupt) * self.direction.sign
+
+    def renamed(self: S, rules: str) -> S:
+        """The same under another name: results that are compared are told apart by it.
+
+        >>> scores.renamed("RELP, 64 pairs").rules
+        'RELP, 64 pairs'
         """
-        if self.nodes is None:
-            raise ValueError(
-                "of_kind reads node scores; these are edge scores; call attribute(level='node')"
-            )
-        at = [i for i, c in enumerate(self.components) if Component.parse(c).kind == kind]
-        if not at:
-            raise ValueError(
-                f"`kind` must be one of {self.kinds()}; got {kind!r}; see Scores.kinds()"
-            )
-        return tuple(self.components[i] for i in at), self.nodes[:, at]
+        return replace(self, provenance=replace(self.provenance, rules=rules))
 
-    def resolved(self) -> Scores:
+    if not TYPE_CHECKING:  # else every name would exist
+
+        def __getattr__(self, name: str) -> Any:
+            theirs = NodeScores if self.level == "edge" else EdgeScores
+            known = hasattr(theirs, name) or name in theirs.__dataclass_fields__
+            if name.startswith("_") or not known:
+                raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+            raise AttributeError(
+                f"{name!r} is of {theirs.level} scores; these are of {self.level}s; "
+                f"{self._other_form}"
+            )
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Tensor:
+        """`nodes` or `edges`."""
+        return getattr(self, f"{self.level}s")
+
+    def resolved(self: S) -> S:
         """The same with 0 for what is up to `resolution`: before sums, in which it would add up."""
         if not self.resolution:
             return self
-
-        def rounded(table: Tensor | None) -> Tensor | None:
-            return None if table is None else table.masked_fill(table.abs() <= self.resolution, 0.0)
-
-        return replace(self, nodes=rounded(self.nodes), edges=rounded(self.edges))
+        rounded = self.table.masked_fill(self.table.abs() <= self.resolution, 0.0)
+        change: dict[str, Any] = {f"{self.level}s": rounded}
+        return replace(self, **change)
 
     @property
     def unresolved(self) -> float:
@@ -169,36 +235,12 @@ class Scores:
 
         Exact zeros do not count: most are where nothing changes (`agreement` can tell).
         """
-        table = self.nodes if self.nodes is not None else self.edges
-        assert table is not None
-        sizes = table[table != 0].abs()
+        sizes = self.table[self.table != 0].abs()
         return float((sizes <= self.resolution).float().mean()) if len(sizes) else 0.0
 
-    def by_span(self) -> Scores:
-        """Node scores summed over the positions of each of the task's spans, and over the others.
-
-        Each pair has its spans where its own prompt has them, so that templates of different
-        lengths line up. A position that several spans name goes to the first of them. What is
-        rounding is left out. Effects of all positions at once stay as they are.
-
-        Raises:
-            ValueError: the scores are of edges, which are averages over pairs already.
-        """
-        if self.nodes is None:
-            raise ValueError(
-                "by_span sums node scores; these are edge scores, averaged over pairs; call "
-                "attribute(level='edge', positions='spans')"
-            )
-        if self.places or self.tokens == ALL_POSITIONS:
-            return self
-        places = (*self.spans, "other")
-        index = span_index(self.spans, len(self.nodes), self.nodes.shape[-1])
-        nodes = self.resolved().nodes
-        assert nodes is not None
-        summed = nodes.new_zeros(*nodes.shape[:2], len(places))
-        summed.scatter_add_(2, index[:, None].expand_as(nodes), nodes)
-        lengths = torch.full_like(self.lengths, len(places))
-        return replace(self, nodes=summed, lengths=lengths, places=places, tokens=places)
+    def by_component(self) -> tuple[tuple[str, ...], Float[Tensor, " component"]]:
+        """Who is patched, or writes, and the sum of its scores: over positions, and readers."""
+        raise NotImplementedError
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per component and position, or per edge; the mean over pairs.
@@ -217,53 +259,21 @@ class Scores:
 
     def _values(self) -> Float[np.ndarray, " row"]:
         """The last column of `to_dataframe`."""
-        if self.nodes is not None:
-            return self.mean.detach().flatten().cpu().double().numpy()
-        assert self.edges is not None
-        table = self.edges.detach().cpu()
-        table = (table if table.dim() == 3 else table[None]).permute(2, 1, 0)
-        return table[self.layout.exists.T].flatten().double().numpy()
+        raise NotImplementedError
 
     def _rows(self, chosen: slice | Int[np.ndarray, " row"]) -> pd.DataFrame:
         """These rows of `to_dataframe`; others cost nothing."""
-        values = self._values()
-        numbers = np.arange(len(values))[chosen]
-        if self.nodes is not None:
-            by_position, width = True, self.nodes.shape[-1]
-            component, pos = np.divmod(numbers, width)
-            parsed = [Component.parse(c) for c in self.components]
-            frame = pd.DataFrame(parsed, columns=["component", "kind", "layer", "head"])
-            frame = frame.take(component).reset_index(drop=True)
-        else:
-            assert self.edges is not None
-            by_position = self.edges.dim() == 3
-            width = len(self.edges) if by_position else 1
-            edge, pos = np.divmod(numbers, width)
-            reader, writer = (place[edge].numpy() for place in self.layout.exists.T.nonzero().T)
-            slots = [slot for _, slot in self.layout.targets]
-            columns = {"writer": (self.writers, writer), "reader": (self.readers, reader),
-                       "slot": (slots, reader)}  # fmt: skip
-            frame = pd.DataFrame({k: pd.Index(v).take(at) for k, (v, at) in columns.items()})
-        if by_position and self.places:
-            frame["span"] = pd.Index(self.places).take(pos)
-        elif by_position:
-            frame["pos"] = pos
-            alike = len(self.tokens) == width and len(self.lengths.unique()) == 1
-            if self.nodes is not None and alike:
-                frame["token"] = pd.Index(self.tokens).take(pos)
-        frame[self.noun] = values[numbers]
-        return frame
+        raise NotImplementedError
+
+    def _axes(self) -> str:
+        """The axes of the table, for `repr`."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
-        if self.nodes is not None:
-            what = f"nodes{list(self.nodes.shape)} [pair, component, pos]"
-        else:
-            assert self.edges is not None
-            axes = "[writer, reader]" if self.edges.dim() == 2 else "[pos, writer, reader]"
-            what = f"edges{list(self.edges.shape)} {axes}"
         return (
-            f"{type(self).__name__}({what}, model={self.model!r}, task={self.task!r}, "
-            f"rules={self.rules!r}, direction={self.direction!r}, metric={self.metric!r}"
+            f"{type(self).__name__}({self.level}s{list(self.table.shape)} {self._axes()}, "
+            f"model={self.model!r}, task={self.task!r}, rules={self.rules!r}, "
+            f"direction={str(self.direction)!r}, metric={self.metric!r}"
             + (f", remainder={sum(self.remainder.values()):+.4f}" if self.remainder else "")
             + ")"
         )
@@ -297,26 +307,37 @@ class Scores:
                 f"scores must be saved as .safetensors; got {path.name!r}; change the suffix "
                 "(a circuit graph is saved with circuits.save)"
             )
-        tensors = {
-            k: v.detach().cpu().contiguous()
-            for k in ("clean", "corrupt", "lengths", "nodes", "edges")
-            if (v := getattr(self, k)) is not None
-        }
+        tensors = {k: getattr(self, k) for k in ("clean", "corrupt", "lengths", f"{self.level}s")}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         # the format refuses tensors that share memory, as spans of one position may
         tensors |= {f"span.{k}": v.cpu().clone() for k, v in self.spans.items()}
-        labels = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
-        labels = {k: v for k, v in labels.items() if k not in ("spans", "nodes", "edges")}
-        labels["remainder"] = dict(self.remainder)
-        labels["type"] = type(self).__name__
+        labels = {
+            "type": type(self).__name__,
+            "provenance": asdict(self.provenance),
+            "tokens": self.tokens,
+            "places": self.places,
+            "resolution": self.resolution,
+            "remainder": dict(self.remainder),
+            **self._names(),
+        }
         check_texts("the result", [labels, *self.spans])
         with written_whole(path) as temporary:
             # not save_file: its files can be read by their owner only, whatever the umask
             temporary.write_bytes(to_bytes(tensors, metadata={"relp": json.dumps(labels)}))
         return path
 
+    def _names(self) -> dict[str, Any]:
+        """What the table's axes stand for, as JSON."""
+        raise NotImplementedError
+
     @classmethod
-    def load(cls, path: str | Path) -> Scores:
-        """Reads what `save` wrote; gives `Scores` or `Effects` as it was saved.
+    def _named(cls, labels: dict[str, Any]) -> dict[str, Any]:
+        """Takes what `_names` gave out of `labels`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def load(path: str | Path) -> NodeScores | EdgeScores:
+        """Reads what `save` wrote; gives scores or effects as they were saved.
 
         Raises:
             ValueError: the file was not written by `save`.
@@ -326,13 +347,14 @@ class Scores:
             with safe_open(str(path), framework="pt") as file:
                 labels = json.loads((file.metadata() or {})["relp"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            kind = {"Scores": Scores, "Effects": Effects}[labels.pop("type")]
-            spans = {k[5:]: v for k, v in tensors.items() if k.startswith("span.")}
-            arrays = {k: v for k, v in tensors.items() if not k.startswith("span.")}
-            names: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()
-            }
-            return kind(spans=spans, **arrays, **names)
+            kind = _FORMS[labels.pop("type")]
+            provenance = Provenance.of(labels.pop("provenance"))
+            table = {f"{kind.level}s": tensors.pop(f"{kind.level}s")}
+            spans = {k[5:]: tensors.pop(k) for k in list(tensors) if k.startswith("span.")}
+            pairs = Pairs(spans=spans, tokens=tuple(labels.pop("tokens")), **tensors)
+            table |= kind._named(labels)
+            labels["places"] = tuple(labels["places"])
+            return kind(provenance=provenance, pairs=pairs, **table, **labels)
         except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"{str(path)!r} must be a file written by Scores.save; it is not ({error}); "
@@ -340,10 +362,204 @@ class Scores:
             ) from error
 
 
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class NodeScores(Scores):
+    """Scores of components, pair by pair and position by position."""
+
+    components: tuple[str, ...]
+    nodes: Float[Tensor, "pair component pos"]
+
+    level = Level.NODE
+    _other_form = "call attribute(model, task, level='edge')"
+
+    def __post_init__(self) -> None:
+        if self.nodes.dim() != 3 or self.nodes.shape[1] != len(self.components):
+            raise ValueError(
+                f"`nodes` must be [pair, component, pos] with {len(self.components)} components; "
+                f"got {list(self.nodes.shape)}; name each of them once"
+            )
+
+    @property
+    def mean(self) -> Float[Tensor, "component pos"]:
+        """The scores at each position, averaged over the pairs that are long enough for it."""
+        positions = torch.arange(self.nodes.shape[-1])
+        pairs = (positions < self.lengths[:, None]).sum(0).clamp(min=1)
+        return self.nodes.sum(0) / pairs
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of component present, in order of appearance."""
+        return tuple(dict.fromkeys(Component.parse(c).kind for c in self.components))
+
+    def of_kind(self, kind: str) -> tuple[tuple[str, ...], Float[Tensor, "pair component pos"]]:
+        """Names and scores of the components of one kind (`resid`, `attn`, `head`, `mlp`, …).
+
+        Raises:
+            ValueError: the result has no such kind.
+        """
+        at = [i for i, c in enumerate(self.components) if Component.parse(c).kind == kind]
+        if not at:
+            raise ValueError(
+                f"`kind` must be one of {self.kinds()}; got {kind!r}; see Scores.kinds()"
+            )
+        return tuple(self.components[i] for i in at), self.nodes[:, at]
+
+    def by_span(self: N) -> N:
+        """The scores summed over the positions of each of the task's spans, and over the others.
+
+        Each pair has its spans where its own prompt has them, so that templates of different
+        lengths line up. A position that several spans name goes to the first of them. What is
+        rounding is left out. Effects of all positions at once stay as they are.
+        """
+        if self.places or self.tokens == ALL_POSITIONS:
+            return self
+        places = (*self.spans, "other")
+        index = span_index(self.spans, len(self.nodes), self.nodes.shape[-1])
+        nodes = self.resolved().nodes
+        summed = nodes.new_zeros(*nodes.shape[:2], len(places))
+        summed.scatter_add_(2, index[:, None].expand_as(nodes), nodes)
+        lengths = torch.full_like(self.lengths, len(places))
+        pairs = replace(self.pairs, lengths=lengths, tokens=places)
+        return replace(self, nodes=summed, pairs=pairs, places=places)
+
+    def together(self: N) -> N:
+        """The scores summed over all positions, as effects of all positions at once are."""
+        pairs = replace(self.pairs, tokens=ALL_POSITIONS)
+        return replace(self, nodes=self.nodes.sum(-1, keepdim=True), pairs=pairs)
+
+    @property
+    def is_together(self) -> bool:
+        """True if they are of all positions at once."""
+        return self.tokens == ALL_POSITIONS
+
+    def by_component(self) -> tuple[tuple[str, ...], Float[Tensor, " component"]]:
+        """The components, and the sum of each one's scores over positions; mean over pairs."""
+        return self.components, self.nodes.sum(-1).mean(0)
+
+    def _values(self) -> Float[np.ndarray, " row"]:
+        return self.mean.detach().flatten().cpu().double().numpy()
+
+    def _rows(self, chosen: slice | Int[np.ndarray, " row"]) -> pd.DataFrame:
+        values, width = self._values(), self.nodes.shape[-1]
+        numbers = np.arange(len(values))[chosen]
+        component, pos = np.divmod(numbers, width)
+        parsed = [Component.parse(c) for c in self.components]
+        frame = pd.DataFrame(parsed, columns=["component", "kind", "layer", "head"])
+        frame = frame.take(component).reset_index(drop=True)
+        if self.places:
+            frame["span"] = pd.Index(self.places).take(pos)
+        else:
+            frame["pos"] = pos
+            if len(self.tokens) == width and len(self.lengths.unique()) == 1:
+                frame["token"] = pd.Index(self.tokens).take(pos)
+        frame[self.noun] = values[numbers]
+        return frame
+
+    def _axes(self) -> str:
+        return "[pair, component, pos]"
+
+    def _names(self) -> dict[str, Any]:
+        return {"components": self.components}
+
+    @classmethod
+    def _named(cls, labels: dict[str, Any]) -> dict[str, Any]:
+        return {"components": tuple(labels.pop("components"))}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class EdgeScores(Scores):
+    """Scores of edges: what each reader hears of each writer."""
+
+    layout: Layout
+    """Which edges there are, and where in `edges`."""
+    edges: Float[Tensor, "*pos writer reader"]
+    """Mean over pairs, summed over positions unless they were asked for. Entries of a writer
+    that does not come before the reader are 0."""
+
+    level = Level.EDGE
+    _other_form = "they are averaged over pairs already; call attribute(model, task, level='node')"
+
+    def __post_init__(self) -> None:
+        shape = self.layout.exists.shape
+        if self.edges.dim() not in (2, 3) or self.edges.shape[-2:] != shape:
+            raise ValueError(
+                f"`edges` must end in [writer {shape[0]}, reader {shape[1]}]; got "
+                f"{list(self.edges.shape)}; give scores and layout of one model"
+            )
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Names of the writers, the rows of `edges`."""
+        return self.layout.writers
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the readers, the columns of `edges`."""
+        return self.layout.readers
+
+    @property
+    def by_position(self) -> Float[Tensor, "pos writer reader"]:
+        """`edges` with an axis for positions; of length 1 if they are summed over all."""
+        return self.edges if self.edges.dim() == 3 else self.edges[None]
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """The positions of `by_position`; -1 alone if they are summed over all."""
+        return range(len(self.edges)) if self.edges.dim() == 3 else (-1,)
+
+    def by_component(self) -> tuple[tuple[str, ...], Float[Tensor, " writer"]]:
+        """The writers, and the sum of each one's scores over readers and positions."""
+        return self.writers, self.by_position.sum(-1).sum(0)
+
+    def _values(self) -> Float[np.ndarray, " row"]:
+        table = self.by_position.detach().cpu().permute(2, 1, 0)
+        return table[self.layout.exists.T].flatten().double().numpy()
+
+    def _rows(self, chosen: slice | Int[np.ndarray, " row"]) -> pd.DataFrame:
+        values = self._values()
+        numbers = np.arange(len(values))[chosen]
+        edge, pos = np.divmod(numbers, len(self.by_position))
+        reader, writer = (place[edge].numpy() for place in self.layout.exists.T.nonzero().T)
+        slots = [slot for _, slot in self.layout.targets]
+        columns = {"writer": (self.writers, writer), "reader": (self.readers, reader),
+                   "slot": (slots, reader)}  # fmt: skip
+        frame = pd.DataFrame({k: pd.Index(v).take(at) for k, (v, at) in columns.items()})
+        if self.places:
+            frame["span"] = pd.Index(self.places).take(pos)
+        elif self.edges.dim() == 3:
+            frame["pos"] = pos
+        frame[self.noun] = values[numbers]
+        return frame
+
+    def _axes(self) -> str:
+        return "[writer, reader]" if self.edges.dim() == 2 else "[pos, writer, reader]"
+
+    def _names(self) -> dict[str, Any]:
+        layout = self.layout
+        return {"writers": layout.writers, "readers": layout.readers, "parallel": layout.parallel}
+
+    @classmethod
+    def _named(cls, labels: dict[str, Any]) -> dict[str, Any]:
+        writers, readers = (tuple(labels.pop(names)) for names in ("writers", "readers"))
+        return {"layout": Layout.of(writers, readers, labels.pop("parallel"))}
+
+
 class Effects(Scores):
-    """What patching each component was measured to do: the ground truth, in the same layout."""
+    """What patching was measured to do: the ground truth, in the layout of scores."""
 
     noun = "effect"
+
+
+class NodeEffects(NodeScores, Effects):
+    """What patching each component was measured to do."""
+
+
+class EdgeEffects(EdgeScores, Effects):
+    """What patching what a reader hears of a writer was measured to do."""
+
+
+_FORMS: dict[str, Any] = {
+    kind.__name__: kind for kind in (NodeScores, EdgeScores, NodeEffects, EdgeEffects)
+}
 
 
 def span_index(
@@ -354,45 +570,3 @@ def span_index(
     for number, at in reversed(list(enumerate(spans.values()))):  # the first name stays
         index[torch.arange(pairs), at.cpu()] = number
     return index
-
-
-def check_texts(owner: str, value: object) -> None:
-    """Refuses half a surrogate pair in any text of `value`, keys included: UTF-8 has none.
-
-    Raises:
-        ValueError: a text holds one; `owner` tells whose it is.
-    """
-    if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(
-                f"text must be whole characters, as files are UTF-8; {owner} has half a surrogate "
-                f"pair in {value!r}; replace it with text.encode('utf-8', 'replace').decode()"
-            )
-    elif isinstance(value, Mapping):
-        check_texts(owner, [*value, *value.values()])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_texts(owner, item)
-    elif isinstance(value, np.ndarray) and value.dtype.kind in "OU":
-        check_texts(owner, value.tolist())
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to it at the end: nobody ever sees half a file.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the folder cannot be written.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"`path` must lie in an existing folder; {str(path.parent)!r} is none; create it first"
-        )
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

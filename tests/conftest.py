@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,50 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from relp import Component
+from relp import (
+    Component,
+    Direction,
+    EdgeEffects,
+    EdgeScores,
+    Effects,
+    Layout,
+    NodeEffects,
+    NodeScores,
+    Pairs,
+    Provenance,
+    Scores,
+)
 from tasks import Task, zoo
 from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 # Small models gain nothing from threads, and threads that wait for a busy core cost minutes.
 torch.set_num_threads(1)
+
+
+def made(kind: type[Scores] = Scores, **labels: Any) -> Any:
+    """Scores, or effects, of labels that stand side by side: of nodes or edges, as is given."""
+    forms = (NodeEffects, EdgeEffects) if issubclass(kind, Effects) else (NodeScores, EdgeScores)
+    parts = {name: value(**_taken(labels, value)) for name, value in PARTS.items()}
+    if "nodes" in labels:
+        return forms[0](**parts, **labels)
+    return forms[1](**parts, layout=Layout(**_taken(labels, Layout)), **labels)
+
+
+def altered(result: Any, **labels: Any) -> Any:
+    """A result with other labels, wherever these are kept."""
+    parts = {**PARTS, "layout": Layout} if isinstance(result, EdgeScores) else PARTS
+    for name, kind in parts.items():
+        if taken := _taken(labels, kind):
+            labels[name] = replace(getattr(result, name), **taken)
+    return replace(result, **labels)
+
+
+PARTS = {"provenance": Provenance, "pairs": Pairs}
+
+
+def _taken(labels: dict[str, Any], kind: Any) -> dict[str, Any]:
+    taken = {f.name: labels.pop(f.name) for f in fields(kind) if f.name in labels}
+    return taken | ({"direction": Direction(taken["direction"])} if "direction" in taken else {})
 
 
 def save_tokenizer(folder: Path) -> int:

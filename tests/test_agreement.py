@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_task
+from conftest import altered, made, random_task
 from torch import Tensor
 
 from circuits import agreement, assemble, auroc, draw, patch, top
 from circuits.cli import _print_agreement
 from circuits.graph import real_edges
 from circuits.judge.agreement import points
-from relp import GRADIENT, RELP, Effects, Scores, attribute
+from relp import GRADIENT, RELP, EdgeEffects, Effects, Scores, attribute
 from relp.scores import ALL_POSITIONS
 
 LABELS = {"model": "m", "task": "t", "rules": "r", "direction": "denoise", "metric": "x"}
@@ -26,7 +26,7 @@ def nodes(values: list[list[float]], **labels: Any) -> Scores:
     """One pair and one position; heads L0H0, L0H1, … and the MLP."""
     table = torch.tensor(values)[..., None]
     heads = [f"L0H{h}" for h in range(table.shape[1] - 1)]
-    return Scores(
+    return made(
         **(LABELS | labels), components=(*heads, "L0.mlp"), nodes=table,
         clean=torch.ones(len(table)), corrupt=torch.zeros(len(table)),
         lengths=torch.ones(len(table), dtype=torch.long),
@@ -100,9 +100,9 @@ def test_noise_is_no_effect_before_positions_are_summed_nor_in_figures() -> None
     labels: dict[str, Any] = {
         "clean": torch.ones(1), "corrupt": torch.zeros(1), "components": ("L0H0", "L0H1", "L0H2")
     }  # fmt: skip
-    one = Effects(**LABELS, **labels, nodes=wide, lengths=torch.tensor([3]), resolution=NOISE)
-    together = Effects(
-        **LABELS, **labels, nodes=torch.tensor([[[2.0], [NOISE], [1.0]]]),
+    one = made(Effects, **LABELS, **labels, nodes=wide, lengths=torch.tensor([3]), resolution=NOISE)
+    together = made(
+        Effects, **LABELS, **labels, nodes=torch.tensor([[[2.0], [NOISE], [1.0]]]),
         lengths=torch.tensor([3]), tokens=ALL_POSITIONS, resolution=NOISE,
     )  # fmt: skip
     ((kind, [(x, y)]),) = points(one, together)
@@ -117,7 +117,7 @@ def test_what_lies_behind_a_prompts_end_is_no_effect_of_zero() -> None:
     x = torch.tensor([[[1.0, 2, 0], [4, -3, 0]], [[1.0, -2, 3], [2, 5, 1]]])
     y = torch.tensor([[[2.0, 1, 0], [5, 1, 0]], [[1.0, 2, -3], [1, 4, 2]]])
     one, other = (
-        Scores(
+        made(
             **LABELS, clean=torch.ones(2), corrupt=torch.zeros(2), lengths=torch.tensor([2, 3]),
             components=("L0H0", "L0H1"), nodes=table, resolution=NOISE,
         )
@@ -132,12 +132,11 @@ def test_what_lies_behind_a_prompts_end_is_no_effect_of_zero() -> None:
 def test_noise_of_edges_is_no_effect_and_what_was_not_measured_stays_so(tiny: Any) -> None:
     task = random_task(tiny, length=3)
     scores = attribute(tiny, task, level="edge")
-    assert scores.edges is not None
     only = torch.tensor([r.endswith(".q") for r in scores.readers])
     values = scores.edges[scores.layout.exists & only]
     limit = float(values.abs().median())
     measured = torch.where(only, scores.edges, torch.nan)
-    effect = replace(scores, edges=measured, rules="exact", resolution=limit)
+    effect = altered(scores, edges=measured, rules="exact", resolution=limit)
     row = agreement(scores, effect).set_index("kind").loc["q"]
     assert row["unresolved"] == pytest.approx(float((values.abs() <= limit).double().mean()))
     assert 0 < row["unresolved"] < 1
@@ -170,11 +169,9 @@ def test_edges_are_compared_by_slot(tiny: Any, positions: bool) -> None:
 def test_edges_that_were_not_measured_are_left_out(tiny: Any) -> None:
     task = random_task(tiny, length=3)
     scores = attribute(tiny, task, level="edge")
-    assert scores.edges is not None
     only = torch.tensor([r.endswith(".q") for r in scores.readers])
     measured = torch.where(only, scores.edges, torch.nan)
-    fields = {k: v for k, v in vars(scores).items() if k not in ("edges", "rules")}
-    effect = Effects(**fields, edges=measured, rules="exact")
+    effect = EdgeEffects(**{**vars(scores), "edges": measured}).renamed("exact")
     table = agreement(scores, effect).set_index("kind")
     assert list(table.index) == ["edge", "q"] and (table["relative_error"] == 0).all()
 
@@ -221,7 +218,6 @@ def test_spans_are_no_positions_even_if_they_are_as_many(tiny: Any) -> None:
     position, span = (
         attribute(tiny, task, level="edge", positions=kept) for kept in (True, "spans")
     )
-    assert span.edges is not None and position.edges is not None
     assert span.edges.shape == position.edges.shape
     nodes = attribute(tiny, task)
     for one, other in ((span, position), (nodes.by_span(), nodes)):
@@ -242,7 +238,7 @@ def test_auroc_of_components_is_a_count_of_pairs(tiny: Any) -> None:
     scores = attribute(tiny, task)
     edges = attribute(tiny, task, level="edge")
     known = ["L0H1", "L1H2", "L2H0", "L1.mlp"]
-    table = auroc([scores, replace(edges, rules="edges")], known).set_index(["rules", "kind"])
+    table = auroc([scores, edges.renamed("edges")], known).set_index(["rules", "kind"])
     assert list(table.loc["RELP"].index) == ["head", "mlp"]
     heads, values = scores.of_kind("head")
     total = values.sum(-1).mean(0)

@@ -3,12 +3,12 @@
 import inspect
 import math
 import re
-from dataclasses import replace
 
 import networkx as nx
 import numpy as np
 import pytest
 import torch
+from conftest import altered, made
 from test_graph import make_scores
 
 from circuits.draw import draw
@@ -37,7 +37,7 @@ def make_nodes(kind=Scores, *, layers=2, heads=2, pairs=3, pos=4, seed=0, **labe
         "components": tuple(names),
         "nodes": torch.randn(pairs, len(names), pos, generator=generator),
     }
-    return kind(**(fields | labels))
+    return made(kind, **(fields | labels))
 
 
 def make_circuit(edges=12, **options) -> nx.MultiDiGraph:
@@ -127,11 +127,11 @@ def test_spans_that_lie_apart_take_the_place_of_positions():
         np.testing.assert_allclose(figure.data[0].z[1], expected, atol=1e-6)
         by_position = draw(scores, kind="mlp", positions=True)
         assert by_position.data[0].customdata[1, 3] == "L1.mlp@3"
-    named = replace(scores, spans={"<b>": spans["name"], "end": spans["end"]})
+    named = altered(scores, spans={"<b>": spans["name"], "end": spans["end"]})
     assert draw(named, kind="mlp").data[0].customdata[1, 0] == "L1.mlp@&lt;b&gt;"
     same = make_nodes(spans={"name": torch.tensor([1, 1, 1]), "end": end}, tokens=tuple("abcd"))
     assert draw(same).data[0].customdata[0, 3] == "L0.resid@3"
-    effect = replace(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
+    effect = altered(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
     assert draw(effect).data[0].customdata[1, 0] == "L1.resid@all positions"
     assert effect.by_span() is effect
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import able_task
+from conftest import able_task, altered
 from scipy import stats
 
 from circuits import assemble, compare, evaluate, faithfulness, random, top
@@ -183,7 +183,6 @@ def test_an_interval_leaves_a_fortieth_at_each_end() -> None:
 def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
     task = able_task(tiny, length=3)
     scores = attribute(tiny, task, level="edge")
-    assert scores.edges is not None
     for wrong, message in (
         (
             [],
@@ -194,7 +193,7 @@ def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
         (attribute(tiny, task), "needs finite edge scores; those of 'RELP' are of nodes"),
         (replace(scores, edges=scores.edges * float("nan")), "or hold NaN"),
         (
-            replace(scores, writers=scores.writers[::-1], model="other"),
+            altered(scores, writers=scores.writers[::-1], model="other"),
             "are of 'other', have other neurons than the first, or are not of 'tiny-",
         ),
         (

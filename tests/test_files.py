@@ -35,7 +35,7 @@ NASTY = {
     "model": 'a/b "c"',
     "rules": "007",  # text that looks like a number
     "metric": "true",  # … and like a truth value
-    "direction": "",
+    "direction": "noise",
 }
 READABLE = [".json", ".graphml", ".gexf", ".dot", ".svg", ".html"]
 PIECES = [

@@ -7,7 +7,7 @@ import time
 import networkx as nx
 import pytest
 import torch
-from conftest import precedes
+from conftest import made, precedes
 
 from circuits.graph import EDGE, GRAPH, NODE, assemble, real_edges, size
 from circuits.search.prune import connect, threshold, top
@@ -37,7 +37,7 @@ def make_scores(layers=2, heads=2, kv_heads=None, positions=None, seed=0, **labe
         ]
     )
     names = {"model": "tiny", "task": "toy", "rules": "relp", "metric": "logit difference"}
-    return Scores(
+    return made(
         **(names | {"direction": "denoise"} | labels),
         clean=torch.tensor([2.0, 4.0]),
         corrupt=torch.tensor([-1.0, 0.0]),
@@ -180,7 +180,7 @@ def test_uneven_groups_are_refused():
 
 
 def test_node_scores_and_bad_numbers_are_refused():
-    nodes = Scores(
+    nodes = made(
         model="m", task="t", rules="r", direction="denoise", metric="x",
         clean=torch.zeros(1), corrupt=torch.zeros(1), lengths=torch.tensor([1]),
         components=("embed",), nodes=torch.zeros(1, 1, 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +374,7 @@ def test_a_missing_neuron_is_cut_and_not_part_of_its_mlp(tiny: Any) -> None:
     with pytest.raises(ValueError, match="the same neurons split off; L0N5 is so in some only"):
         faithfulness(tiny, task, [graph, plain], progress=False)
     with pytest.raises(ValueError, match="those of '2' are .* have other neurons than the first"):
-        evaluate(tiny, task, [scores, replace(attribute(tiny, task, level="edge"), rules="2")])
+        evaluate(tiny, task, [scores, attribute(tiny, task, level="edge").renamed("2")])
     with pytest.raises(ValueError, match="this graph has neurons split off: L0N5 L1N0 L1N7"):
         to_mib(graph, "importances.json", tiny)
 

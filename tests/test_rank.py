@@ -1,13 +1,12 @@
 """The one ranking against the graphs of edges that it stands for, on scores with many ties."""
 
-from dataclasses import replace
 from itertools import product
 from random import Random
 
 import networkx as nx
 import pytest
 import torch
-from conftest import precedes
+from conftest import altered, made, precedes
 from test_graph import names
 
 from circuits.graph import assemble, real_edges, size
@@ -43,7 +42,7 @@ def tied(kv, neurons, positions, parallel, direction, seed=0, layers=2) -> Score
     readers.append("logits.in")
     shape = ([positions] if positions else []) + [len(writers), len(readers)]
     generator = torch.Generator().manual_seed(seed)
-    return Scores(
+    return made(
         model="tiny", task="toy", rules="relp", metric="logit difference", direction=direction,
         clean=torch.tensor([2.0, 4.0]), corrupt=torch.tensor([-1.0, 0.0]),
         lengths=torch.tensor([3, 3]), parallel=parallel,
@@ -166,7 +165,7 @@ def test_the_full_graph_has_its_edges_in_their_order(case) -> None:
 def test_a_part_of_the_full_graph_is_what_a_copy_of_it_gives(case, turned) -> None:
     scores = tied(**case)
     if turned:  # the graph is in the order of a forward pass all the same
-        scores = replace(scores, writers=scores.writers[::-1], edges=scores.edges.flip(-2))
+        scores = altered(scores, writers=scores.writers[::-1], edges=scores.edges.flip(-2))
     graph, mask = assemble(scores), scores.edges > 1
     edges = {
         (u, v, key)

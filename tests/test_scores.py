@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from conftest import precedes
+from conftest import altered, made, precedes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def node_scores(kind: type[Scores] = Scores, **options: Any) -> Scores:
     """Pair 0: component c at position p has 10 c + p; pair 1: twice that, negative."""
     first = 10.0 * torch.arange(6)[:, None] + torch.arange(2)
     nodes = torch.stack([first, -2 * first])
-    return kind(**(LABELS | {"components": COMPONENTS, "nodes": nodes} | options))
+    return made(kind, **(LABELS | {"components": COMPONENTS, "nodes": nodes} | options))
 
 
 def edge_scores(kind: type[Scores] = Scores, *, positions: bool = False, **options: Any) -> Scores:
@@ -45,7 +45,7 @@ def edge_scores(kind: type[Scores] = Scores, *, positions: bool = False, **optio
     table = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.0, -4.0]])
     edges = torch.stack([table, 10 * table]) if positions else table
     names = {"writers": ("embed", "L0.mlp"), "readers": ("L0H0.q", "L0.mlp.in", "logits.in")}
-    return kind(**(LABELS | names | {"edges": edges} | options))
+    return made(kind, **(LABELS | names | {"edges": edges} | options))
 
 
 def full_message(call: Callable[[], object], kind: type[Exception] = ValueError) -> str:
@@ -135,34 +135,38 @@ def test_neurons_read_and_write_as_their_layers_mlp_does() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nodes": None}, "Scores must hold either nodes or edges; got both or neither"),
-        (
-            {"edges": torch.zeros(1, 1)},
-            "Scores must hold either nodes or edges; got both or neither",
-        ),
         (
             {"components": COMPONENTS[:5]},
-            "`nodes` must be [pair, component, pos] with 5 components; got [2, 6, 2]",
+            "`nodes` must be [pair, component, pos] with 5 components; got [2, 6, 2]; name each of "
+            "them once",
+        ),
+        (
+            {"direction": "up"},
+            "`direction` must be 'denoise' or 'noise'; got 'up'; 'denoise' patches clean values "
+            "into the corrupt run",
         ),
     ],
-    ids=["neither", "both", "components"],
+    ids=["components", "direction"],
 )
 def test_node_scores_are_consistent(change: dict[str, Any], message: str) -> None:
-    assert full_message(lambda: replace(node_scores(), **change)) == message
+    assert full_message(lambda: altered(node_scores(), **change)) == message
 
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_edge_scores_are_consistent(positions: bool) -> None:
     shape = "[2, 2, 3]" if positions else "[2, 3]"
     assert full_message(lambda: edge_scores(positions=positions, writers=("embed",))) == (
-        f"`edges` must end in [writer 1, reader 3]; got {shape}"
+        f"`edges` must end in [writer 1, reader 3]; got {shape}; give scores and layout of one "
+        "model"
     )
 
 
 def test_a_result_is_frozen_and_says_where_it_comes_from() -> None:
     scores = node_scores(spans={"end": torch.tensor([1, 1])})
     with pytest.raises(FrozenInstanceError):
-        scores.rules = "GRADIENT"  # type: ignore[misc]
+        scores.provenance = None  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        scores.provenance.rules = "GRADIENT"  # type: ignore[misc]
     with pytest.raises(TypeError):
         scores.spans["S1"] = torch.tensor([0, 0])  # type: ignore[index]
     assert scores.title == "RELP · tiny · toy · denoise"
@@ -170,10 +174,10 @@ def test_a_result_is_frozen_and_says_where_it_comes_from() -> None:
         "model='tiny', task='toy', rules='RELP', direction='denoise', metric='logit_difference')"
     )
     for result, what in (
-        (scores, "Scores(nodes[2, 6, 2] [pair, component, pos]"),
-        (node_scores(Effects), "Effects(nodes[2, 6, 2] [pair, component, pos]"),
-        (edge_scores(), "Scores(edges[2, 3] [writer, reader]"),
-        (edge_scores(positions=True), "Scores(edges[2, 2, 3] [pos, writer, reader]"),
+        (scores, "NodeScores(nodes[2, 6, 2] [pair, component, pos]"),
+        (node_scores(Effects), "NodeEffects(nodes[2, 6, 2] [pair, component, pos]"),
+        (edge_scores(), "EdgeScores(edges[2, 3] [writer, reader]"),
+        (edge_scores(positions=True), "EdgeScores(edges[2, 2, 3] [pos, writer, reader]"),
     ):
         assert repr(result) == f"{what}, {labels}"
     assert (scores.level, edge_scores().level) == ("node", "edge")
@@ -195,15 +199,15 @@ def test_copies_are_results_like_the_first(
         spans={"end": torch.tensor([1, 0]), "S1": torch.tensor([0, 1])},
         remainder={"blocks.0": 0.5},
     )
-    made = again(result)
-    assert same(made, result) and list(made.spans) == ["end", "S1"]
-    assert made.clean.data_ptr() != result.clean.data_ptr()
-    assert made.spans["end"].data_ptr() != result.spans["end"].data_ptr()
-    assert made.to_dataframe().equals(result.to_dataframe())
+    again_made = again(result)
+    assert same(again_made, result) and list(again_made.spans) == ["end", "S1"]
+    assert again_made.clean.data_ptr() != result.clean.data_ptr()
+    assert again_made.spans["end"].data_ptr() != result.spans["end"].data_ptr()
+    assert again_made.to_dataframe().equals(result.to_dataframe())
     with pytest.raises(TypeError):
-        made.spans["end"] = torch.tensor([0, 0])  # type: ignore[index]
+        again_made.spans["end"] = torch.tensor([0, 0])  # type: ignore[index]
     with pytest.raises(FrozenInstanceError):
-        made.rules = "GRADIENT"  # type: ignore[misc]
+        again_made.provenance = None  # type: ignore[misc]
 
 
 def test_the_gap_has_the_sign_of_a_patch() -> None:
@@ -217,21 +221,22 @@ def test_means_are_over_the_pairs_that_have_the_position() -> None:
     nodes[1, :, 1] = 0.0
     scores = node_scores(nodes=nodes, lengths=torch.tensor([2, 1]))
     assert scores.mean.tolist() == [[-5.0 * c, 10.0 * c + 1, 0.0] for c in range(6)]
-    assert full_message(lambda: edge_scores().mean) == (
-        "mean is of node scores; these are edge scores, averaged already"
+    assert full_message(lambda: edge_scores().mean, AttributeError) == (
+        "'mean' is of node scores; these are of edges; they are averaged over pairs already; call "
+        "attribute(model, task, level='node')"
     )
 
 
 def test_sums_over_spans_follow_each_pair() -> None:
     """Pair 0 has `a` and `b` at 0 and 2; pair 1 both at 1, where the first name counts."""
     nodes = torch.tensor([[[1.0, 2.0, 4.0, 8.0]], [[16.0, 32.0, 0.0, 0.0]]])
-    scores = Scores(
+    scores = made(
         **(LABELS | {"lengths": torch.tensor([4, 2])}),
         components=("embed",), nodes=nodes,
         spans={"a": torch.tensor([0, 1]), "b": torch.tensor([2, 1])},
     )  # fmt: skip
     summed = scores.by_span()
-    assert summed.nodes is not None and summed.places == summed.tokens == ("a", "b", "other")
+    assert summed.places == summed.tokens == ("a", "b", "other")
     assert summed.nodes.tolist() == [[[1.0, 4.0, 10.0]], [[32.0, 0.0, 16.0]]]
     assert summed.mean.tolist() == [[16.5, 2.0, 13.0]]  # a prompt has every place, however short
     frame = summed.to_dataframe()
@@ -242,11 +247,10 @@ def test_sums_over_spans_follow_each_pair() -> None:
         13,
     ]
     assert summed.by_span() is summed
-    whole = replace(scores, nodes=nodes[:, :, :1], tokens=ALL_POSITIONS)
+    whole = altered(scores, nodes=nodes[:, :, :1], tokens=ALL_POSITIONS)
     assert whole.by_span() is whole
-    assert full_message(lambda: edge_scores().by_span()) == (
-        "by_span sums node scores; these are edge scores, averaged over pairs; call "
-        "attribute(level='edge', positions='spans')"
+    assert full_message(lambda: edge_scores().by_span(), AttributeError).startswith(
+        "'by_span' is of node scores; these are of edges; they are averaged over pairs already;"
     )
 
 
@@ -269,8 +273,16 @@ def test_components_of_one_kind() -> None:
         "`kind` must be one of ('embed', 'resid', 'head', 'attn', 'mlp'); got 'mixer'; "
         "see Scores.kinds()"
     )
-    assert full_message(lambda: edge_scores().of_kind("head")) == (
-        "of_kind reads node scores; these are edge scores; call attribute(level='node')"
+    assert full_message(lambda: edge_scores().of_kind("head"), AttributeError).startswith(
+        "'of_kind' is of node scores; these are of edges; "
+    )
+    for name in ("edges", "writers", "layout"):
+        assert full_message(lambda name=name: getattr(scores, name), AttributeError) == (
+            f"{name!r} is of edge scores; these are of nodes; call attribute(model, task, "
+            "level='edge')"
+        )
+    assert not hasattr(scores, "nothing") and "no attribute" in full_message(
+        lambda: scores.nothing, AttributeError
     )
 
 
@@ -365,7 +377,7 @@ def test_html_shows_labels_as_text() -> None:
     assert "&lt;b&gt;x&lt;/b&gt; · a &amp; b" in page and "&lt;i&gt;m&lt;/i&gt;: clean" in page
     assert "<b>x</b>" not in page and "<i>" not in page
     assert "<td>&lt;script&gt;</td>" in page and "<script>" not in page and "<td><s>" not in page
-    assert page.startswith("<b>Scores</b> · RELP · ")
+    assert page.startswith("<b>NodeScores</b> · RELP · ")
     assert "clean 3.000, corrupt -0.250, 2 pairs" in page and "-25.5000" in page
 
 
@@ -380,11 +392,11 @@ def same(one: Scores, other: Scores) -> bool:
             return value.dtype, value.tolist()
         if hasattr(value, "items"):
             return {k: plain(v) for k, v in value.items()}
+        if is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return type(value), value
 
-    return type(one) is type(other) and all(
-        plain(getattr(one, f.name)) == plain(getattr(other, f.name)) for f in fields(one)
-    )
+    return type(one) is type(other) and plain(one) == plain(other)
 
 
 @pytest.mark.parametrize("kind", [Scores, Effects])
@@ -401,16 +413,20 @@ def test_a_file_gives_back_what_was_saved(
         spans={"end": end, "last": end, "S1 (first)": torch.tensor([[0, 1], [1, 0]])[:, 0]},
         clean=torch.tensor([[2.0, 0.0], [4.0, 0.0]], requires_grad=True)[:, 0],
         remainder={"blocks.0.mlp": 0.5, "blocks.1.mlp": -0.25},
-        parallel=True,
+        versions="relp 9.9",
+        dtype="bfloat16",
+        weights="0123",
+        compatibility=True,
+        **({"parallel": True} if make is edge_scores else {}),
     )
     path = tmp_path / "scores.safetensors"
     assert result.save(path) == path and Scores.load(str(path)).level == result.level
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     for reader in (Scores, Effects):
         again = reader.load(path)
-        assert same(again, result) and type(again.components) is type(again.tokens) is tuple
+        assert same(again, result) and type(again.tokens) is tuple
         assert again.to_dataframe().equals(result.to_dataframe())
-    assert not same(Scores.load(path), replace(result, rules="GRADIENT"))
+    assert not same(Scores.load(path), result.renamed("GRADIENT"))
 
 
 def test_positions_and_half_precision_survive(tmp_path: Path) -> None:
@@ -501,15 +517,16 @@ def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     save_file(arrays, path)
     refused("'relp')")
+    source = asdict(node_scores().provenance) | {"direction": "up"}
     for header, reason in (
         ("no json", "Expecting value"),
         ("3", ""),
         ("{}", "'type')"),
         ('{"type": "Pickle"}', "'Pickle')"),
-        ('{"type": "Scores", "rules": "RELP"}', ""),
+        ('{"type": "NodeScores", "rules": "RELP"}', "'provenance')"),
         (
-            json.dumps({"type": "Scores", **dict.fromkeys(list(LABELS)[:5], "x")}),
-            "Scores must hold",
+            json.dumps({"type": "NodeScores", "provenance": source}),
+            "`direction` must be",
         ),
     ):
         save_file(arrays, path, metadata={"relp": header})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import networkx as nx
 import plotly.graph_objects as go
 
-from relp.scores import Scores
+from relp import EdgeScores, NodeScores, Scores
 
 __all__ = ["draw"]
 
@@ -59,11 +59,13 @@ def _figure(what: object, against: object, kind: str | None, positions: bool) ->
         from circuits.draw.scatter import scatter
 
         return scatter(what, against, kind)
-    if isinstance(what, Scores) and against is None:
-        from circuits.draw.heatmaps import edge_heatmap, lined_up, node_heatmap
+    if isinstance(what, EdgeScores) and against is None:
+        from circuits.draw.heatmaps import edge_heatmap
 
-        if what.level == "edge":
-            return edge_heatmap(what)
+        return edge_heatmap(what)
+    if isinstance(what, NodeScores) and against is None:
+        from circuits.draw.heatmaps import lined_up, node_heatmap
+
         return node_heatmap(what if positions else lined_up(what), kind)
     if isinstance(what, nx.MultiDiGraph) and against is None:
         from circuits.draw.diagram import diagram

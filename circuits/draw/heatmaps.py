@@ -10,8 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from circuits.draw.paint import plain
-from relp.layout import Component
-from relp.scores import ALL_POSITIONS, Scores
+from relp import Component, EdgeScores, NodeScores, Scores
 
 __all__ = ["edge_heatmap", "lined_up", "node_heatmap", "unit"]
 
@@ -24,7 +23,7 @@ def unit(scores: Scores) -> str:
     return f"{scores.noun} ({scores.metric})"
 
 
-def lined_up(scores: Scores) -> Scores:
+def lined_up(scores: NodeScores) -> NodeScores:
     """By span if pairs have a span at different positions: a mean by position would smear it."""
     apart = any(len(at.unique()) > 1 for at in scores.spans.values())
     return scores.by_span() if apart else scores
@@ -40,7 +39,7 @@ class _Table(NamedTuple):
     ticks: dict[str, Any]
 
 
-def node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
+def node_heatmap(scores: NodeScores, kind: str | None) -> go.Figure:
     """Components of one kind, mean over pairs: layer by head, or component by position or span."""
     kinds = scores.kinds()
     kind = kind or ("resid" if "resid" in kinds else kinds[0])
@@ -76,7 +75,7 @@ def node_heatmap(scores: Scores, kind: str | None) -> go.Figure:
     return figure
 
 
-def _by_head(scores: Scores, kind: str) -> _Table:
+def _by_head(scores: NodeScores, kind: str) -> _Table:
     """Layer by number of the head or neuron, summed over positions."""
     names, nodes = scores.of_kind(kind)
     parsed = [Component.parse(name) for name in names]
@@ -91,13 +90,13 @@ def _by_head(scores: Scores, kind: str) -> _Table:
     return _Table(z, notes, [f"L{layer}" for layer in layers], kind, ticks)
 
 
-def _by_place(scores: Scores, kind: str) -> _Table:
+def _by_place(scores: NodeScores, kind: str) -> _Table:
     """Component by position, or by span."""
     names, nodes = scores.of_kind(kind)
     z = replace(scores, components=names, nodes=nodes).mean.double().numpy()
     parsed = [Component.parse(name) for name in names]
     named = kind == "neuron" or parsed[0].layer < 0
-    together = scores.tokens if scores.tokens == ALL_POSITIONS else ()
+    together = scores.tokens if scores.is_together else ()
     places: Sequence[object] = scores.places or together or range(z.shape[1])
     notes = [[f"{name}@{plain(str(place))}" for place in places] for name in names]
     return _Table(
@@ -109,9 +108,9 @@ def _by_place(scores: Scores, kind: str) -> _Table:
     )
 
 
-def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
+def _token_ticks(scores: NodeScores, width: int) -> dict[str, Any]:
     """What stands at each position, where that is the same for every pair."""
-    if scores.places or scores.tokens == ALL_POSITIONS:
+    if scores.places or scores.is_together:
         return {"tickvals": list(range(width)), "ticktext": [plain(t) for t in scores.tokens]}
     if len(scores.tokens) != width or len(set(scores.lengths.tolist())) != 1:
         return {"dtick": 1 if width <= 40 else None}
@@ -123,11 +122,9 @@ def _token_ticks(scores: Scores, width: int) -> dict[str, Any]:
     }
 
 
-def edge_heatmap(scores: Scores) -> go.Figure:
+def edge_heatmap(scores: EdgeScores) -> go.Figure:
     """Writer by reader, summed over positions; blank where there can be no edge."""
-    assert scores.edges is not None
-    edges = scores.edges.detach().double().cpu()
-    table = (edges if edges.dim() == 2 else edges.sum(0)).numpy()
+    table = scores.by_position.detach().double().cpu().sum(0).numpy()
     figure = go.Figure(
         _heatmap(
             np.where(scores.layout.exists.numpy(), table, np.nan),

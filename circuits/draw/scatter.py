@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from circuits.draw.heatmaps import unit
 from circuits.draw.paint import NEUTRAL, POSITIVE, plain
 from circuits.judge.agreement import agreement, points
-from relp.scores import Scores
+from relp import Scores
 
 __all__ = ["scatter"]
 

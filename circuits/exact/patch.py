@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 
 from circuits.choices import check_ablation
 from circuits.exact.sweep import EVERYWHERE, Cell, Sweep, identity
-from relp.attribution import provenance
 from relp.bridge import (
     POINTWISE,
     REBUILT,
@@ -44,7 +43,9 @@ from relp.bridge import (
     must_match,
     observe,
     pairs_kept,
+    pairs_of,
     prompts_per_run,
+    provenance,
     readings,
     received,
     stream_places,
@@ -53,9 +54,9 @@ from relp.bridge import (
     what_is_added,
     writer_changes,
 )
-from relp.choices import OWN, check_direction, check_level
+from relp.choices import Direction, Level
 from relp.layout import Component
-from relp.scores import ALL_POSITIONS, Effects
+from relp.scores import EdgeEffects, NodeEffects
 
 __all__ = ["Cell", "measure", "patch"]
 
@@ -77,7 +78,7 @@ def patch(
     resume: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool = True,
-) -> Effects:
+) -> NodeEffects | EdgeEffects:
     """Measures what patching each component or edge does to the metric.
 
     >>> effect = patch(model, task)            # nodes [pair, component, pos], as attribute's
@@ -117,7 +118,7 @@ def patch(
         RuntimeError: edges were asked for, and what heads and MLPs add is not all that the
             residual stream gets.
     """
-    check_level(level)
+    level = Level(level)
     if (components if level == "edge" else edges) is not None:
         raise ValueError(
             "`components` is for nodes and `edges` for edges; got the other one with "
@@ -127,24 +128,28 @@ def patch(
     by_position = level == "node" if positions is None else positions
     places = range(int(task.lengths.max())) if by_position else [EVERYWHERE]
     names = sites.chosen(components) if level == "node" else ()
-    pairs = _edges(sites, edges) if level == "edge" else ()
+    chosen = _edges(sites, edges) if level == "edge" else ()
     cells = [Cell(n, pos=p) for n in names for p in places]
-    cells += [Cell(w, r, p) for w, r in pairs for p in places]
+    cells += [Cell(w, r, p) for w, r in chosen for p in places]
     sweep = measure(model, task, cells, direction=direction, ablation=ablation, resume=resume,
                     batch_size=batch_size, progress=progress)  # fmt: skip
-    labels = provenance(sites, task, direction, {"clean": sweep.clean, "corrupt": sweep.corrupt})
-    labels["rules"] = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
-    labels["resolution"] = float(sweep.resolution.mean())
+    rules = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
+    source = provenance(sites, task, Direction(direction), rules)
+    about = pairs_of(sites, task, {"clean": sweep.clean, "corrupt": sweep.corrupt})
+    finest = float(sweep.resolution.mean())
     if level == "node":
         nodes = sweep.effects.unflatten(1, (len(names), len(places)))
-        labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
-        return Effects(components=names, nodes=nodes, **labels)
+        found = NodeEffects(provenance=source, pairs=about, resolution=finest,
+                            components=names, nodes=nodes)  # fmt: skip
+        return found if by_position else found.together()
     table = _unmeasured(sites, len(places))
     layout = sites.layout
-    rows, columns = torch.tensor([(layout.row[w], layout.column[r]) for w, r in pairs]).T
-    table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(pairs), len(places))).T
+    rows, columns = torch.tensor([(layout.row[w], layout.column[r]) for w, r in chosen]).T
+    table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(chosen), len(places))).T
     table = table if by_position else table[0]
-    return Effects(writers=layout.writers, readers=layout.readers, edges=table, **labels)
+    return EdgeEffects(
+        provenance=source, pairs=about, resolution=finest, layout=layout, edges=table
+    )
 
 
 @undisturbed
@@ -164,7 +169,6 @@ def measure(
     A cell's effect depends on nothing but the cell: any split of the list over processes or
     machines gives the same numbers.
     """
-    check_direction(direction)
     check_ablation(ablation)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
@@ -175,8 +179,7 @@ def measure(
         )
     sites = Sites.of(model)
     task.must_fit(sites.model.cfg, sites.model_name)
-    own = OWN[direction]
-    other = "corrupt" if own == "clean" else "clean"
+    own, other = Direction(direction).own, Direction(direction).other
     cells = tuple(cells)
     labels = {} if resume is None else identity(sites, task, cells, direction, ablation)
     sweep = Sweep.begun(resume, labels, len(task), len(cells))

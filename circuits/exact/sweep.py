@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -22,16 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from relp.bridge.provenance import weights_identity
-from relp.bridge.sites import Sites
-from relp.scores import written_whole
+from relp import written_whole
+from relp.bridge import Sites, fingerprint, versions
 
 __all__ = ["EVERYWHERE", "Cell", "Sweep", "identity"]
 
 SECONDS = 5.0
 """How much work an interrupted sweep may lose."""
-LIBRARIES = ("relp", "torch", "transformers", "transformer-lens")
-"""Whose versions make another sweep."""
 EVERYWHERE = -1
 """In the place of a position: all of them."""
 
@@ -51,6 +47,7 @@ def identity(
     sites: Sites, task: Any, cells: Sequence[Cell], direction: str, ablation: str
 ) -> dict[str, str]:
     """What makes a sweep the same sweep."""
+    dtype, weights = fingerprint(sites.model)
     prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
     return {
         "model": sites.model_name,
@@ -60,16 +57,10 @@ def identity(
         "ablation": ablation,
         "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
         "cells": _digest(json.dumps(cells)),
-        **weights_identity(sites.model),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in LIBRARIES),
+        "dtype": dtype,
+        "weights": weights,
+        "versions": versions(),
     }
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:  # used from a checkout
-        return "not installed"
 
 
 def _digest(text: str) -> str:

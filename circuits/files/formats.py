@@ -40,7 +40,7 @@ from circuits.files.node_link import from_json, to_json
 from circuits.files.svg import from_svg, to_svg
 from circuits.files.texts import check_storable, read_circuit, write_text
 from circuits.graph import check_circuit
-from relp.scores import check_texts
+from relp import check_texts
 
 __all__ = ["FORMATS", "Format", "load", "save"]
 

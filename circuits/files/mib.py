@@ -45,9 +45,8 @@ import torch
 
 from circuits.files.texts import read_circuit, write_text
 from circuits.graph import GRAPH, assemble, check_circuit, real_edges
-from relp.bridge.sites import Sites
-from relp.layout import Layout
-from relp.scores import Scores, check_texts
+from relp import Direction, EdgeScores, Layout, Pairs, Provenance, check_texts
+from relp.bridge import Sites
 
 __all__ = ["SAID", "Shape", "from_mib", "from_text", "to_mib", "to_text"]
 
@@ -197,7 +196,7 @@ def to_text(
     scores = _scores(check_circuit(graph), known)
     marked = graph if circuit is None else check_circuit(circuit)
     chosen = set(_scores(marked, known))
-    sign = -1 if graph.graph["direction"] == "noise" else 1
+    sign = Direction(graph.graph["direction"]).sign
     edges = {}
     for e in shape.edges():
         share = sign * scores.get((e.writer, e.reader), 0.0)
@@ -290,21 +289,13 @@ def from_text(text: str, *, shape: Shape | None, in_graph: bool = False) -> nx.M
         n: "unknown" if kind is str else kind() for n, kind in _LABELS.items()
     }
     labels |= {"direction": "denoise"} | data.get("relp", {})
-    sign = -1 if labels["direction"] == "noise" else 1
+    sign = Direction(labels["direction"]).sign
     for at, parts in terms.items():
         table[at] = sign * math.fsum(parts)
-    scores = Scores(
-        model=labels["model"],
-        task=labels["task"],
-        rules=labels["rules"],
-        direction=labels["direction"],
-        metric=labels["metric"],
-        clean=torch.zeros(1),
-        corrupt=torch.zeros(1),
-        lengths=torch.ones(1, dtype=torch.long),
-        parallel=shape.parallel,
-        writers=layout.writers,
-        readers=layout.readers,
+    scores = EdgeScores(
+        provenance=Provenance.of(labels),
+        pairs=Pairs(clean=torch.zeros(1), corrupt=torch.zeros(1), lengths=torch.ones(1).long()),
+        layout=layout,
         edges=table,
     )
     graph = assemble(scores, marked if in_graph else None)

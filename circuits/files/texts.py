@@ -10,7 +10,7 @@ from pathlib import Path
 import networkx as nx
 
 from circuits.graph import check_circuit
-from relp.scores import check_texts, written_whole
+from relp import check_texts, written_whole
 
 __all__ = ["check_storable", "read_circuit", "write_text"]
 

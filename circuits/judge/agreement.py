@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from circuits.graph import check_circuit, edge_places, real_edges
-from relp.layout import Component
-from relp.scores import ALL_POSITIONS, Scores
+from circuits.graph import check_circuit, real_edges
+from relp import Component, EdgeScores, NodeScores, Scores
 
 __all__ = ["agreement", "auroc"]
 
@@ -94,7 +92,7 @@ def auroc(
     many = [scores] if isinstance(scores, Scores) else list(scores)
     rows = []
     for s in (s.resolved() for s in many):
-        if s.edges is not None and isinstance(known, nx.Graph):
+        if isinstance(s, EdgeScores) and isinstance(known, nx.Graph):
             values, inside, kinds = _edge_labels(s, known)
         else:
             values, inside, kinds = _component_labels(s, known)
@@ -118,15 +116,16 @@ def points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]
         ValueError: as `agreement`.
     """
     scores, effect = scores.resolved(), effect.resolved()
-    if scores.nodes is not None and effect.tokens == ALL_POSITIONS:
-        together = scores.nodes.sum(-1, keepdim=True)
-        scores = replace(scores, nodes=together, tokens=ALL_POSITIONS)
+    if isinstance(scores, NodeScores) and isinstance(effect, NodeScores):
+        scores = scores.together() if effect.is_together else scores
     _must_correspond(scores, effect)
-    yield from (_node_points if scores.level == "node" else _edge_points)(scores, effect)
+    if isinstance(scores, NodeScores) and isinstance(effect, NodeScores):
+        yield from _node_points(scores, effect)
+    if isinstance(scores, EdgeScores) and isinstance(effect, EdgeScores):
+        yield from _edge_points(scores, effect)
 
 
-def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
-    assert scores.nodes is not None
+def _node_points(scores: NodeScores, effect: NodeScores) -> Iterator[tuple[str, list[Points]]]:
     at = {name: i for i, name in enumerate(scores.components)}
     for kind in [k for k in scores.kinds() if k in effect.kinds()]:
         names, measured = effect.of_kind(kind)
@@ -135,8 +134,7 @@ def _node_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Poi
         yield kind, [(_flat(x[:, :length]), _flat(y[:, :length])) for x, y, length in pairs]
 
 
-def _edge_points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
-    assert scores.edges is not None and effect.edges is not None
+def _edge_points(scores: EdgeScores, effect: EdgeScores) -> Iterator[tuple[str, list[Points]]]:
     measured = effect.layout.exists & ~effect.edges.isnan()
     slots = [slot for _, slot in effect.layout.targets]
     for kind in ("edge", *dict.fromkeys(slots)):
@@ -177,28 +175,23 @@ Labels = tuple[np.ndarray, np.ndarray, list[str]]
 
 
 def _component_labels(scores: Scores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
+    components, total = scores.by_component()
+    kinds = [Component.parse(c).kind for c in components]
     if isinstance(known, nx.Graph):
-        names = {n for n, d in check_circuit(known).nodes(data=True) if d["kind"] in scores.kinds()}
+        names = {n for n, d in check_circuit(known).nodes(data=True) if d["kind"] in kinds}
     else:
         names = set(known)
-    if scores.nodes is not None:
-        components, total = scores.components, scores.nodes.sum(-1).mean(0)
-    else:
-        assert scores.edges is not None
-        components = scores.writers
-        total = scores.edges.sum(-1).reshape(-1, len(components)).sum(0)
     _must_know(names, components, scores)
     inside = np.array([c in names for c in components])
-    return abs(_flat(total)), inside, [Component.parse(c).kind for c in components]
+    return abs(_flat(total)), inside, kinds
 
 
-def _edge_labels(scores: Scores, known: nx.MultiDiGraph) -> Labels:
-    assert scores.edges is not None
-    table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
+def _edge_labels(scores: EdgeScores, known: nx.MultiDiGraph) -> Labels:
+    table = scores.by_position
     edges = {(d["pos"], u, d["reader"]) for u, _, _, d in real_edges(check_circuit(known))}
     exists = scores.layout.exists.expand(table.shape)
     # circuits know positions, but no spans: those have names that match none
-    places = scores.places or edge_places(scores)
+    places = scores.places or scores.positions
     names = [
         (places[p], scores.writers[w], scores.readers[r]) for p, w, r in exists.nonzero().tolist()
     ]
@@ -232,16 +225,15 @@ def _must_correspond(scores: Scores, effect: Scores) -> None:
                 f"scores and effects must be of the same pairs; their {what!r} differ; compute "
                 "both with the same task object"
             )
-    tables = [t for s in (scores, effect) for t in (s.nodes, s.edges) if t is not None]
-    missing = set(effect.components) - set(scores.components)
-    layouts = {(s.writers, s.readers) for s in (scores, effect)}
-    if (
-        missing
-        or len(layouts) > 1
-        or tables[0].dim() != tables[1].dim()
-        or (scores.level == "node" and tables[0].shape[-1] != tables[1].shape[-1])
-    ):
-        shapes = " and ".join(str(list(t.shape)) for t in tables)
+    missing: set[str] = set()
+    if isinstance(scores, NodeScores) and isinstance(effect, NodeScores):
+        missing = set(effect.components) - set(scores.components)
+        alike = scores.nodes.shape[-1] == effect.nodes.shape[-1]
+    elif isinstance(scores, EdgeScores) and isinstance(effect, EdgeScores):
+        names = [(s.writers, s.readers) for s in (scores, effect)]
+        alike = names[0] == names[1] and scores.edges.dim() == effect.edges.dim()
+    if missing or not alike:
+        shapes = " and ".join(str(list(s.table.shape)) for s in (scores, effect))
         raise ValueError(
             f"scores and effects must have the same positions and components; got {shapes}, "
             f"unknown to the scores: {sorted(missing)[:3]}; compute both with the same options"

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.search.rank import ranked, worth
+from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Sites, undisturbed
-from relp.scores import Scores
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
 
@@ -150,8 +150,8 @@ class Evaluation:
 
 @undisturbed
 def evaluate(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     scores: Scores | Sequence[Scores],
     *,
     sizes: Sequence[float] = SIZES,
@@ -184,15 +184,16 @@ def evaluate(
         ValueError: scores are of nodes, of another model, not finite or two of one name; sizes are
             not ascending in (0, 1]; or as for `faithfulness`.
     """
-    many = [scores] if isinstance(scores, Scores) else list(scores)
-    writers = many[0].layout.sources if many else ()
-    sites = Sites.of(model).splitting([w.name for w in writers if w.kind == "neuron"])
-    _check(sites, task, many, sizes)
+    many = _edge_scores([scores] if isinstance(scores, Scores) else list(scores), sizes)
+    neurons = [writer.name for writer in many[0].layout.sources if writer.kind == "neuron"]
+    sites = Sites.of(model).splitting(neurons)
+    _check(sites, task, many)
     generator = torch.Generator().manual_seed(seed)
     for i in range(random):
-        drawn = torch.rand(many[0].edges.shape, generator=generator)  # type: ignore[union-attr]
+        drawn = torch.rand(many[0].edges.shape, generator=generator)
         name = "random" if random == 1 else f"random {i + 1}"
-        many.append(replace(many[0], rules=name, edges=drawn, direction="denoise"))
+        source = replace(many[0].provenance, rules=name, direction=Direction.DENOISE)
+        many.append(replace(many[0], provenance=source, edges=drawn))
     masks = [_best(s, sizes, signed) for s in many]
     length = max(m.shape[1] for m in masks)
     clean, corrupt = endpoints(sites, task)
@@ -213,8 +214,8 @@ def evaluate(
 
 @undisturbed
 def compare(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     one: nx.MultiDiGraph,
     other: nx.MultiDiGraph,
     *,
@@ -232,7 +233,8 @@ def compare(
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 
 
-def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[float]) -> None:
+def _edge_scores(scores: Sequence[Scores], sizes: Sequence[float]) -> list[EdgeScores]:
+    """The scores, if circuits of these sizes can be chosen by all of them."""
     if not scores or list(sizes) != sorted({s for s in sizes if 0 < s <= 1}):
         raise ValueError(
             "evaluate needs one set of scores or more, and sizes that ascend in (0, 1]; got "
@@ -242,14 +244,20 @@ def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[fl
     if len(set(names)) < len(names):
         raise ValueError(
             f"every set of scores must have its own name; got {names}; rename one with "
-            "dataclasses.replace(scores, rules='...')"
+            "scores.renamed('...')"
         )
+    found = [s for s in scores if isinstance(s, EdgeScores) and bool(s.edges.isfinite().all())]
     for s in scores:
-        if s.edges is None or not bool(s.edges.isfinite().all()):
+        if not any(s is one for one in found):
             raise ValueError(
                 f"evaluate needs finite edge scores; those of {s.rules!r} are of nodes or hold "
                 "NaN; call attribute(model, task, level='edge')"
             )
+    return found
+
+
+def _check(sites: Sites, task: TaskLike, scores: Sequence[EdgeScores]) -> None:
+    for s in scores:
         if (s.writers, s.readers) != (sites.layout.writers, sites.layout.readers):
             raise ValueError(
                 "scores must be of the model they are evaluated on, all with the same neurons "
@@ -271,11 +279,10 @@ def _check(sites: Sites, task: Any, scores: Sequence[Scores], sizes: Sequence[fl
 
 
 def _best(
-    scores: Scores, sizes: Sequence[float], signed: bool
+    scores: EdgeScores, sizes: Sequence[float], signed: bool
 ) -> Bool[Tensor, "size pos writer reader"]:
     """Masks of the best edges; ties go to the earlier entry of the table."""
-    assert scores.edges is not None
-    table = scores.edges if scores.edges.dim() == 3 else scores.edges[None]
+    table = scores.by_position
     exists = scores.layout.exists.expand(table.shape)
     rank = ranked(worth(table, scores.direction, signed=signed), exists)
     return torch.stack([rank <= int(size * int(exists.sum())) for size in sizes])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import networkx as nx
 import pandas as pd
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits.graph import real_edges
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from relp import ModelLike, TaskLike
 from relp.bridge import Sites, undisturbed
 
 __all__ = ["completeness", "faithfulness", "minimality"]
@@ -19,20 +20,20 @@ __all__ = ["completeness", "faithfulness", "minimality"]
 
 @overload
 def faithfulness(
-    model: Any, task: Any, circuit: nx.MultiDiGraph, *, progress: bool = ...
+    model: ModelLike, task: TaskLike, circuit: nx.MultiDiGraph, *, progress: bool = ...
 ) -> float: ...
 
 
 @overload
 def faithfulness(  # type: ignore[overload-cannot-match]  # networkx has no types
-    model: Any, task: Any, circuit: Sequence[nx.MultiDiGraph], *, progress: bool = ...
+    model: ModelLike, task: TaskLike, circuit: Sequence[nx.MultiDiGraph], *, progress: bool = ...
 ) -> list[float]: ...
 
 
 @undisturbed
 def faithfulness(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     circuit: nx.MultiDiGraph | Sequence[nx.MultiDiGraph],
     *,
     progress: bool = True,
@@ -70,20 +71,20 @@ def faithfulness(
 
 @overload
 def completeness(
-    model: Any, task: Any, circuit: nx.MultiDiGraph, *, progress: bool = ...
+    model: ModelLike, task: TaskLike, circuit: nx.MultiDiGraph, *, progress: bool = ...
 ) -> float: ...
 
 
 @overload
 def completeness(  # type: ignore[overload-cannot-match]  # networkx has no types
-    model: Any, task: Any, circuit: Sequence[nx.MultiDiGraph], *, progress: bool = ...
+    model: ModelLike, task: TaskLike, circuit: Sequence[nx.MultiDiGraph], *, progress: bool = ...
 ) -> list[float]: ...
 
 
 @undisturbed
 def completeness(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     circuit: nx.MultiDiGraph | Sequence[nx.MultiDiGraph],
     *,
     progress: bool = True,
@@ -103,7 +104,7 @@ def completeness(
 
 @undisturbed
 def minimality(
-    model: Any, task: Any, circuit: nx.MultiDiGraph, *, progress: bool = True
+    model: ModelLike, task: TaskLike, circuit: nx.MultiDiGraph, *, progress: bool = True
 ) -> pd.DataFrame:
     """What each edge contributes to its circuit: faithfulness lost when that edge alone is cut.
 
@@ -128,7 +129,7 @@ def minimality(
 
 
 def _shares(
-    sites: Sites, task: Any, masks: Bool[Tensor, "circuit pos writer reader"], progress: bool
+    sites: Sites, task: TaskLike, masks: Bool[Tensor, "circuit pos writer reader"], progress: bool
 ) -> Float[Tensor, " circuit"]:
     clean, corrupt = endpoints(sites, task)
     found = circuit_metrics(sites, task, masks, progress=progress and len(masks) > 1)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 import torch
@@ -25,9 +24,8 @@ from tqdm.auto import tqdm
 from circuits.choices import check_tau
 from circuits.graph import assemble, check_circuit, real_edges
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from relp.attribution import provenance
-from relp.bridge import Sites, undisturbed, warn_caller
-from relp.scores import Scores
+from relp import Direction, EdgeScores, ModelLike, TaskLike
+from relp.bridge import Sites, pairs_of, provenance, undisturbed, warn_caller
 
 __all__ = ["acdc"]
 
@@ -40,8 +38,8 @@ NEXT = "acdc_next"
 
 @undisturbed
 def acdc(
-    model: Any,
-    task: Any,
+    model: ModelLike,
+    task: TaskLike,
     *,
     tau: float,
     graph: nx.MultiDiGraph | None = None,
@@ -105,12 +103,11 @@ def acdc(
                 "circuit returned has all others; give it as `graph` to go on"
             )
     writers, readers = sites.layout.writers, sites.layout.readers
-    found = Scores(
-        rules=f"ACDC tau={tau:g}",
-        writers=writers,
-        readers=readers,
+    found = EdgeScores(
+        provenance=provenance(sites, task, Direction.NOISE, f"ACDC tau={tau:g}"),
+        pairs=pairs_of(sites, task, {"clean": clean, "corrupt": corrupt}),
+        layout=sites.layout,
         edges=state.changes * state.mask,
-        **provenance(sites, task, "noise", {"clean": clean, "corrupt": corrupt}),
     )
     circuit = assemble(found, state.mask)
     if state.at < len(order):
@@ -165,7 +162,7 @@ def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
 
 
 def _search(
-    sites: Sites, task: Any, tau: float, order: list[Edge], state: _State
+    sites: Sites, task: TaskLike, tau: float, order: list[Edge], state: _State
 ) -> Iterator[_State]:
     """Decides the edges of `order` from `state` on, a few at a time."""
     heard = _heard(sites)

@@ -21,7 +21,7 @@ import torch
 
 from circuits.graph import check_circuit, keep, real_edges
 from circuits.search.rank import Table, placed, worth
-from relp.scores import Scores
+from relp import Scores
 
 __all__ = ["between", "connect", "greedy", "random", "threshold", "top", "top_nodes"]
 

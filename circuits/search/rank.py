@@ -22,13 +22,13 @@ from torch import Tensor
 from circuits.graph import (
     assemble,
     check_circuit,
+    check_edges,
     edge_key,
-    edge_places,
     edge_table,
     keep,
     real_edges,
 )
-from relp.scores import Scores
+from relp import Direction, EdgeScores, Scores
 
 __all__ = ["Table", "placed", "ranked", "worth"]
 
@@ -41,9 +41,7 @@ Rank = Int[Tensor, "row column"]
 
 def worth(scores: Tensor, direction: str, *, signed: bool) -> Tensor:
     """What scores are ranked by: |score|, or how much it helps the clean behaviour."""
-    if not signed:
-        return scores.abs()
-    return -scores if direction == "noise" else scores
+    return scores * Direction(direction).sign if signed else scores.abs()
 
 
 def ranked(worth: Float[Tensor, "*table"], exists: Bool[Tensor, "*table"]) -> Int[Tensor, "*table"]:
@@ -86,14 +84,14 @@ class Table:
             TypeError, ValueError: as `check_circuit` or `assemble`.
         """
         if isinstance(source, Scores):
-            return cls._of_scores(source)
+            return cls._of_scores(check_edges(source))
         return cls._of_graph(check_circuit(source))
 
     @classmethod
-    def _of_scores(cls, scores: Scores) -> Table:
+    def _of_scores(cls, scores: EdgeScores) -> Table:
         table, layout = edge_table(scores), scores.layout
         exists = layout.exists.expand(table.shape)
-        places = edge_places(scores)
+        places = scores.positions
         keys = [(owner.name, edge_key(slot, p)) for owner, slot in layout.targets for p in places]
         rows = sorted(range(len(layout.writers)), key=layout.writers.__getitem__)
         columns = sorted(range(len(keys)), key=keys.__getitem__)

@@ -5,6 +5,7 @@ from relp.bridge.basis import Basis, Matrix, Slot, bias, weight
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.memory import circuit_runs, pairs_kept, pairs_per_batch, prompts_per_run
 from relp.bridge.norms import NormMap
+from relp.bridge.provenance import fingerprint, pairs_of, provenance, versions
 from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
 from relp.bridge.run import (
     answers_only,
@@ -55,22 +56,26 @@ __all__ = [
     "editing",
     "entries",
     "exact_changes",
+    "fingerprint",
     "must_match",
     "normed",
     "observe",
     "output_shapes",
     "own_forward",
+    "pairs_of",
     "pairs_kept",
     "pairs_per_batch",
     "stream_places",
     "precise_logits",
     "prompts_per_run",
+    "provenance",
     "reading",
     "readings",
     "received",
     "skipping",
     "stream_sites",
     "undisturbed",
+    "versions",
     "warn_caller",
     "weight",
     "what_is_added",

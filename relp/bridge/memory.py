@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from relp.bridge.sites import Sites
+from relp.protocols import TaskLike
 
 __all__ = ["circuit_runs", "pairs_kept", "pairs_per_batch", "prompts_per_run"]
 
@@ -22,7 +22,7 @@ CIRCUIT_BYTES = 256 << 20
 """Memory for the writers' changes of the circuits and pairs that share a run."""
 
 
-def pairs_per_batch(sites: Sites, task: Any, level: str, names: Sequence[str]) -> int:
+def pairs_per_batch(sites: Sites, task: TaskLike, level: str, names: Sequence[str]) -> int:
     """Pairs in one batch of `attribute`, when the named sites are captured."""
     cfg, length = sites.model.cfg, int(task.lengths.max())
     graph = 40 * int(cfg.d_model) * len(sites.blocks)
@@ -36,7 +36,7 @@ def pairs_per_batch(sites: Sites, task: Any, level: str, names: Sequence[str]) -
     return max(1, NODE_BYTES // (4 * length * (graph + held + 3 * int(cfg.d_vocab))))
 
 
-def prompts_per_run(sites: Sites, task: Any) -> int:
+def prompts_per_run(sites: Sites, task: TaskLike) -> int:
     """Prompts in one forward pass in which something is changed."""
     values = 12 * int(sites.model.cfg.d_model)
     if not task.metric.reads_answer_only:
@@ -45,13 +45,13 @@ def prompts_per_run(sites: Sites, task: Any) -> int:
     return max(1, memory // (4 * int(task.lengths.max()) * values))
 
 
-def pairs_kept(sites: Sites, task: Any, *, edges: bool) -> int:
+def pairs_kept(sites: Sites, task: TaskLike, *, edges: bool) -> int:
     """Pairs whose activations are kept at a time."""
     values = (20 * len(sites.blocks) + len(sites.writers) * edges) * int(sites.model.cfg.d_model)
     return max(1, PAIR_BYTES // (4 * int(task.lengths.max()) * values))
 
 
-def circuit_runs(sites: Sites, task: Any) -> int:
+def circuit_runs(sites: Sites, task: TaskLike) -> int:
     """Runs in one batch: circuits times pairs."""
     cfg = sites.model.cfg
     values = len(sites.layout.writers) * int(cfg.d_model)

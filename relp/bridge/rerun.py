@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from relp.bridge.run import answers_only, observe, own_forward, precise_logits
 from relp.bridge.sites import Block, Edit, Sites, editing, reading
+from relp.protocols import TaskLike
 
 __all__ = ["POINTWISE", "Rerun", "entries", "output_shapes", "skipping"]
 
@@ -38,7 +39,7 @@ class Rerun:
     """The own run of some pairs of one length, and how to continue it from anywhere."""
 
     sites: Sites
-    task: Any
+    task: TaskLike
     side: str
     """`clean` or `corrupt`: whose prompts run."""
     values: Mapping[str, Tensor]
@@ -57,7 +58,7 @@ class Rerun:
     """By how much the metric of a run varies that is not changed at all."""
 
     @classmethod
-    def of(cls, sites: Sites, task: Any, names: Iterable[str], *, side: str) -> Rerun:
+    def of(cls, sites: Sites, task: TaskLike, names: Iterable[str], *, side: str) -> Rerun:
         """Runs one side, keeps what is at the named sites, and tries to leave positions out.
 
         Raises:
@@ -221,7 +222,7 @@ def _layer(
     return layer
 
 
-def _last_mlp(sites: Sites, task: Any, copies: int, start: int) -> dict[str, Edit]:
+def _last_mlp(sites: Sites, task: TaskLike, copies: int, start: int) -> dict[str, Edit]:
     """The last MLP gets the answer position alone, and what it adds is broadcast.
 
     Right at the answer position, the only one that is read. Not in parallel blocks, some of which
@@ -233,7 +234,7 @@ def _last_mlp(sites: Sites, task: Any, copies: int, start: int) -> dict[str, Edi
 
 
 def _keys_values(
-    sites: Sites, task: Any, tokens: Tensor, final: Float[Tensor, "pair pos d_model"]
+    sites: Sites, task: TaskLike, tokens: Tensor, final: Float[Tensor, "pair pos d_model"]
 ) -> Past:
     """Keys and values of each block, or nothing if the run cannot be continued from its middle.
 
@@ -297,7 +298,7 @@ def _is_pointwise(rerun: Rerun) -> bool:
 # -- skipping tokens -------------------------------------------------------------------------------
 
 
-def _tokens_read(task: Any) -> Int[Tensor, " token"] | None:
+def _tokens_read(task: TaskLike) -> Int[Tensor, " token"] | None:
     """The tokens of which a metric reads the logits: answers and foils; None if it may be all."""
     built_in = task.metric.reads_answer_only and task.metric.name == "logit_difference"
     return torch.cat([task.answers, task.foils]).unique() if built_in else None

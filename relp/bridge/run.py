@@ -19,6 +19,7 @@ from relp.bridge.basis import bias, is_plain, shape, weight
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.sites import Edit, Sites, editing, reading
 from relp.propagation import Propagation, propagate
+from relp.protocols import TaskLike
 from relp.rulebook import Rules
 
 __all__ = [
@@ -82,7 +83,7 @@ def warn_caller(message: str) -> None:
 
 
 def observe(
-    sites: Sites, task: Any, names: tuple[str, ...], *, side: str
+    sites: Sites, task: TaskLike, names: tuple[str, ...], *, side: str
 ) -> tuple[dict[str, Tensor], Float[Tensor, " pair"]]:
     """Activations at the named sites and the metric of one side (`clean`, `corrupt`), no grad."""
     tokens = getattr(task, side).to(sites.device)
@@ -98,7 +99,7 @@ def observe(
     return {n: v.detach() for n, v in values.items()}, metric.detach()
 
 
-def answers_only(sites: Sites, task: Any, copies: int = 1, start: int = 0) -> dict[str, Edit]:
+def answers_only(sites: Sites, task: TaskLike, copies: int = 1, start: int = 0) -> dict[str, Edit]:
     """The edit that hands the unembedding each row's answer position alone, `[row, 1, d_model]`.
 
     Empty if the metric may read other positions. `copies`: how often the batch repeats the pairs;
@@ -165,7 +166,13 @@ def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 
 def capture(
-    sites: Sites, task: Any, rules: Rules, names: tuple[str, ...], *, own: str, strict: bool = True
+    sites: Sites,
+    task: TaskLike,
+    rules: Rules,
+    names: tuple[str, ...],
+    *,
+    own: str,
+    strict: bool = True,
 ) -> Capture:
     """Two forward passes and one backward: the coefficients of the `own` side.
 
@@ -193,7 +200,7 @@ def capture(
 
 def captures(
     sites: Sites,
-    task: Any,
+    task: TaskLike,
     rules: Rules,
     names: tuple[str, ...],
     *,
@@ -240,7 +247,7 @@ def captures(
 
 def _differentiable(
     sites: Sites,
-    task: Any,
+    task: TaskLike,
     names: tuple[str, ...],
     side: str,
     rules: Rules,

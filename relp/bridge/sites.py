@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from relp.bridge.basis import Basis, Matrix, Slot, inner, shape
 from relp.layout import Component, Layout
+from relp.protocols import ModelLike
 
 __all__ = ["Block", "Sites", "editing", "reading"]
 
@@ -115,7 +116,7 @@ class Sites:
     model_name: str
 
     @classmethod
-    def of(cls, model: Any) -> Sites:
+    def of(cls, model: ModelLike) -> Sites:
         """Finds the sites of a `TransformerBridge`.
 
         Raises:

@@ -11,15 +11,14 @@ from time import process_time
 import torch
 
 from circuits import draw, greedy, threshold, top
-from relp import Scores
-from relp.layout import Layout
+from relp import Direction, EdgeScores, Layout, Pairs, Provenance
 
 torch.set_num_threads(1)
 
 LAYERS, HEADS, KV_HEADS, REPEATS = 32, 32, 8, 3
 
 
-def scores(seed: int) -> Scores:
+def scores(seed: int) -> EdgeScores:
     """Random scores; each call has a table of its own."""
     writers, readers = ["embed"], []
     for layer in range(LAYERS):
@@ -30,17 +29,18 @@ def scores(seed: int) -> Scores:
         readers.append(f"{mlp}.in")
     readers.append("logits.in")
     shape = len(writers), len(readers)
-    return Scores(
-        model="8b", task="synthetic", rules="RELP", direction="denoise", metric="logit difference",
-        clean=torch.ones(1), corrupt=torch.zeros(1), lengths=torch.ones(1, dtype=torch.long),
-        writers=tuple(writers), readers=tuple(readers),
+    return EdgeScores(
+        provenance=Provenance(model="8b", task="synthetic", rules="RELP",
+                              direction=Direction.DENOISE, metric="logit difference"),
+        pairs=Pairs(clean=torch.ones(1), corrupt=torch.zeros(1), lengths=torch.ones(1).long()),
+        layout=Layout.of(tuple(writers), tuple(readers), False),
         edges=torch.randn(shape, generator=torch.Generator().manual_seed(seed)) ** 3,
     )  # fmt: skip
 
 
 def main() -> None:
     """Prints the table."""
-    calls: dict[str, Callable[[Scores], object]] = {
+    calls: dict[str, Callable[[EdgeScores], object]] = {
         "top(scores, edges=200)": lambda s: top(s, edges=200),
         "draw(top(scores, edges=200))": lambda s: draw(top(s, edges=200)),
         "threshold(scores, 100.0)": lambda s: threshold(s, 100.0),
