@@ -7,7 +7,7 @@ from relp import lazy
 if TYPE_CHECKING:
     from circuits.draw import draw
     from circuits.exact.patch import patch
-    from circuits.files.export import load, save
+    from circuits.files.formats import load, save
     from circuits.files.mib import from_mib, to_mib
     from circuits.graph import assemble
     from circuits.judge.agreement import agreement, auroc
@@ -48,7 +48,7 @@ lazy.lazily(
         "judge.agreement": "agreement auroc",
         "draw": "draw",
         "judge.evaluation": "compare evaluate",
-        "files.export": "load save",
+        "files.formats": "load save",
         "judge.faithfulness": "completeness faithfulness minimality",
         "graph": "assemble",
         "files.mib": "from_mib to_mib",

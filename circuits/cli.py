@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
 from relp import Direction, Level, preset
-from relp.choices import MIB, SUFFIXES, check_ablation, check_tau
 from tasks import zoo
 from tasks.registry import TASKS, builder, check_task
 
@@ -164,7 +164,7 @@ def measure(
         _check_model(model)
         with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
             from circuits import patch
-            from circuits.draw import lined_up
+            from circuits.draw.heatmaps import lined_up
             from relp import NodeScores
 
             bridge, name = _boot(model)

@@ -21,7 +21,7 @@ import torch
 from conftest import boot
 from filelock import FileLock
 from rich.console import Console
-from test_export import make_circuit, same
+from test_files import make_circuit, same
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
@@ -29,7 +29,7 @@ from typer.testing import CliRunner, Result
 import circuits
 from circuits import acdc, cli, connect, load, patch, save
 from circuits.cli import SHOWN, _one_line_errors, app
-from circuits.draw import lined_up
+from circuits.draw.heatmaps import lined_up
 from circuits.graph import size
 from relp import PRESETS, Scores
 from relp.bridge.rerun import Rerun

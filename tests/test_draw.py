@@ -11,18 +11,9 @@ import torch
 from conftest import altered, made
 from test_graph import make_scores
 
-from circuits.draw import (
-    BOX,
-    NEGATIVE,
-    NEUTRAL,
-    POSITIVE,
-    crossings,
-    draw,
-    ink,
-    layout,
-    routes,
-    tint,
-)
+from circuits.draw import draw
+from circuits.draw.layout import BOX, crossings, layout, routes
+from circuits.draw.paint import NEGATIVE, NEUTRAL, POSITIVE, ink, tint
 from circuits.graph import assemble, size
 from circuits.search.prune import top
 from relp.scores import Effects, Scores

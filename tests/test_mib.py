@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from architectures import ARCHITECTURES
 from conftest import boot, save_tokenizer
-from test_export import same
+from test_files import same
 from test_graph import make_scores, names
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -250,6 +250,15 @@ def test_a_model_without_heads_is_refused(tmp_path):
 def test_foreign_files_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match="must be a graph in EAP-IG's JSON"):
         from_mib(write(tmp_path / "c.json", wrong))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", 9999 * b"["])
+def test_what_is_no_json_is_refused(content, tmp_path):
+    path = tmp_path / "c.mib.json"
+    path.write_bytes(content)
+    for read in (from_mib, load):
+        with pytest.raises(ValueError, match="must be a graph in EAP-IG's JSON"):
+            read(path)
 
 
 def test_files_that_are_not_there_or_pickled(tmp_path):

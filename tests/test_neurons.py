@@ -32,7 +32,7 @@ from circuits import (
     top,
     top_nodes,
 )
-from circuits.draw import layout
+from circuits.draw.layout import layout
 from circuits.graph import size
 from circuits.masked import circuit_metrics, endpoints
 from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from circuits.choices import check_ablation
 from circuits.exact.sweep import EVERYWHERE, Cell, Sweep, identity
 from relp.bridge import (
     POINTWISE,
@@ -53,7 +54,7 @@ from relp.bridge import (
     what_is_added,
     writer_changes,
 )
-from relp.choices import Direction, Level, check_ablation
+from relp.choices import Direction, Level
 from relp.layout import Component
 from relp.scores import EdgeEffects, NodeEffects
 

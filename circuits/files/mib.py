@@ -36,18 +36,25 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
 
+from circuits.files.texts import read_circuit, write_text
 from circuits.graph import GRAPH, assemble, check_circuit, real_edges
-from relp import Direction, EdgeScores, Layout, Pairs, Provenance, check_texts, written_whole
+from relp import Direction, EdgeScores, Layout, Pairs, Provenance, check_texts
 from relp.bridge import Sites
 
-__all__ = ["from_mib", "to_mib"]
+__all__ = ["SAID", "Shape", "from_mib", "from_text", "to_mib", "to_text"]
+
+SAID = (
+    "must be a graph in EAP-IG's JSON, of the model if one is given; it is not ({}); for other "
+    "files of circuits.save use circuits.load, renamed if they end in .mib.json"
+)
+"""Of a file that is no graph of this format."""
 
 _UNKNOWN = ("level", "total_edges", "positions", "neurons")
 _LABELS = {n: k for n, k in GRAPH.items() if n not in _UNKNOWN}
@@ -65,7 +72,7 @@ class _Edge(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What the format knows of a model, and how many query heads share a key/value head."""
 
     layers: int
@@ -75,7 +82,8 @@ class _Shape:
     group: int = 1
 
     @classmethod
-    def of(cls, model: Any) -> _Shape:
+    def of(cls, model: Any) -> Shape:
+        """Raises ValueError if the model has other blocks than the format knows."""
         sites = Sites.of(model)
         blocks = sites.blocks
         if not all(b.heads and b.mlp for b in blocks):
@@ -89,7 +97,8 @@ class _Shape:
         )
 
     @classmethod
-    def read(cls, cfg: dict[str, Any]) -> _Shape:
+    def read(cls, cfg: dict[str, Any]) -> Shape:
+        """As `cfg` has it; each query head has its own keys and values."""
         return cls(
             int(cfg["n_layers"]),
             int(cfg["n_heads"]),
@@ -99,6 +108,7 @@ class _Shape:
 
     @property
     def cfg(self) -> dict[str, int | bool]:
+        """What the file says of it."""
         return {
             "n_layers": self.layers,
             "n_heads": self.heads,
@@ -170,7 +180,18 @@ def to_mib(
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"the suffix must be .json; got {path.name!r}; choose another name")
-    shape = _Shape.of(model)
+    text = to_text(graph, shape=Shape.of(model), circuit=circuit)
+    return write_text(path, text)
+
+
+def to_text(
+    graph: nx.MultiDiGraph,
+    title: str | None = None,
+    *,
+    shape: Shape,
+    circuit: nx.MultiDiGraph | None = None,
+) -> str:
+    """What `to_mib` writes; the format has no place for a title."""
     known = {(e.writer, e.reader) for e in shape.edges()}
     scores = _scores(check_circuit(graph), known)
     marked = graph if circuit is None else check_circuit(circuit)
@@ -187,9 +208,7 @@ def to_mib(
     labels = {name: graph.graph[name] for name in _LABELS}
     check_texts("the graph", labels)
     data = {"cfg": shape.cfg, "nodes": nodes, "edges": edges, "relp": labels}
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(data), encoding="utf-8", newline="\n")
-    return path
+    return json.dumps(data)
 
 
 def _scores(graph: nx.MultiDiGraph, known: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
@@ -237,30 +256,19 @@ def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> 
         OSError: the file does not exist or cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`path` must be a graph's file; there is no file {str(path)!r}; check the name"
-        )
     if path.suffix == ".pt":
         raise ValueError(
             f"the file must be .json; {path.name!r} is pickled, and reading it could run code; "
             "convert it with EAP-IG: Graph.from_pt(path).to_json(path)"
         )
-    shape = None if model is None else _Shape.of(model)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return _graph(data, shape, in_graph=in_graph)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} must be a graph in EAP-IG's JSON, of the model if one is given; it is "
-            f"not ({type(error).__name__}: {error}); for other files of circuits.save use "
-            "circuits.load, renamed if they end in .mib.json"
-        ) from error
+    shape = None if model is None else Shape.of(model)
+    return read_circuit(path, partial(from_text, shape=shape, in_graph=in_graph), SAID)
 
 
-def _graph(data: dict[str, Any], shape: _Shape | None, *, in_graph: bool) -> nx.MultiDiGraph:
-    """The full graph, or the edges that the file marks."""
-    theirs = _Shape.read(data["cfg"])
+def from_text(text: str, *, shape: Shape | None, in_graph: bool = False) -> nx.MultiDiGraph:
+    """Undoes `to_text`: the full graph, or the edges that are marked."""
+    data = json.loads(text)
+    theirs = Shape.read(data["cfg"])
     shape = shape or theirs
     if shape.cfg != theirs.cfg:
         raise ValueError(f"the file has {theirs.cfg}, the model {shape.cfg}")
@@ -292,4 +300,4 @@ def _graph(data: dict[str, Any], shape: _Shape | None, *, in_graph: bool) -> nx.
     )
     graph = assemble(scores, marked if in_graph else None)
     graph.graph.update(labels)
-    return check_circuit(graph)
+    return graph

@@ -21,11 +21,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from circuits.choices import check_tau
 from circuits.graph import assemble, check_circuit, real_edges
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from relp import Direction, EdgeScores, ModelLike, TaskLike
 from relp.bridge import Sites, pairs_of, provenance, undisturbed, warn_caller
-from relp.choices import check_tau
 
 __all__ = ["acdc"]
 

@@ -16,17 +16,18 @@ import pydot
 import pytest
 from test_graph import make_scores
 
-from circuits.draw import NEGATIVE, POSITIVE, draw, node_positions, tint
-from circuits.files import export
-from circuits.files.export import from_dot, load, save, to_dot
+from circuits import draw
+from circuits.choices import MIB, SUFFIXES
+from circuits.draw.paint import NEGATIVE, POSITIVE, node_positions, tint
+from circuits.files.dot import from_dot, to_dot
+from circuits.files.formats import FORMATS, load, save
 from circuits.graph import assemble, size
 from circuits.search.prune import top
-from relp.choices import MIB, SUFFIXES
 
 
 def test_the_table_of_suffixes_is_that_of_the_formats() -> None:
-    """The table is apart because the command names its formats before it imports them."""
-    assert (*export._WRITERS, MIB) == SUFFIXES
+    """The list is apart because the command names its formats before it imports them."""
+    assert tuple(FORMATS) == SUFFIXES and MIB in FORMATS
 
 
 NASTY = {
@@ -354,6 +355,20 @@ def test_svg_is_painted_by_score(tmp_path):
     legend = [f"{share * strongest:.2g}" for share in (1, 0.5, 0.1)]
     at = texts.index("negative")
     assert texts[at + 1 : at + 6] == [*legend, f"−{limit:.2g}", f"+{limit:.2g}"]
+
+
+def test_svg_has_the_slots_of_a_head_in_one_order(tmp_path):
+    """Whatever the seed of Python's hashes: the same circuit gives the same file."""
+    circuit = make_circuit(edges=40)
+    root = ET.parse(save(circuit, tmp_path / "c.svg")).getroot()
+    shown = []
+    for group in root.iter(f"{SVG}g"):
+        if group.get("class") == "relp-node":
+            node, *slots = (text.text for text in group.iter(f"{SVG}text"))
+            entered = {d["slot"] for *_, d in circuit.in_edges(node, data=True)}
+            assert slots == [slot for slot in "qkv" if slot in entered]
+            shown.append("".join(slots))
+    assert "qkv" in shown
 
 
 def test_positions_are_shown(tmp_path):

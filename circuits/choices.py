@@ -1,0 +1,32 @@
+"""Words and numbers that a verb can be asked for, and the sentence about any other.
+
+Nothing is imported here: the command refuses an option before torch is there.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ABLATIONS", "MIB", "SUFFIXES", "check_ablation", "check_tau"]
+
+ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
+MIB = ".mib.json"
+"""How files of EAP-IG and MIB are told from circuits, which are .json as well."""
+SUFFIXES = (".json", ".graphml", ".gexf", ".dot", ".svg", ".html", ".mmd", MIB)
+"""The formats that circuits are saved in: the keys of `circuits.files.formats.FORMATS`."""
+
+
+def check_ablation(ablation: str) -> None:
+    """Raises ValueError if `ablation` is none of `ABLATIONS`."""
+    if ablation not in ABLATIONS:
+        raise ValueError(
+            f"`ablation` must be one of {ABLATIONS}; got {ablation!r}; 'patch' takes the value of "
+            "the other run"
+        )
+
+
+def check_tau(tau: float) -> None:
+    """Raises ValueError if `tau`, the least cost of a cut, is not above 0 or infinite."""
+    if not 0 < tau < float("inf"):
+        raise ValueError(
+            f"`tau` must be above 0, in units of the metric; got {tau}; try a hundredth of the gap "
+            "between the clean and the corrupt metric"
+        )

@@ -1,0 +1,181 @@
+"""Circuits in files, both ways, by suffix: nothing is pickled and no C library is needed.
+
+    save(circuit, "ioi.svg"); circuit = load("ioi.svg")
+
+=========  =======  ================================================================
+suffix     load     what it is
+=========  =======  ================================================================
+.json      yes      networkx' node-link data, as nx.node_link_graph reads it
+.graphml   yes      for yEd, Gephi, igraph, Cytoscape
+.gexf      yes      for Gephi
+.dot       yes      for Graphviz; attributes are there twice, as data and as style
+.svg       yes      a picture that stands alone; the graph as JSON in its metadata
+.html      yes      the interactive figure, works offline; the graph as JSON inside
+.mmd       no       Mermaid, for Markdown files; up to 500 edges
+.mib.json  yes      EAP-IG's and MIB's graphs (`circuits.files.mib`): all edges of a model
+=========  =======  ================================================================
+
+A file appears whole or not at all. Plotly figures can be saved too, as .html or .json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import networkx as nx
+import plotly.graph_objects as go
+
+from circuits.choices import MIB
+from circuits.draw.paint import plain
+from circuits.files import mib
+from circuits.files.dot import from_dot, to_dot
+from circuits.files.gexf import from_gexf, to_gexf
+from circuits.files.graphml import from_graphml, to_graphml
+from circuits.files.html import from_html, to_html, to_page
+from circuits.files.mermaid import to_mermaid
+from circuits.files.node_link import from_json, to_json
+from circuits.files.svg import from_svg, to_svg
+from circuits.files.texts import check_storable, read_circuit, write_text
+from circuits.graph import check_circuit
+from relp import check_texts
+
+__all__ = ["FORMATS", "Format", "load", "save"]
+
+
+class Format(NamedTuple):
+    """How circuits become the text of a file: `write(circuit, title)` and `read(text)`."""
+
+    write: Callable[..., str]
+    read: Callable[..., nx.MultiDiGraph] | None
+    said: str = (
+        "must be a circuit written by circuits.save; it is not ({}); for scores use Scores.load, "
+        "for graphs of EAP-IG and MIB from_mib"
+    )
+    """What is said of a file that cannot be read; of a name, if none of the format can."""
+    shape: Callable[[Any], Any] | None = None
+    """What it holds of a model: `write` and `read` then take `shape`, and no other attributes than
+    the format's own are written."""
+
+
+FORMATS: Mapping[str, Format] = {
+    ".json": Format(to_json, from_json),
+    ".graphml": Format(to_graphml, from_graphml),
+    ".gexf": Format(to_gexf, from_gexf),
+    ".dot": Format(to_dot, from_dot),
+    ".svg": Format(to_svg, from_svg),
+    ".html": Format(to_html, from_html),
+    ".mmd": Format(to_mermaid, None, ".mmd can only be written"),
+    MIB: Format(mib.to_text, mib.from_text, mib.SAID, mib.Shape.of),
+}
+"""By suffix; `circuits.choices.SUFFIXES` are the same, for who must not wait for this module."""
+
+_FIGURES: Mapping[str, Callable[[go.Figure, str], str]] = {
+    ".html": to_page,
+    ".json": lambda figure, _: str(figure.to_json()),
+}
+
+
+def save(
+    what: nx.MultiDiGraph | go.Figure,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    model: Any = None,
+) -> Path:
+    """Writes a circuit (or a plotly figure) in the format that the suffix names.
+
+    Args:
+        what: a circuit; or a figure, for .html and .json.
+        path: where to; an existing file is replaced.
+        title: plain text in place of the one made from model, task and rules; .graphml, .gexf and
+            .mib.json have no place for one.
+        model: for .mib.json, which holds its shape and all of its edges: the `TransformerBridge`
+            that the circuit is about.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: `what` is neither a circuit nor a figure.
+        ValueError: the suffix is unknown or not for figures, a name or an attribute cannot be
+            stored in the format, the circuit is empty or too large to be drawn in it, or `model` is
+            missing or not for the format.
+        OSError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if isinstance(what, go.Figure):
+        suffix = _suffix(path, _FIGURES, " of a figure")
+        _told(path, suffix, model)
+        return write_text(path, _figure_text(what, suffix, title))
+    suffix = _suffix(path, FORMATS)
+    told = _told(path, suffix, model)
+    check_texts("the title", title)
+    check_circuit(what)
+    if not told:
+        check_storable(what)
+    elif model is None:
+        raise ValueError(
+            f"`model` must be the TransformerBridge that the circuit is about, as {suffix} holds "
+            "its shape; got None; call circuits.save(circuit, path, model=model)"
+        )
+    return write_text(path, FORMATS[suffix].write(what, title, **told))
+
+
+def load(path: str | Path, *, model: Any = None) -> nx.MultiDiGraph:
+    """Reads a circuit that `save` wrote: the same ids, keys, attributes and types.
+
+    Only a file named .mib.json gives all edges of its model and no attributes but the format's own,
+    as `from_mib(path, model)` does; `from_mib(path, model, in_graph=True)` gives the circuit in it.
+
+    Args:
+        path: the file.
+        model: for .mib.json: the `TransformerBridge` that it is about, if key/value heads are
+            wanted as nodes.
+
+    Raises:
+        ValueError: the suffix is unknown, the file does not hold a circuit of ours, or `model` is
+            not for the format.
+        OSError: the file does not exist or cannot be read.
+    """
+    path = Path(path)
+    readers = {suffix: known.read for suffix, known in FORMATS.items() if known.read}
+    suffix = _suffix(path, readers)
+    read = partial(readers[suffix], **_told(path, suffix, model))
+    return read_circuit(path, read, FORMATS[suffix].said)
+
+
+def _suffix(path: Path, known: Collection[str], of: str = "") -> str:
+    """The suffix of the format; a name that ends in .mib.json is none of .json."""
+    found = [suffix for suffix in FORMATS if path.name.endswith(suffix)]
+    suffix = max(found, key=len, default="")
+    if suffix not in known:
+        why = f"; {FORMATS[suffix].said}" if found and not of else ""
+        raise ValueError(
+            f"the suffix{of} must be one of {' '.join(known)}; got {path.name!r}{why}; choose "
+            "another name"
+        )
+    return suffix
+
+
+def _told(path: Path, suffix: str, model: Any) -> dict[str, Any]:
+    """What `write` and `read` are told of the model, if the format holds anything of it."""
+    shape = FORMATS[suffix].shape
+    if shape is not None:
+        return {"shape": None if model is None else shape(model)}
+    if model is not None:
+        raise ValueError(
+            f"`model` must be left out unless the suffix is {MIB}, the only one that needs it; got "
+            f"{path.name!r}; leave it out or choose another name"
+        )
+    return {}
+
+
+def _figure_text(figure: go.Figure, suffix: str, title: str | None) -> str:
+    check_texts("the title", title)
+    if title is not None:
+        figure = go.Figure(figure).update_layout(title_text=plain(title))
+    check_texts("the figure", figure.to_plotly_json())
+    return _FIGURES[suffix](figure, title or "figure")
