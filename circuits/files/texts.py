@@ -82,9 +82,7 @@ def read_circuit(path: Path, read: Callable[[str], nx.MultiDiGraph], said: str) 
         )
     try:
         graph = read(path.read_text(encoding="utf-8"))
-        if isinstance(
-            graph, nx.MultiDiGraph
-        ):  # files of relp 0.1 do not say what they were made by
+        if isinstance(graph, nx.MultiDiGraph):  # older files do not say all of it
             for name, kind in SINCE.items():
                 graph.graph.setdefault(name, kind() if kind is bool else "unknown")
         return check_circuit(graph)
