@@ -33,6 +33,12 @@ ALL_POSITIONS = ("all positions",)
 class Scores:
     """First-order estimates of what patching each component or edge would do to the metric.
 
+    >>> scores.top(3)                           # the largest, as a table
+    >>> heads, table = scores.of_kind("head")   # table [pair, head, pos]
+    >>> scores.save("scores.safetensors")
+    >>> Scores.load("scores.safetensors")
+    Scores(nodes[4, 67, 16] [pair, component, pos], model='ioi-gpt2', ...)
+
     Unit: that of the metric. Sign: with `direction="denoise"` positive means that putting the
     clean value into the corrupt run raises the metric; with `"noise"` that putting the corrupt
     value into the clean run raises it.
@@ -341,7 +347,13 @@ class Scores:
 
 
 class Effects(Scores):
-    """What patching each component was measured to do: the ground truth, in the same layout."""
+    """What patching each component was measured to do: the ground truth, in the same layout.
+
+    >>> effect = patch(model, task, components=["mlp"])
+    >>> effect.top(3)
+    >>> effect.rules
+    'exact'
+    """
 
     noun = "effect"
 

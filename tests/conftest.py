@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -95,6 +96,14 @@ def tiny(request: pytest.FixtureRequest) -> Any:
 def shipped(request: pytest.FixtureRequest) -> Any:
     """A model that comes with the package."""
     return warm(zoo.load(request.param))
+
+
+@pytest.fixture(scope="module")
+def annotations_unchecked() -> Iterator[None]:
+    """Checks at each call would be three quarters of the time of the suite; others make them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

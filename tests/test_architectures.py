@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, DECODERS, Architecture, conservation, measure
@@ -36,12 +34,7 @@ HALVED = ("GPT2", "Gemma2", "Mamba")
 each_preset = pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def annotations_unchecked() -> Iterator[None]:
-    """Checks at each call would be three quarters of the time here; other suites make them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("annotations_unchecked")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
