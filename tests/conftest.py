@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import jaxtyping
@@ -25,6 +27,51 @@ from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 # Small models gain nothing from threads, and threads that wait for a busy core cost minutes.
 torch.set_num_threads(1)
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
+
+
+def pytest_collection_finish() -> None:
+    """A sweep collects garbage first; what is imported by now need not be walked each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("no_skips") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def checked_once(jaxtyped: Any = jaxtyping.jaxtyped, **options: Any) -> Callable[[Any], Any]:
+    """jaxtyping's decorator, but a function inside a function gets it the first time only.
+
+    Made at each call of the outer one, the checks would take longer than what they check.
+    """
+    decorate = jaxtyped(**options)
+
+    def once(function: Any) -> Any:
+        code = getattr(function, "__code__", None)
+        if code is None or "<locals>" not in function.__qualname__:
+            return decorate(function)
+        if code in CHECKED:
+            return function
+        CHECKED.add(code)
+        return decorate(function)
+
+    return once
+
+
+CHECKED: set[CodeType] = set()
+jaxtyping.jaxtyped = checked_once
+
+
+# -- models ----------------------------------------------------------------------------------------
 
 
 def save_tokenizer(folder: Path) -> int:
