@@ -139,6 +139,12 @@ def tiny(request: pytest.FixtureRequest) -> Any:
     return boot(request.getfixturevalue(f"{request.param}_folder"))
 
 
+def on(fixture: str, model: str, *others: str) -> pytest.MarkDecorator:
+    """`@on("tiny", "llama", "gpt2")`: each run takes the first model, a long proof the others."""
+    long = [pytest.param(other, marks=pytest.mark.long) for other in others]
+    return pytest.mark.parametrize(fixture, [model, *long], indirect=True)
+
+
 @pytest.fixture(scope="session", params=["ioi-gpt2", "ioi-llama"])
 def shipped(request: pytest.FixtureRequest) -> Any:
     """A model that comes with the package."""
