@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
+import checking
 import jaxtyping
 import pytest
 import torch
@@ -48,27 +48,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def checked_once(jaxtyped: Any = jaxtyping.jaxtyped, **options: Any) -> Callable[[Any], Any]:
-    """jaxtyping's decorator, but a function inside a function gets it the first time only.
-
-    Made at each call of the outer one, the checks would take longer than what they check.
-    """
-    decorate = jaxtyped(**options)
-
-    def once(function: Any) -> Any:
-        code = getattr(function, "__code__", None)
-        if code is None or "<locals>" not in function.__qualname__:
-            return decorate(function)
-        if code in CHECKED:
-            return function
-        CHECKED.add(code)
-        return decorate(function)
-
-    return once
-
-
-CHECKED: set[CodeType] = set()
-jaxtyping.jaxtyped = checked_once
+def pytest_runtest_setup() -> None:
+    checking.calls.clear()
 
 
 # -- models ----------------------------------------------------------------------------------------
