@@ -94,6 +94,10 @@ def assemble(
 ) -> nx.MultiDiGraph:
     """The graph of edge scores; see the module's docstring for its attributes.
 
+    >>> graph = assemble(edges)                      # every node and edge of the model
+    >>> graph.edges["embed", "L0.mlp", "in"]["score"]
+    3.8...
+
     Args:
         scores: edge scores, by position or summed over all.
         kept: which edges the graph has, with their ends and the structural edges between those;

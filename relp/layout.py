@@ -30,7 +30,11 @@ _WITHIN_LAYER = {"kv": 0, "head": 1, "attn": 1, "mixer": 1, "neuron": 2, "mlp": 
 
 
 class Component(NamedTuple):
-    """A component's name taken apart; `layer` and `head` are -1 where there is none."""
+    """A component's name taken apart; `layer` and `head` are -1 where there is none.
+
+    >>> Component.parse("L9H6")
+    Component(name='L9H6', kind='head', layer=9, head=6)
+    """
 
     name: str
     kind: str

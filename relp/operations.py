@@ -629,9 +629,15 @@ class Registration:
 def register(what: Callable[..., Any], rule: str | Formula) -> Registration:
     """Says how relevance passes an operation or a class of modules of one's own.
 
-    >>> register(torch.lgamma, "activation")               # an elementwise function
-    >>> register(MyFusedLinear, "linear")                  # a module: its derivative, unopened
-    >>> register(MyNorm, lambda g, x, y: g / x.norm(dim=-1, keepdim=True))
+    >>> class MyNorm(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return x / x.norm(dim=-1, keepdim=True)
+    >>> handle = register(torch.lgamma, "activation")       # an elementwise function
+    >>> handle.remove()                                     # it is unknown again
+    >>> with register(MyNorm, "linear"):                    # a module: its derivative, unopened
+    ...     coverage(MyNorm(), torch.ones(1, 4))
+    >>> with register(MyNorm, lambda g, x, y: g / x.norm(dim=-1, keepdim=True)):
+    ...     coverage(MyNorm(), torch.ones(1, 4))
 
     A registered module counts as one operation; it must be called as `module(x)`.
 

@@ -67,7 +67,13 @@ __all__ = ["Propagation", "UnknownOperationError", "coverage", "propagate"]
 
 
 class UnknownOperationError(ValueError):
-    """An operation carries relevance and no rule says how."""
+    """An operation carries relevance and no rule says how.
+
+    >>> with propagate(RELP):
+    ...     torch.lgamma(torch.ones(3, requires_grad=True))
+    Traceback (most recent call last):
+    UnknownOperationError: every operation that carries relevance must have a rule; ...
+    """
 
 
 Key = tuple[int, str, int]
@@ -1177,6 +1183,12 @@ def coverage(
     module: nn.Module, *inputs: Any, rules: Rules = RELP, strict: bool = False, **kwargs: Any
 ) -> pd.DataFrame:
     """Which operations of `module(*inputs)` carry relevance, and the rule that each gets.
+
+    >>> coverage(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), torch.ones(1, 3))
+      operation        kind        rule module  count
+    0      ReLU  activation    identity      1      1
+    1    linear      linear  derivative      0      1
+    >>> coverage(model, task.clean)
 
     Floating-point inputs carry relevance; so do the outputs of embeddings, for token inputs.
     Columns: operation, kind, rule, module, count. Kind `unknown` is what no rule knows, kind

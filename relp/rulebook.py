@@ -219,6 +219,9 @@ PRESETS: dict[str, Rules] = {r.name: r for r in (GRADIENT, RELP, CP_LRP, ATTN_LR
 def preset(name: str) -> Rules:
     """The preset of that name, upper or lower case, `-` or `_`.
 
+    >>> preset("attn-lrp").name
+    'ATTN_LRP'
+
     Raises:
         ValueError: there is none.
     """

@@ -110,6 +110,12 @@ class Pairs:
 class Scores:
     """First-order estimates of what patching each component or edge would do to the metric.
 
+    >>> scores.top(3)                           # the largest, as a table
+    >>> heads, table = scores.of_kind("head")   # table [pair, head, pos]
+    >>> scores.save("scores.safetensors")
+    >>> Scores.load("scores.safetensors")
+    NodeScores(nodes[4, 67, 16] [pair, component, pos], model='ioi-gpt2', ...)
+
     `NodeScores` and `EdgeScores` are the two forms. Unit: that of the metric. Sign: see
     `Direction`: with `"denoise"` positive means that putting the clean value into the corrupt run
     raises the metric, with `"noise"` that putting the corrupt value into the clean run raises it.
@@ -549,7 +555,13 @@ class EdgeScores(Scores):
 
 
 class Effects(Scores):
-    """What patching was measured to do: the ground truth, in the layout of scores."""
+    """What patching was measured to do: the ground truth, in the layout of scores.
+
+    >>> effect = patch(model, task, components=["mlp"])
+    >>> effect.top(3)
+    >>> effect.rules
+    'exact'
+    """
 
     noun = "effect"
 

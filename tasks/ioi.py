@@ -124,6 +124,9 @@ def ioi(
 ) -> Task:
     """Indirect object identification: answer the indirect object (IO), foil the subject (S).
 
+    >>> task = ioi(model.tokenizer, pairs=4)
+    >>> model.to_string(task.clean[0])
+
     Half of the prompts name IO first (ABBA), half S (BABA). `"flip"` puts IO in place of the
     second S, so that the corrupt prompt's answer is S; `"abc"` puts three fresh names in place of
     IO and both S, so that neither name is favoured. Spans: `IO`, `S1`, `S2`, `end`, as positions

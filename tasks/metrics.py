@@ -23,14 +23,21 @@ __all__ = ["KLDivergence", "Metric", "logit_difference", "probability_difference
 
 
 def logit_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
-    """Logit of the answer minus logit of the foil at each pair's answer position, in logits."""
+    """Logit of the answer minus logit of the foil at each pair's answer position, in logits.
+
+    >>> logit_difference(model(task.clean), task)    # what `task.metric` is by default
+    tensor([3.9..., 7.9..., 6.5..., 4.9...], grad_fn=<SubBackward0>)
+    """
     last = task.answer_logits(logits)
     rows = torch.arange(len(last), device=last.device)
     return last[rows, task.answers.to(last.device)] - last[rows, task.foils.to(last.device)]
 
 
 def probability_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
-    """Probability of the answer minus that of the foil at the answer position, in [-1, 1]."""
+    """Probability of the answer minus that of the foil at the answer position, in [-1, 1].
+
+    >>> attribute(model, task.with_metric("probability_difference"))
+    """
     last = task.answer_logits(logits).softmax(-1)
     rows = torch.arange(len(last), device=last.device)
     return last[rows, task.answers.to(last.device)] - last[rows, task.foils.to(last.device)]
@@ -39,6 +46,9 @@ def probability_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]
 @dataclass(frozen=True, eq=False)
 class KLDivergence:
     """Minus the KL divergence from the clean model's next-token distribution, in nats.
+
+    >>> task.with_metric(KLDivergence.of(model, task))
+    Task('ioi', 4 pairs, 16 tokens, metric=KLDivergence, ...)
 
     0 where the run predicts what the clean run predicted, negative elsewhere: the clean run is its
     maximum, with a gradient of zero. So it is a metric for `direction="denoise"`, for exact

@@ -28,6 +28,15 @@ PAD = -1
 class Task:
     """Pairs of prompts that differ in what the model should answer.
 
+    >>> Task.from_prompts(
+    ...     model.tokenizer,
+    ...     clean=["Then Mary and John went to the store. John gave a drink to"],
+    ...     corrupt=["Then Mary and John went to the store. Mary gave a drink to"],
+    ...     answers=[" Mary"],
+    ...     foils=[" John"],
+    ... )
+    Task('task', 1 pairs, 15 tokens, metric=logit_difference, spans=['end'])
+
     Build one with `Task.from_prompts` or `Task.from_tokens`, or with a ready task such as
     `tasks.ioi`. `task.metric(logits)` gives one number per pair; the default is the logit of the
     answer minus that of the foil at the pair's answer position, `spans["end"]`.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import checking
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,6 +40,32 @@ from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 # Small models gain nothing from threads, and threads that wait for a busy core cost minutes.
 torch.set_num_threads(1)
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
+
+
+def pytest_collection_finish() -> None:
+    """A sweep collects garbage first; what is imported by now need not be walked each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("no_skips") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_runtest_setup() -> None:
+    checking.calls.clear()
+
+
+# -- models ----------------------------------------------------------------------------------------
 
 
 def made(kind: type[Scores] = Scores, **labels: Any) -> Any:
@@ -130,10 +159,24 @@ def tiny(request: pytest.FixtureRequest) -> Any:
     return boot(request.getfixturevalue(f"{request.param}_folder"))
 
 
+def on(fixture: str, model: str, *others: str) -> pytest.MarkDecorator:
+    """`@on("tiny", "llama", "gpt2")`: each run takes the first model, a long proof the others."""
+    long = [pytest.param(other, marks=pytest.mark.long) for other in others]
+    return pytest.mark.parametrize(fixture, [model, *long], indirect=True)
+
+
 @pytest.fixture(scope="session", params=["ioi-gpt2", "ioi-llama"])
 def shipped(request: pytest.FixtureRequest) -> Any:
     """A model that comes with the package."""
     return warm(zoo.load(request.param))
+
+
+@pytest.fixture(scope="module")
+def annotations_unchecked() -> Iterator[None]:
+    """Checks at each call would be three quarters of the time of the suite; others make them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, DECODERS, Architecture, conservation, measure
@@ -33,18 +32,19 @@ FROM_THE_START = ("OPT", "Mamba", "Mamba2")
 one axis in the MLP."""
 ROUTED = ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV2", "DeepseekV3")
 HALVED = ("GPT2", "Gemma2", "Mamba")
+IN_EACH_RUN = ("GPT2", "Llama", "Gemma2", "Mixtral", "DeepseekV3", "Mamba", "BERT", "VGG16", "LSTM")
+"""What differs most; the others are long proofs."""
 each_preset = pytest.mark.parametrize("rules", PRESETS.values(), ids=PRESETS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def annotations_unchecked() -> Iterator[None]:
-    """Checks at each call would be three quarters of the time here; other suites make them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("annotations_unchecked")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+def some(names: Iterable[str]) -> list[Any]:
+    return [n if n in IN_EACH_RUN else pytest.param(n, marks=pytest.mark.long) for n in names]
+
+
+@pytest.fixture(scope="module", params=some(ARCHITECTURES))
 def built(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Architecture, Any, Path]:
@@ -124,7 +124,7 @@ def test_half_precision_gives_the_coefficients_of_single(
 # -- through the front door ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("built", DECODERS, indirect=True)
+@pytest.mark.parametrize("built", some(DECODERS), indirect=True)
 def test_nodes(built: tuple[Architecture, Any, Path]) -> None:
     architecture, model, _ = built
     task, before = random_task(model, pairs=3), everything(model)
@@ -141,7 +141,7 @@ def test_nodes(built: tuple[Architecture, Any, Path]) -> None:
     assert torch.equal(model(task.clean), plain)
 
 
-@pytest.mark.parametrize("built", DECODERS, indirect=True)
+@pytest.mark.parametrize("built", some(DECODERS), indirect=True)
 def test_edges_sum_to_nodes_and_circuits_are_faithful(
     built: tuple[Architecture, Any, Path],
 ) -> None:
@@ -159,7 +159,7 @@ def test_edges_sum_to_nodes_and_circuits_are_faithful(
     assert shares == pytest.approx([1, 0], abs=1e-4)
 
 
-@pytest.mark.parametrize("built", DECODERS, indirect=True)
+@pytest.mark.parametrize("built", some(DECODERS), indirect=True)
 def test_patching_everything_closes_the_gap(built: tuple[Architecture, Any, Path]) -> None:
     """Only the last token differs, so patching block 1's input there is the whole other run."""
     _, model, _ = built
@@ -177,7 +177,7 @@ def test_patching_everything_closes_the_gap(built: tuple[Architecture, Any, Path
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("built", [*DECODERS, "BERT"], indirect=True)
+@pytest.mark.parametrize("built", some([*DECODERS, "BERT"]), indirect=True)
 def test_runs_begin_where_the_change_is(built: tuple[Architecture, Any, Path]) -> None:
     """The bridge hears of a cache by the name that this transformers has for it; no warning."""
     architecture, model, _ = built

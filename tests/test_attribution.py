@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import boot, precedes, random_task, save_tokenizer, state, without_a_difference
+from conftest import boot, on, precedes, random_task, save_tokenizer, state, without_a_difference
 from replica import Replica
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -183,6 +183,7 @@ def test_pairs_of_different_lengths(tiny: Any) -> None:
     torch.testing.assert_close(scores.nodes[2:], long.nodes)
 
 
+@on("tiny", "llama", "gpt2")
 def test_steps_approach_the_path_integral(tiny: Any) -> None:
     task = random_task(tiny)
     errors = []
@@ -197,6 +198,7 @@ def test_steps_approach_the_path_integral(tiny: Any) -> None:
     assert scores.rules == "GRADIENT (40 steps)"
 
 
+@on("tiny", "llama", "gpt2")
 @pytest.mark.parametrize("path", ["inputs", "activations"])
 @pytest.mark.parametrize("rules", [GRADIENT, RELP], ids=["GRADIENT", "RELP"])
 def test_steps_hold_for_edges_as_for_nodes(tiny: Any, rules: Rules, path: str) -> None:

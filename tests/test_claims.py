@@ -14,7 +14,7 @@ from tasks import ioi
 PRESETS = (GRADIENT, RELP, CP_LRP, DEEPLIFT)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_deeplift_follows_exact_patching(shipped: Any, seed: int) -> None:
     task = ioi(shipped.tokenizer, pairs=16, seed=seed)
     effects = patch(shipped, task, components=["resid", "mlp"], progress=False)

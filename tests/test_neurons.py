@@ -9,7 +9,7 @@ import networkx as nx
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import able_task, boot, precedes, random_task
+from conftest import able_task, boot, on, precedes, random_task
 from test_edges import MODELS, Reference, build
 from test_faithfulness import alone, split
 from torch import Tensor
@@ -78,6 +78,7 @@ def test_chosen_components_are_those_of_all(tiny: Any) -> None:
         torch.testing.assert_close(some.nodes, every.nodes[:, at], rtol=1e-4, atol=1e-6)
 
 
+@on("tiny", "llama", "gpt2")
 @pytest.mark.parametrize("path", ["inputs", "activations"])
 def test_neurons_sum_to_their_mlp_along_a_path(tiny: Any, path: str) -> None:
     task = random_task(tiny, pairs=2, length=4)
@@ -379,6 +380,7 @@ def test_a_missing_neuron_is_cut_and_not_part_of_its_mlp(tiny: Any) -> None:
         to_mib(graph, "importances.json", tiny)
 
 
+@on("tiny", "llama", "gpt2")
 def test_circuits_with_neurons_are_chosen_judged_and_kept(tiny: Any, tmp_path: Path) -> None:
     task = able_task(tiny, pairs=2, length=4)
     scores = attribute(tiny, task, level="edge", neurons=NEURONS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import able_task, boot, ragged_task, random_task, save_tokenizer
+from conftest import able_task, boot, on, ragged_task, random_task, save_tokenizer
 from replica import Replica
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ def plainly(
     return results[2] - results[1]
 
 
+@on("tiny", "llama", "gpt2")
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_every_cell_equals_a_plain_run(tiny: Any, direction: str) -> None:
     task = random_task(tiny, pairs=3, length=5)
@@ -148,6 +149,7 @@ def test_ablations_by_hand(tiny: Any, ablation: str) -> None:
             torch.testing.assert_close(effects.nodes[:, row, pos], expected, rtol=1e-4, atol=1e-5)
 
 
+@on("tiny", "llama", "gpt2")
 @pytest.mark.parametrize("ablation", ["patch", "zero", "mean", "mean_per_position"])
 def test_pairs_that_end_at_different_places(tiny: Any, ablation: str) -> None:
     """What is behind a pair's answer cannot be heard, and means are over tokens that exist."""
@@ -499,6 +501,7 @@ def test_slow_sweeps_say_so_once(tiny: Any, capsys: pytest.CaptureFixture[str]) 
     assert not any("all positions" in line for line in bars(capsys))
 
 
+@on("tiny", "llama", "gpt2")
 def test_smaller_batches_when_memory_runs_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task = random_task(tiny, pairs=3, length=4)
     expected = patch(tiny, task, components=["head"], progress=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import able_task, boot, random_task, state, warm
+from conftest import able_task, boot, on, random_task, state, warm
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM
@@ -58,6 +58,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+@on("tiny", "llama", "gpt2")
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_the_modes_of_the_caller_change_nothing(tiny: Any, mode: Any) -> None:
     task = able_task(tiny, pairs=2, length=5)

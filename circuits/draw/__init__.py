@@ -30,6 +30,10 @@ def draw(
 ) -> go.Figure:
     """Draws node scores, edge scores, scores against measured effects, or a circuit.
 
+    >>> draw(scores, kind="head")
+    >>> draw(scores, against=effect)
+    >>> draw(circuit)
+
     Args:
         what: `Scores` or `Effects` of nodes (heatmap, mean over pairs; by position, or by span if
             the prompts have their spans at different positions) or edges (writer x reader, summed

@@ -87,6 +87,10 @@ def save(
 ) -> Path:
     """Writes a circuit (or a plotly figure) in the format that the suffix names.
 
+    >>> save(circuit, "ioi.svg")
+    >>> save(circuit, "ioi.mib.json", model=model)
+    >>> save(draw(circuit), "ioi.html")
+
     Args:
         what: a circuit; or a figure, for .html and .json.
         path: where to; an existing file is replaced.
@@ -126,6 +130,10 @@ def save(
 
 def load(path: str | Path, *, model: Any = None) -> nx.MultiDiGraph:
     """Reads a circuit that `save` wrote: the same ids, keys, attributes and types.
+
+    >>> path = save(circuit, "ioi.json")
+    >>> set(load(path).edges) == set(circuit.edges)
+    True
 
     Only a file named .mib.json gives all edges of its model and no attributes but the format's own,
     as `from_mib(path, model)` does; `from_mib(path, model, in_graph=True)` gives the circuit in it.

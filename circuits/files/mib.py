@@ -163,6 +163,8 @@ def to_mib(
 ) -> Path:
     """Writes the scores of `graph` as EAP-IG and MIB read them; the file appears whole.
 
+    >>> to_mib(assemble(edges), "ioi.json", model, circuit=circuit)
+
     Args:
         graph: whose scores are written. For a submission of importances the full graph; an edge
             that it lacks is written with score 0.
@@ -239,6 +241,10 @@ def _scores(graph: nx.MultiDiGraph, known: set[tuple[str, str]]) -> dict[tuple[s
 
 def from_mib(path: str | Path, model: Any = None, *, in_graph: bool = False) -> nx.MultiDiGraph:
     """Reads a graph that EAP-IG, MIB's code or `to_mib` wrote.
+
+    >>> path = to_mib(assemble(edges), "ioi.json", model, circuit=circuit)
+    >>> from_mib(path)                               # all edges
+    >>> from_mib(path, in_graph=True)                # the circuit
 
     Args:
         path: a .json file of that format.

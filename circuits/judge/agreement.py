@@ -23,7 +23,8 @@ Points = tuple[np.ndarray, np.ndarray]
 def agreement(scores: Scores | Sequence[Scores], effect: Scores, *, k: int = 10) -> pd.DataFrame:
     """How well scores agree with exact effects, or with any other scores: one row per kind.
 
-    >>> agreement(attribute(model, task), patch(model, task))
+    >>> agreement(scores, effect)
+    >>> agreement([attribute(model, task, rules=r) for r in (GRADIENT, RELP)], effect)
 
     Node scores are compared within each pair, by kind of component; summed over positions if the
     effects are of all positions at once (`patch(positions=False)`). Edge scores, which are means
@@ -73,7 +74,7 @@ def auroc(
 ) -> pd.DataFrame:
     """How well |score| tells a known circuit from the rest: area under the ROC curve, by kind.
 
-    >>> auroc(attribute(model, task), ["L9H9", "L9H6", "L10H0"])
+    >>> auroc(scores, ["L1H1", "L1H3", "L1H7"])
 
     1 if all that is in the circuit has larger scores than all that is not, 0.5 by chance; ties
     count half, and effects within their `resolution` are ties at 0. Columns: `rules`, `kind`,

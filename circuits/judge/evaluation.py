@@ -162,7 +162,10 @@ def evaluate(
 ) -> Evaluation:
     """The faithfulness of the best edges of each set of scores, for circuits of several sizes.
 
-    >>> evaluate(model, task, [attribute(model, task, rules=r, level="edge") for r in (RELP, GIM)])
+    >>> each = [attribute(model, task, rules=r, level="edge") for r in (RELP, GIM)]
+    >>> evaluation = evaluate(model, task, each)
+    >>> evaluation.areas()                        # CPR and CMD
+    >>> evaluation.compare("RELP", "GIM")         # with p-values
 
     A circuit of size s holds the ⌊s · edges⌋ best edges, as in MIB (arXiv:2504.13151). Edges that
     lie on no path from the embedding to the logits are counted; they change no result.
@@ -222,6 +225,8 @@ def compare(
     seed: int = 0,
 ) -> pd.DataFrame:
     """Whether one circuit is more faithful than another by more than the choice of pairs.
+
+    >>> compare(model, task, circuit, random(edges, edges=200))
 
     One row, as `Evaluation.compare` gives for each measure. Errors and warnings are those of
     `faithfulness`.

@@ -47,6 +47,8 @@ def acdc(
 ) -> nx.MultiDiGraph:
     """The edges whose cut costs at least `tau` of the task's metric, after the cuts before it.
 
+    >>> acdc(model, task, tau=0.2, graph=top(edges, edges=20))
+
     The run is the clean one, and a cut edge carries the corrupt run's value, as in `faithfulness`.
     The cost is the fall of the metric, averaged over pairs: edges that work against the task cost
     less than nothing and go. The paper's metric, the divergence from the model's own predictions,

@@ -33,6 +33,10 @@ def top(
 ) -> nx.MultiDiGraph:
     """The `edges` edges of largest |score|; ties are broken by name.
 
+    >>> circuit = top(edges, edges=200)
+    >>> circuit.has_edge("L0H3", "L0.mlp", "in")
+    True
+
     With `connected=True` edges are taken in that order until those that lie on a path from `embed`
     to `logits` would be more than `edges`. One more edge can close a long path, so that the
     circuit can hold a few edges less than asked for; it never holds more.
@@ -57,6 +61,8 @@ def greedy(
 ) -> nx.MultiDiGraph:
     """The circuit that grows from `logits` backwards, always by its strongest incoming edge.
 
+    >>> greedy(edges, edges=200)
+
     At each step the best edge into a node that is already reached is taken, and its writer counts
     as reached. So no edge is taken that leads nowhere, unlike in `top`; a strong edge behind a weak
     one has to wait. Source: Hanna et al. 2024, arXiv:2403.17806 (`apply_greedy` of EAP-IG, which
@@ -80,6 +86,8 @@ def random(
 ) -> nx.MultiDiGraph:
     """`edges` edges in an order drawn at random: what a circuit of that size must beat.
 
+    >>> faithfulness(model, task, [random(edges, edges=200, seed=s) for s in range(3)])
+
     They are chosen as `top` chooses them, by chance instead of by score; the same seed gives the
     same circuit. Arguments and errors are those of `top`.
     """
@@ -92,6 +100,8 @@ def random(
 
 def top_nodes(graph: nx.MultiDiGraph, *, nodes: int, signed: bool = False) -> nx.MultiDiGraph:
     """The `nodes` heads, neurons, MLPs and mixers of largest |score|, and every edge between them.
+
+    >>> sorted(top_nodes(assemble(edges), nodes=3))
 
     `embed` and `logits` come with them and are not counted, nor are key/value heads, which come
     with their query heads. A node's score is that of patching it, the sum of its outgoing edges.
@@ -118,6 +128,8 @@ def top_nodes(graph: nx.MultiDiGraph, *, nodes: int, signed: bool = False) -> nx
 def between(graph: nx.MultiDiGraph, nodes: Iterable[str]) -> nx.MultiDiGraph:
     """The circuit of these nodes: every edge between them, `embed` and `logits`.
 
+    >>> between(assemble(edges), ["L1H1", "L1H3", "L0.mlp"])
+
     A key/value head (`L9KV1`) belongs to it if one of the query heads that it serves does. For a
     circuit that a paper gives as a list of heads: `between(graph, ["L9H9", "L9H6", "L0.mlp"])`.
 
@@ -142,6 +154,8 @@ def threshold(
 ) -> nx.MultiDiGraph:
     """The edges with |score| >= `minimum`, in units of the metric.
 
+    >>> threshold(edges, 0.5)
+
     Args:
         graph: as in `top`.
         minimum: the least |score| (least score if `signed`) that stays.
@@ -164,6 +178,8 @@ def threshold(
 
 def connect(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
     """The nodes and edges that lie on a path from `embed` to `logits`; maybe none.
+
+    >>> connect(greedy(edges, edges=50, connected=False))
 
     Raises:
         TypeError: `graph` is no circuit.

@@ -18,12 +18,18 @@ HERE = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The models that can be loaded."""
+    """The models that can be loaded.
+
+    >>> zoo.names()
+    ['ioi-gpt2', 'ioi-llama']
+    """
     return sorted(config.parent.name for config in HERE.glob("*/config.json"))
 
 
 def load(name: str) -> TransformerBridge:
     """A zoo model on the CPU, in float32 and eval mode, with its tokenizer.
+
+    >>> model = zoo.load("ioi-gpt2")
 
     Raises:
         ValueError: there is no such model.
