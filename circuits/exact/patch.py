@@ -1,8 +1,8 @@
 """Exact effects: the ground truth that scores are judged by.
 
 A cell is one thing to change in one run: a component, or what one reader hears of one writer, at
-one position or at all. Cells are independent of each other: `measure` takes a list of them, runs
-those that start in the same block as rows of one batch, and can be interrupted. A cell that
+one position or at all. `Runs` has both runs of every pair, and measures lists of cells on them:
+those that start in the same block are rows of one batch, and it can be interrupted. A cell that
 changes nothing (all that comes before the first token that differs) is not run.
 
 A node's cell overwrites the component's value, and everything after it is computed anew. An edge's
@@ -15,21 +15,22 @@ as `DEEPLIFT` attributes it.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import find_executable_batch_size
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from circuits.exact.sweep import EVERYWHERE, Cell, Sweep, identity
+from circuits.exact.cells import EVERYWHERE, Cell
+from circuits.exact.progress import Progress
+from circuits.exact.sweep import Sweep, identity, safetensors_path
 from relp.attribution import edge_sites, head_changes, head_outputs, provenance
 from relp.bridge.rerun import POINTWISE, Rerun, entries
 from relp.bridge.run import observe, undisturbed
@@ -38,14 +39,15 @@ from relp.choices import OWN, check_ablation, check_direction, check_level
 from relp.layout import Component
 from relp.scores import ALL_POSITIONS, Effects
 
-__all__ = ["Cell", "measure", "patch"]
+__all__ = ["Runs", "measure", "patch"]
 
 BATCH_BYTES = 24 << 20
 """Activations of one batch on a CPU, where larger ones were not faster; elsewhere memory is what
 the device has, and a batch that does not fit is made smaller."""
 DEVICE_BYTES = 4 << 30
 PAIR_BYTES = 512 << 20
-"""Activations of both runs that are kept for the pairs at work."""
+"""Activations of both runs that are kept: for the pairs at work, and for later lists of cells."""
+OTHER = {"clean": "corrupt", "corrupt": "clean"}
 IDLE = 1 / 8
 """Share of a batch that may run for nothing, because some of its cells start later than others."""
 
@@ -113,28 +115,22 @@ def patch(
     sites = Sites.of(model)
     by_position = level == "node" if positions is None else positions
     places = range(int(task.lengths.max())) if by_position else [EVERYWHERE]
-    names = sites.chosen(components) if level == "node" else ()
-    pairs = _edges(sites, edges) if level == "edge" else ()
-    cells = [Cell(n, pos=p) for n in names for p in places]
-    cells += [Cell(w, r, p) for w, r in pairs for p in places]
+    named = _edges(sites, edges) if level == "edge" else [(n, "") for n in sites.chosen(components)]
+    cells = [Cell(name, reader, pos) for name, reader in named for pos in places]
     sweep = measure(model, task, cells, direction=direction, ablation=ablation, resume=resume,
                     batch_size=batch_size, progress=progress)  # fmt: skip
     labels = provenance(sites, task, direction, {"clean": sweep.clean, "corrupt": sweep.corrupt})
     labels["rules"] = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
     labels["resolution"] = float(sweep.resolution.mean())
-    if level == "node":
-        nodes = sweep.effects.unflatten(1, (len(names), len(places)))
-        labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
-        return Effects(components=names, nodes=nodes, **labels)
-    table = _unmeasured(sites, len(places))
-    layout = sites.layout
-    rows, columns = torch.tensor([(layout.row[w], layout.column[r]) for w, r in pairs]).T
-    table[:, rows, columns] = sweep.effects.mean(0).unflatten(0, (len(pairs), len(places))).T
-    table = table if by_position else table[0]
-    return Effects(writers=layout.writers, readers=layout.readers, edges=table, **labels)
+    effects = sweep.effects.unflatten(1, (len(named), len(places)))
+    if level == "edge":
+        table = _tabled(sites, named, effects.mean(0).T)
+        table = table if by_position else table[0]
+        return Effects(writers=sites.writers, readers=sites.readers, edges=table, **labels)
+    labels["tokens"] = labels["tokens"] if by_position else ALL_POSITIONS
+    return Effects(components=tuple(name for name, _ in named), nodes=effects, **labels)
 
 
-@undisturbed
 def measure(
     model: Any,
     task: Any,
@@ -146,106 +142,184 @@ def measure(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """The effect of each cell on each pair; arguments and errors as for `patch`.
+    """The effect of each cell on each pair; arguments and errors as for `patch` and `Runs`."""
+    runs = Runs(model, task, direction, ablation, kept_bytes=0)
+    return runs.measure(cells, resume=resume, batch_size=batch_size, progress=progress)
 
-    A cell's effect depends on nothing but the cell: any split of the list over processes or
-    machines gives the same numbers.
+
+# -- both runs -------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Runs:
+    """Both runs of every pair of a task, kept: what lists of cells are measured on.
+
+    >>> runs = Runs(model, task)
+    >>> first = runs.measure([Cell("L9H6", pos=14)])
+    >>> second = runs.measure([Cell("L9H6", pos=p) for p in range(15)])    # both runs are there
+
+    If the model has changed in between (weights, hooks), its runs are made anew. The arguments are
+    those of `patch`.
+
+    Args:
+        kept_bytes: of activations, kept for later lists, those of the first pairs that fit; runs of
+            the others are made anew.
+
+    Raises:
+        TypeError: the model is no `TransformerBridge`.
+        ValueError: an argument is wrong, the model is in train mode, or cannot take the prompts.
     """
-    check_direction(direction)
-    check_ablation(ablation)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
-    resume = None if resume is None else Path(resume)
-    if resume is not None and resume.suffix != ".safetensors":
-        raise ValueError(
-            f"`resume` must be a .safetensors file; got {resume.name!r}; change the suffix"
-        )
-    sites = Sites.of(model)
-    task.must_fit(sites.model.cfg, sites.model_name)
-    own = OWN[direction]
-    other = "corrupt" if own == "clean" else "clean"
-    cells = tuple(cells)
-    labels = {} if resume is None else identity(sites, task, cells, direction, ablation)
-    sweep = Sweep.begun(resume, labels, len(task), len(cells))
-    with sweep.kept(resume, labels) as keep, _Progress(len(task), shown=progress) as bar:
 
-        def run(prompts: int) -> None:
-            # called again with fewer prompts if memory runs out; what is finished stays finished
-            means = _means(sites, task, cells, other, ablation, prompts)
-            bar.begin()
-            for index, pairs in task.buckets(min(prompts, _pairs_kept(sites, task, cells))):
-                part = _Part.of(sites, pairs, cells, own, ablation, means)
-                eps = torch.finfo(part.rerun.values["final"].dtype).eps
-                for side, metric in ((own, part.rerun.metric), (other, part.metric)):
-                    sweep.note(side, index, metric, eps=eps, noise=part.rerun.noise)
-                if not part.rerun.past:
-                    bar.say_slow(sites, task)
-                missing = sweep.effects[index].isnan().any(0).nonzero().flatten().tolist()
-                idle, todo = part.plan(missing)
-                bar.expect(sum(map(part.work, todo)), len(index))
-                sweep.effects[index[:, None], torch.tensor(idle, dtype=torch.long)] = 0.0
-                for batch, effects in part.run(todo, prompts):
-                    numbers = torch.tensor([number for *_, number in batch])
-                    sweep.effects[index[:, None], numbers] = effects
-                    bar.advance(sum(map(part.work, batch)), effects.numel())
-                    keep()
+    model: Any
+    task: Any
+    direction: str = "denoise"
+    ablation: str = "patch"
+    _: KW_ONLY
+    kept_bytes: int = PAIR_BYTES
+    _made: _Made | None = field(default=None, init=False, repr=False)
 
-        try:
-            find_executable_batch_size(
-                run, starting_batch_size=batch_size or _prompts(sites, task)
-            )()
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(sweep.interrupted(resume)) from stop
-    return sweep
+    def __post_init__(self) -> None:
+        check_direction(self.direction)
+        check_ablation(self.ablation)
+        sites = Sites.of(self.model)
+        self.task.must_fit(sites.model.cfg, sites.model_name)
+
+    def measure(
+        self,
+        cells: Sequence[Cell],
+        *,
+        resume: str | Path | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+    ) -> Sweep:
+        """The effect of each cell on each pair; arguments as for `patch`.
+
+        A cell's effect depends on nothing but the cell: any split of the list over processes or
+        machines gives the same numbers, see `merge`. A `resume` file may be of other cells: those
+        that it holds are not run, and stay in it.
+
+        Raises:
+            ValueError: an argument is wrong, the model has no such cell, or `resume` is the file of
+                another sweep.
+            RuntimeError: as for `patch`.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
+        path = None if resume is None else safetensors_path(resume, "`resume`")
+        cells = tuple(dict.fromkeys(cells))
+
+        @undisturbed
+        def swept(model: Any) -> Sweep:
+            made = self._renewed(Sites.of(model))
+            _must_exist(made.sites, self.task, cells)
+            sweep = Sweep.begun(path, made.identity, cells, len(self.task))
+            with sweep.kept(path) as keep, Progress(len(self.task), shown=progress) as bar:
+
+                def run(prompts: int) -> None:
+                    # again with fewer prompts if memory runs out; what is finished stays finished
+                    bar.begin()
+                    for index, part in made.divided(cells, prompts):
+                        if not part.rerun.past:
+                            bar.say_slow(made.sites, self.task)
+                        _fill(sweep, index, part, prompts, bar, keep)
+
+                size = batch_size or _prompts(made.sites, self.task)
+                try:
+                    find_executable_batch_size(run, starting_batch_size=size)()
+                except KeyboardInterrupt as stop:
+                    raise KeyboardInterrupt(sweep.interrupted(path)) from stop
+            return sweep.of(cells)
+
+        return swept(self.model)
+
+    def _renewed(self, sites: Sites) -> _Made:
+        """What was made of the model, or what will be, if it is another by now."""
+        own = OWN[self.direction]
+        state = _state(sites, self.task, own) if self.kept_bytes else ()
+        if self._made is None or not self.kept_bytes or state != self._made.state:
+            labels = identity(sites, self.task, self.direction, self.ablation)
+            self._made = _Made(sites, self.task, own, self.ablation, self.kept_bytes, labels, state)
+        return self._made
 
 
-class _Progress:
-    """A bar over the work that will be done: what changes nothing is not run, and not counted."""
+def _state(sites: Sites, task: Any, side: str) -> tuple[Any, ...]:
+    """What is another if a model has changed: its modules, hooks and weights.
 
-    def __init__(self, pairs: int, *, shown: bool) -> None:
-        self._pairs = self._left = pairs
-        self._runs, self._told = 0, False
-        # an average rate: cells are of all sizes
-        self._bar = tqdm(
-            total=0, desc="exact effects", disable=not shown, leave=False, smoothing=0,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        )  # fmt: skip
+    And the metric of one run, which tells of what these do not show: `.data`, and values that a
+    hook looks up.
+    """
+    _, metric = observe(sites, task.select([0]), (), side=side)  # a bridge's first sets hooks
+    modules = [
+        (id(m), vars(m).get("forward"), *m._forward_hooks, *m._forward_pre_hooks)
+        for m in sites.model.modules()
+    ]
+    tensors = chain(sites.model.parameters(), sites.model.buffers())
+    weights = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    return metric.tolist(), modules, weights
 
-    def __enter__(self) -> _Progress:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What was made of a model as it is, for cells so far."""
 
-    def begin(self) -> None:
-        """All pairs are (again) to come."""
-        self._left = self._pairs
+    sites: Sites
+    task: Any
+    own: str
+    """`clean` or `corrupt`: in which run cells change something."""
+    ablation: str
+    kept_bytes: int
+    identity: Mapping[str, str]
+    state: tuple[Any, ...]
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """What replaces a value in a mean ablation, by site."""
+    parts: dict[tuple[int, ...], _Part] = field(default_factory=dict)
+    """By the numbers of their pairs."""
 
-    def expect(self, work: int, pairs: int) -> None:
-        """What the next pairs take; those after them are expected to take as much each."""
-        self._bar.total = self._bar.n + work * self._left // pairs
-        self._left -= pairs
-        self._bar.refresh()
+    def divided(
+        self, cells: tuple[Cell, ...], prompts: int
+    ) -> Iterator[tuple[Int[Tensor, " pair"], _Part]]:
+        """All pairs, as many of one length at a time as run at once or can be kept."""
+        sites, task, means = self.sites, self.task, None
+        if self.ablation != "patch":
+            new = tuple(n for n in _needed(sites, cells)[0] if n not in self.means)
+            self.means.update(_means(sites, task, new, OTHER[self.own], self.ablation, prompts))
+            means = self.means
+        pairs = min(prompts, _pairs_kept(sites, task, cells))
+        division = {tuple(i.tolist()): (i, bucket) for i, bucket in task.buckets(pairs)}
+        for key in self.parts.keys() - division.keys():
+            del self.parts[key]
+        for key, (index, bucket) in division.items():
+            known = self.parts.pop(key, None)
+            if known is None:
+                known = _Part.of(sites, bucket, cells, self.own, patched=means is None)
+            part = known.at(cells, means)
+            if part.held + sum(p.held for p in self.parts.values()) <= self.kept_bytes:
+                self.parts[key] = part
+            yield index, part
 
-    def advance(self, work: int, runs: int) -> None:
-        """Some of it is done."""
-        self._runs += runs
-        self._bar.set_postfix_str(f"{self._runs:,} runs", refresh=False)
-        self._bar.update(work)
 
-    def say_slow(self, sites: Sites, task: Any) -> None:
-        """Once: that, and why, a run cannot begin at the position of its change."""
-        if self._told or self._bar.disable:
-            return
-        self._told = True
-        why = f"{sites.model_name!r} keeps no keys and values to go on from"
-        if not task.metric.reads_answer_only:
-            why = f"the metric {task.metric.name!r} may read all positions"
-        self._bar.write(
-            f"exact effects: each run is of all positions, because {why}; it takes 2 to 3 times as "
-            "long as one from the change on",
-            file=sys.stderr,
-        )
+def _fill(
+    sweep: Sweep,
+    index: Int[Tensor, " pair"],
+    part: _Part,
+    prompts: int,
+    bar: Progress,
+    keep: Callable[[], None],
+) -> None:
+    """Runs what a sweep does not know of the cells of a part, which are its first ones."""
+    eps = torch.finfo(part.rerun.values["final"].dtype).eps
+    own = part.rerun.side
+    for side, metric in ((own, part.rerun.metric), (OTHER[own], part.metric)):
+        sweep.note(side, index, metric, eps=eps, noise=part.rerun.noise)
+    unknown = sweep.effects[index, : len(part.cells)].isnan().any(0)
+    idle, todo = part.plan(unknown.nonzero().flatten().tolist())
+    bar.expect(sum(map(part.work, todo)), len(index))
+    sweep.effects[index[:, None], torch.tensor(idle, dtype=torch.long)] = 0.0
+    for batch, effects in part.run(todo, prompts):
+        numbers = torch.tensor([number for *_, number in batch])
+        sweep.effects[index[:, None], numbers] = effects
+        bar.advance(sum(map(part.work, batch)), effects.numel())
+        keep()
 
 
 # -- where cells write -----------------------------------------------------------------------------
@@ -307,12 +381,72 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
     return tuple((writer, reader) for writer, reader in chosen)
 
 
-def _unmeasured(sites: Sites, places: int) -> Float[Tensor, "pos writer reader"]:
-    """NaN for every edge, 0 where there is none."""
-    return torch.where(sites.layout.exists, torch.nan, 0.0).repeat(places, 1, 1)
+def _tabled(
+    sites: Sites, edges: Sequence[tuple[str, str]], effects: Float[Tensor, "pos edge"]
+) -> Float[Tensor, "pos writer reader"]:
+    """Effects in the table of all edges: NaN where one is not measured, 0 where there is none."""
+    layout = sites.layout
+    table = torch.where(layout.exists, torch.nan, 0.0).repeat(len(effects), 1, 1)
+    rows, columns = torch.tensor([(layout.row[w], layout.column[r]) for w, r in edges]).T
+    table[:, rows, columns] = effects
+    return table
+
+
+def _needed(sites: Sites, cells: Sequence[Cell]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sites of what cells replace, and those that the input of readers is rebuilt from."""
+    written = {_written(sites, name).site: None for name in {c.component: None for c in cells}}
+    return tuple(written), edge_sites(sites) if any(c.reader for c in cells) else ()
+
+
+def _must_exist(sites: Sites, task: Any, cells: Iterable[Cell]) -> None:
+    """Refuses cells that the model, or the longest prompt, does not have."""
+    layout, length = sites.layout, int(task.lengths.max())
+    some = {(c.component, c.reader): c for c in cells}  # one of each name
+    for (name, reader), cell in some.items():
+        layer = Component.parse(name).layer
+        spot = _written(sites, name) if layer < len(sites.blocks) else Spot(0, name)
+        found = spot.site in sites.points and spot.number < spot.parts
+        if reader and found:
+            row, column = layout.row.get(name), layout.column.get(reader)
+            found = None not in (row, column) and bool(layout.exists[row, column])
+        if not found:
+            raise ValueError(
+                f"a cell must be a component or an edge of {sites.model_name!r}; got "
+                f"{str(cell)!r}; see the components, writers and readers of its scores"
+            )
+    if late := next((c for c in cells if c.pos >= length), None):
+        raise ValueError(
+            f"a cell's `pos` must be below the length of the longest prompt, {length}; got "
+            f"{str(late)!r}; count from 0"
+        )
 
 
 # -- some pairs ------------------------------------------------------------------------------------
+
+
+def _replacements(
+    rerun: Rerun, names: tuple[str, ...], means: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What replaces own values: means, 0 without one, or the other run's if `means` is None."""
+    if means is None:
+        other = OTHER[rerun.side]
+        return observe(rerun.sites, rerun.task, names, side=other)[0] if names else {}
+    found = {}
+    for name in names:
+        value = rerun.values[name]
+        mean = means.get(name, torch.zeros(1, 1, device=value.device))[: value.shape[1]]
+        found[name] = mean.to(value.dtype).expand_as(value)
+    return found
+
+
+def _changed(
+    own: Mapping[str, Tensor], instead: Mapping[str, Tensor], spot: Spot
+) -> tuple[int, ...]:
+    """At which positions another value at a spot is any change."""
+    part = spot.part(own[spot.site].shape[-1])
+    differs = (own[spot.site][..., part] != instead[spot.site][..., part]).any(-1).any(0)
+    return tuple(differs.nonzero().flatten().tolist())
+
 
 _Job = tuple[int, int, int]
 """First block that must run, minus the first position that changes, and number of a cell."""
@@ -330,39 +464,62 @@ class _Part:
     cells: tuple[Cell, ...]
     spots: tuple[Spot, ...]
     """Where each cell writes."""
-    changes: Mapping[str, Tensor]
-    """What each writer would add differently `[pair, pos, d_model]`; empty without edges."""
     changed: Mapping[str, tuple[int, ...]]
     """At which positions replacing a component's value is any change."""
+    changes: Mapping[str, Tensor]
+    """What each writer would add differently `[pair, pos, d_model]`; empty without edges."""
+    rebuilt: frozenset[str]
+    """Readers whose input, made of the parts of the own run, is what they get."""
 
     @classmethod
     def of(
-        cls, sites: Sites, task: Any, cells: tuple[Cell, ...], own: str, ablation: str,
-        means: Mapping[str, Tensor],
-    ) -> _Part:  # fmt: skip
-        """Runs both sides."""
-        written = {c.component: _written(sites, c.component) for c in cells}
-        names = tuple(dict.fromkeys(spot.site for spot in written.values()))
-        readers = tuple(dict.fromkeys(c.reader for c in cells if c.reader))
-        rerun = Rerun.of(sites, task, (*names, *(edge_sites(sites) if readers else ())), side=own)
-        other = "corrupt" if own == "clean" else "clean"
-        instead, metric = observe(sites, task, names if ablation == "patch" else (), side=other)
-        for name in names if ablation != "patch" else ():
-            value = rerun.values[name]
-            mean = means.get(name, torch.zeros(1, 1, device=value.device))[: value.shape[1]]
-            instead[name] = mean.to(value.dtype).expand_as(value)
-        changed = {}
-        for component, spot in written.items():
-            value = rerun.values[spot.site]
-            part = spot.part(value.shape[-1])
-            differs = (value[..., part] != instead[spot.site][..., part]).any(-1).any(0)
-            changed[component] = tuple(differs.nonzero().flatten().tolist())
-        changes = {}
-        if readers:
-            _must_be_known(sites, rerun.values, readers)
-            changes = _writer_changes(sites, rerun.values, instead, written)
-        spots = tuple(_read(sites, c.reader) if c.reader else written[c.component] for c in cells)
-        return cls(rerun, metric, instead, cells, spots, changes, changed)
+        cls, sites: Sites, task: Any, cells: tuple[Cell, ...], own: str, *, patched: bool
+    ) -> _Part:
+        """Runs both sides; `patched`: the values of the other one are those that replace."""
+        written, read = _needed(sites, cells)
+        rerun = Rerun.of(sites, task, (*written, *read), side=own)
+        instead, metric = observe(sites, task, written if patched else (), side=OTHER[own])
+        return cls(rerun, metric, instead, (), (), {}, {}, frozenset())
+
+    def at(self, cells: tuple[Cell, ...], means: Mapping[str, Tensor] | None) -> _Part:
+        """The same pairs with these cells; a site that they need and that is not held is run.
+
+        `means`: what replaces values, 0 where there is none; the other run's values if None.
+        """
+        sites, task, rerun = self.rerun.sites, self.rerun.task, self.rerun
+        written, read = _needed(sites, cells)
+        if new := tuple(n for n in dict.fromkeys((*written, *read)) if n not in rerun.values):
+            found, _ = observe(sites, task, new, side=rerun.side)
+            rerun = replace(rerun, values={**rerun.values, **found})
+        absent = tuple(n for n in written if n not in self.instead)
+        instead = {**self.instead, **_replacements(rerun, absent, means)}
+        spots = {c.component: _written(sites, c.component) for c in cells}
+        new_spots = {n: spot for n, spot in spots.items() if n not in self.changed}
+        changed = {n: _changed(rerun.values, instead, spot) for n, spot in new_spots.items()}
+        readers = {c.reader: _read(sites, c.reader) for c in cells if c.reader}
+        if unchecked := readers.keys() - self.rebuilt:
+            _must_be_known(sites, rerun.values, unchecked)
+        writers = {c.component: None for c in cells if c.reader and c.component not in self.changes}
+        changes = _writer_changes(sites, rerun.values, instead, writers)
+        return replace(
+            self,
+            rerun=rerun,
+            instead=instead,
+            cells=cells,
+            spots=tuple(readers[c.reader] if c.reader else spots[c.component] for c in cells),
+            changed={**self.changed, **changed},
+            changes={**self.changes, **changes},
+            rebuilt=self.rebuilt.union(readers),
+        )
+
+    @property
+    def held(self) -> int:
+        """Bytes of activations."""
+        rerun = self.rerun
+        tensors = chain(rerun.values.values(), self.instead.values(), self.changes.values(),
+                        chain.from_iterable(rerun.past))  # fmt: skip
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        return sum(storages.values())
 
     def plan(self, numbers: Sequence[int]) -> tuple[list[int], list[_Job]]:
         """Of the cells with these numbers, those that change nothing, and the others as jobs."""
@@ -599,12 +756,11 @@ def _pairs_kept(sites: Sites, task: Any, cells: Sequence[Cell]) -> int:
 
 
 def _means(
-    sites: Sites, task: Any, cells: Sequence[Cell], side: str, ablation: str, prompts: int
+    sites: Sites, task: Any, names: tuple[str, ...], side: str, ablation: str, prompts: int
 ) -> dict[str, Float[Tensor, "#pos d"]]:
     """What replaces a value in a mean ablation, by site: means over one side of all pairs."""
-    if ablation not in ("mean", "mean_per_position"):
+    if not names or ablation == "zero":
         return {}
-    names = tuple(dict.fromkeys(_written(sites, c.component).site for c in cells))
     width = int(task.lengths.max())
     totals: dict[str, Tensor] = {}
     for _, pairs in task.buckets(prompts):
