@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -150,7 +150,7 @@ def measure(
 # -- both runs -------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Runs:
     """Both runs of every pair of a task, kept: what lists of cells are measured on.
 
@@ -176,7 +176,8 @@ class Runs:
     ablation: str = "patch"
     _: KW_ONLY
     kept_bytes: int = PAIR_BYTES
-    _made: _Made | None = field(default=None, init=False, repr=False)
+    _made: list[_Made] = field(default_factory=list, init=False)
+    """One at most: of the model as it was."""
 
     def __post_init__(self) -> None:
         check_direction(self.direction)
@@ -216,16 +217,13 @@ class Runs:
             with sweep.kept(path) as keep, Progress(len(self.task), shown=progress) as bar:
 
                 def run(prompts: int) -> None:
-                    # again with fewer prompts if memory runs out; what is finished stays finished
                     bar.begin()
                     for index, part in made.divided(cells, prompts):
-                        if not part.rerun.past:
-                            bar.say_slow(made.sites, self.task)
                         _fill(sweep, index, part, prompts, bar, keep)
 
                 size = batch_size or _prompts(made.sites, self.task)
                 try:
-                    find_executable_batch_size(run, starting_batch_size=size)()
+                    _as_fits(run, size, made.parts)
                 except KeyboardInterrupt as stop:
                     raise KeyboardInterrupt(sweep.interrupted(path)) from stop
             return sweep.of(cells)
@@ -236,10 +234,23 @@ class Runs:
         """What was made of the model, or what will be, if it is another by now."""
         own = OWN[self.direction]
         state = _state(sites, self.task, own) if self.kept_bytes else ()
-        if self._made is None or not self.kept_bytes or state != self._made.state:
+        if not self._made or not self.kept_bytes or state != self._made[0].state:
             labels = identity(sites, self.task, self.direction, self.ablation)
-            self._made = _Made(sites, self.task, own, self.ablation, self.kept_bytes, labels, state)
-        return self._made
+            made = _Made(sites, self.task, own, self.ablation, self.kept_bytes, labels, state)
+            self._made[:] = [made]
+        return self._made[0]
+
+
+def _as_fits(run: Callable[[int], None], prompts: int, kept: dict[Any, Any]) -> None:
+    """Runs again with fewer prompts if memory runs out; what is finished stays finished."""
+    try:
+        return run(prompts)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    # not from the start: it collects garbage first, which takes longer than a short list of cells
+    kept.clear()
+    find_executable_batch_size(run, starting_batch_size=int(prompts * 0.9))()
 
 
 def _state(sites: Sites, task: Any, side: str) -> tuple[Any, ...]:
@@ -307,6 +318,8 @@ def _fill(
     keep: Callable[[], None],
 ) -> None:
     """Runs what a sweep does not know of the cells of a part, which are its first ones."""
+    if not part.rerun.past:
+        bar.say_slow(part.rerun.sites, part.rerun.task)
     eps = torch.finfo(part.rerun.values["final"].dtype).eps
     own = part.rerun.side
     for side, metric in ((own, part.rerun.metric), (OTHER[own], part.metric)):
