@@ -35,7 +35,7 @@ from circuits import (
 from circuits.draw.layout import layout
 from circuits.graph import size
 from circuits.masked import circuit_metrics, endpoints
-from relp import DEEPLIFT, GRADIENT, RELP, Component, Scores, attribute
+from relp import DEEPLIFT, GRADIENT, RELP, Component, EdgeScores, Scores, attribute
 from relp.bridge import Block, Sites
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -286,7 +286,6 @@ def test_single_edges_by_finite_differences(
     _, model = named
     task = random_task(model, pairs=2, length=5)
     scores = attribute(model, task, rules=GRADIENT, level="edge", neurons=NEURONS)
-    assert scores.edges is not None
     request.getfixturevalue("everything_double")
     reference = Apart(model, task, Sites.of(model).splitting(NEURONS))
     scale, count = float(scores.edges.abs().max()), 0
@@ -303,6 +302,55 @@ def test_single_edges_by_finite_differences(
                     reader,
                 )
     assert count >= 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [False, True])
+def test_exact_effects_of_edges_are_runs_in_which_a_reader_hears_another_writer(
+    tiny: Any, positions: bool
+) -> None:
+    task = random_task(tiny, pairs=2, length=4)
+    edges = [
+        *(("L0N5", reader) for reader in ("L1H0.q", "L1N7.in", "L1.mlp.in", "L2.mlp.in")),
+        *(
+            ("L0N5", "logits.in"),
+            ("L1N7", "L2H1.v"),
+            ("L0.mlp", "L1N0.in"),
+            ("L1.mlp", "logits.in"),
+        ),
+        *(("embed", "L0N5.in"), ("embed", "L0.mlp.in"), ("L0H1", "L1N7.in"), ("L0H1", "L1.mlp.in")),
+    ]
+    if tiny.cfg.n_key_value_heads:
+        edges = [(w, r.replace("L2H1.v", "L2KV0.v")) for w, r in edges]
+    effects = patch(tiny, task, level="edge", edges=edges, neurons=NEURONS, positions=positions,
+                    progress=False)  # fmt: skip
+    sites = Sites.of(tiny).splitting(NEURONS)
+    assert effects.layout == attribute(tiny, task, level="edge", neurons=NEURONS).layout
+    reference = Apart(tiny, task, sites)
+    for writer, reader in edges:
+        move = reference.change(Component.parse(writer))
+        for pos, found in enumerate(effects.by_position[:, *place(effects, writer, reader)]):
+            at = torch.zeros_like(move)
+            at[:, pos if positions else slice(None)] = 1
+            edits = reference.read(*Component.of_reader(reader), move * at)
+            metric = reference.run("corrupt", edits)["metric"] - reference.corrupt["metric"]
+            assert float(found) == pytest.approx(float(metric.mean()), abs=2e-5), (writer, reader)
+    assert int(effects.edges.isnan().sum()) + len(edges) * len(effects.by_position) == (
+        int(effects.layout.exists.sum()) * len(effects.by_position)
+    )
+
+
+def place(effects: EdgeScores, writer: str, reader: str) -> tuple[int, int]:
+    return effects.layout.row[writer], effects.layout.column[reader]
+
+
+def test_neurons_whose_edges_are_measured_must_be_named(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2, length=3)
+    for edge in (("L0N3", "L2H0.q"), ("L0H1", "L0N3.in")):
+        with pytest.raises(ValueError, match="and name neurons that have edges in `neurons`"):
+            patch(tiny, task, level="edge", edges=[edge])
+    with pytest.raises(ValueError, match="got the other one with level='node'"):
+        patch(tiny, task, neurons=NEURONS)
 
 
 # -- circuits --------------------------------------------------------------------------------------

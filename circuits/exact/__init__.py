@@ -1,1 +1,14 @@
 """Exact effects: what patching a component or an edge really does."""
+
+from typing import TYPE_CHECKING
+
+from relp import lazy
+
+if TYPE_CHECKING:
+    from circuits.exact.cells import Cell
+    from circuits.exact.runs import Runs, measure
+    from circuits.exact.sweep import Sweep, merge
+
+__all__ = ["Cell", "Runs", "Sweep", "measure", "merge"]
+
+lazy.lazily(__name__, {"cells": "Cell", "runs": "Runs measure", "sweep": "Sweep merge"})

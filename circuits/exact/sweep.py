@@ -1,7 +1,7 @@
-"""What a sweep of exact effects has measured so far, and the file that keeps it.
+"""What exact effects have been measured so far, cell by cell, and the file that keeps them.
 
-The file is a `.safetensors` one: the numbers of `Sweep`, and in its header what makes a sweep the
-same sweep. It is whole whenever the work is interrupted.
+The file is a `.safetensors` one: the numbers of a `Sweep`, and in its header the cells that they
+are of and what makes a sweep the same sweep. It is whole whenever the work is interrupted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,32 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from relp import written_whole
+from circuits.exact.cells import Cell
+from relp import TaskLike, written_whole
 from relp.bridge import Sites, fingerprint, versions
 
-__all__ = ["EVERYWHERE", "Cell", "Sweep", "identity"]
+__all__ = ["Sweep", "identity", "merge", "safetensors_path"]
 
 SECONDS = 5.0
 """How much work an interrupted sweep may lose."""
-EVERYWHERE = -1
-"""In the place of a position: all of them."""
+NUMBERS = ("effects", "clean", "corrupt", "resolution")
+"""The tensors of a sweep."""
 
 
-class Cell(NamedTuple):
-    """One thing to change in one run."""
-
-    component: str
-    """A component's name; a writer's if there is a reader."""
-    reader: str = ""
-    """Who hears the change; everything after the component if empty."""
-    pos: int = EVERYWHERE
-    """At which position; all of them if -1."""
-
-
-def identity(
-    sites: Sites, task: Any, cells: Sequence[Cell], direction: str, ablation: str
-) -> dict[str, str]:
-    """What makes a sweep the same sweep."""
+def identity(sites: Sites, task: TaskLike, direction: str, ablation: str) -> dict[str, str]:
+    """What makes a sweep the same sweep, whichever cells it is of."""
     dtype, weights = fingerprint(sites.model)
     prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
     return {
@@ -55,22 +43,25 @@ def identity(
         "metric": task.metric.name,
         "direction": direction,
         "ablation": ablation,
-        "prompts": _digest(str([tensor.tolist() for tensor in prompts])),
-        "cells": _digest(json.dumps(cells)),
+        "prompts": hashlib.sha256(str([t.tolist() for t in prompts]).encode()).hexdigest()[:16],
+        "neurons": " ".join(sites.neurons),
         "dtype": dtype,
         "weights": weights,
         "versions": versions(),
     }
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What is measured of a list of cells; NaN is what is not yet."""
+    """What is measured of some cells; NaN is what is not yet.
 
+    >>> sweep[Cell("L9H6", pos=14)]            # the effect on each pair
+    """
+
+    identity: Mapping[str, str]
+    """What it is a sweep of, see `identity`."""
+    cells: tuple[Cell, ...]
+    """What each column of the effects is of."""
     effects: Float[Tensor, "pair cell"]
     clean: Float[Tensor, " pair"]
     corrupt: Float[Tensor, " pair"]
@@ -78,59 +69,105 @@ class Sweep:
     """Effects up to this are rounding: the last place of the pair's larger metric, or by how much
     runs differ in which nothing is changed."""
 
+    @cached_property
+    def column(self) -> Mapping[Cell, int]:
+        """The place of each cell."""
+        return {cell: i for i, cell in enumerate(self.cells)}
+
+    def __getitem__(self, cell: Cell) -> Float[Tensor, " pair"]:
+        if cell not in self.column:
+            raise KeyError(
+                f"a cell of the sweep must be asked for; {str(cell)!r} is none of its "
+                f"{len(self.cells):,}; see `cells`, or measure it too"
+            )
+        return self.effects[:, self.column[cell]]
+
+    def of(self, cells: Sequence[Cell]) -> Sweep:
+        """The same sweep with these cells, each once; NaN where it does not know one."""
+        cells = tuple(dict.fromkeys(cells))
+        if cells == self.cells:
+            return self
+        known = [self.column.get(cell, -1) for cell in cells]
+        columns = torch.tensor(known, dtype=torch.long)
+        effects = self.effects.new_full((len(self.clean), len(cells)), torch.nan)
+        effects[:, columns >= 0] = self.effects[:, columns[columns >= 0]]
+        return replace(self, cells=cells, effects=effects)
+
     @classmethod
-    def begun(cls, path: Path | None, labels: Mapping[str, str], pairs: int, cells: int) -> Sweep:
-        """The sweep that the file holds, or a new one.
+    def begun(
+        cls, path: Path | None, labels: Mapping[str, str], cells: Sequence[Cell], pairs: int
+    ) -> Sweep:
+        """What the file knows of these cells, and behind them the others that it holds.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or is of another identity.
         """
         if path is None or not path.exists():
             clean, corrupt = torch.full((2, pairs), torch.nan)
-            effects = torch.full((pairs, cells), torch.nan)
-            return cls(effects, clean, corrupt, resolution=torch.zeros(pairs))
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                found = json.loads((file.metadata() or {})["relp.sweep"])
-                sweep = cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"`resume` must be a file that an interrupted sweep wrote; {str(path)!r} is not "
-                f"({error}); choose another name"
-            ) from error
-        if differing := [name for name in labels if found.get(name) != labels[name]]:
-            was, now = found.get(differing[0]), labels[differing[0]]
+            effects, resolution = torch.empty(pairs, 0), torch.zeros(pairs)
+            return cls(labels, (), effects, clean, corrupt, resolution).of(cells)
+        found = cls.load(path, "`resume`")
+        if name := _differing(found.identity, labels):
+            was, now = found.identity.get(name), labels.get(name)
             raise ValueError(
                 f"`resume` must be the file of the same sweep; {str(path)!r} differs in "
-                f"{differing[0]}: {was!r}, now {now!r}; choose another name, or delete it"
+                f"{name}: {was!r}, now {now!r}; choose another name, or delete it"
             )
-        return sweep
+        return found.of((*cells, *found.cells))
+
+    @classmethod
+    def load(cls, path: str | Path, argument: str = "`path`") -> Sweep:
+        """Reads the file that a sweep was kept in, finished or not; `argument`: what gave it.
+
+        Raises:
+            ValueError: it holds something else.
+            OSError: the file does not exist or cannot be read.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                labels, names = json.loads(header["relp.sweep"]), header["relp.cells"].split()
+                numbers = {name: file.get_tensor(name) for name in NUMBERS}
+            return cls(labels, tuple(map(Cell.parse, names)), **numbers)
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"{argument} must be a file that an interrupted sweep wrote; {str(path)!r} is not "
+                f"({error}); choose another name"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as `load` reads it.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written.
+        """
+        header = {"relp.sweep": json.dumps(dict(self.identity)), "relp.cells": self._names}
+        with written_whole(Path(path)) as temporary:
+            temporary.write_bytes(to_bytes({n: getattr(self, n) for n in NUMBERS}, header))
+
+    @cached_property
+    def _names(self) -> str:
+        return " ".join(map(str, self.cells))
 
     @contextmanager
-    def kept(self, path: Path | None, labels: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+    def kept(self, path: Path | None) -> Iterator[Callable[[], None]]:
         """Gives a function to call after each batch, which saves now and then; so does the end."""
-
-        def save() -> None:
-            assert path is not None
-            with written_whole(path) as temporary:
-                temporary.write_bytes(to_bytes(vars(self), {"relp.sweep": json.dumps(labels)}))
-
         if path is None:
             yield lambda: None
             return
-        save()  # a folder that cannot be written is noticed before the work
+        self.save(path)  # a folder that cannot be written is noticed before the work
         last = monotonic()
 
         def now_and_then() -> None:
             nonlocal last
             if monotonic() - last > SECONDS:
-                save()
+                self.save(path)
                 last = monotonic()
 
         try:
             yield now_and_then
         finally:
-            save()
+            self.save(path)
 
     def interrupted(self, path: Path | None) -> str:
         """What to say to whom has interrupted it: what is kept, and how to go on."""
@@ -163,9 +200,7 @@ class Sweep:
         """
         metric: Tensor = getattr(self, side)
         now = found.float().cpu()
-        # batches of another size, as after memory ran out, round differently
-        tolerance = max(1e-3, 8 * eps) * (1 + now.abs().max())
-        if bool(((metric[index] - now).abs() > tolerance).any()):
+        if _differs(metric[index], now, eps, scale=now):
             raise ValueError(
                 "`resume` must be the file of a sweep of this very model; the metric of its runs "
                 "is another now; choose another name, or load the weights of then"
@@ -173,3 +208,86 @@ class Sweep:
         metric[index] = now
         finest = torch.maximum(self.resolution[index], eps * now.abs())
         self.resolution[index] = finest.clamp(min=noise)
+
+
+def _differs(
+    one: Float[Tensor, "*row"], other: Float[Tensor, "*row"], eps: float, *, scale: Tensor
+) -> bool:
+    """Whether runs with metrics up to `scale` cannot have given both, as far as both are known."""
+    # batches of another size, as after memory ran out, round differently
+    tolerance = max(1e-3, 8 * eps) * (1 + scale.nan_to_num().abs().max())
+    return bool(((one - other).abs() > tolerance).any())
+
+
+def safetensors_path(path: str | Path, argument: str) -> Path:
+    """The path of a sweep's file.
+
+    Raises:
+        ValueError: it has another suffix.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{argument} must be a .safetensors file; got {path.name!r}; change the suffix"
+        )
+    return path
+
+
+def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The first label in which two identities differ; empty if they do not."""
+    return next((name for name in {**other, **one} if one.get(name) != other.get(name)), "")
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def merge(*parts: Sweep | str | Path, into: str | Path | None = None) -> Sweep:
+    """One sweep of what several have measured, such as shards of a list of cells.
+
+    >>> merge("a.safetensors", "b.safetensors", into="both.safetensors")
+    >>> effect = patch(model, task, resume="both.safetensors")    # measures what is missing
+
+    Args:
+        parts: sweeps, or files that `resume` has kept, finished or not. Of a cell that several have
+            measured, the first is taken.
+        into: a `.safetensors` file for the result, that `resume` goes on from.
+
+    Raises:
+        ValueError: there are no parts, they are not of the same model, task and options, or the
+            same runs or cells have given them other numbers.
+    """
+    sweeps = [part if isinstance(part, Sweep) else Sweep.load(part, "a part") for part in parts]
+    if not sweeps:
+        raise ValueError("`parts` must be sweeps or their files; got none; give at least one")
+    whole = reduce(_both, sweeps)
+    if into is not None:
+        whole.save(safetensors_path(into, "`into`"))
+    return whole
+
+
+def _both(one: Sweep, other: Sweep) -> Sweep:
+    """What either has measured."""
+    if name := _differing(one.identity, other.identity):
+        raise ValueError(
+            f"sweeps to merge must be of the same model, task and options; they differ in {name}: "
+            f"{one.identity.get(name)!r} and {other.identity.get(name)!r}; keep them apart"
+        )
+    one = one.of((*one.cells, *other.cells))
+    other = other.of(one.cells)
+    eps = max((torch.finfo(getattr(torch, d)).eps for d in one.identity["dtype"].split("+") if d),
+              default=0.0)  # fmt: skip
+    for name in ("clean", "corrupt", "effects"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if _differs(mine, theirs, eps, scale=torch.stack([one.clean, one.corrupt])):
+            raise ValueError(
+                f"sweeps to merge must be of one and the same model; their {name} differ by up to "
+                f"{float((mine - theirs).nan_to_num().abs().max()):.2g}; measure one of them anew, "
+                "without hooks that the other did not have"
+            )
+    return replace(
+        one,
+        effects=torch.where(one.effects.isnan(), other.effects, one.effects),
+        clean=torch.where(one.clean.isnan(), other.clean, one.clean),
+        corrupt=torch.where(one.corrupt.isnan(), other.corrupt, one.corrupt),
+        resolution=torch.maximum(one.resolution, other.resolution),
+    )

@@ -3,7 +3,13 @@ residual stream."""
 
 from relp.bridge.basis import Basis, Matrix, Slot, bias, weight
 from relp.bridge.capture import ROOT, Capture
-from relp.bridge.memory import circuit_runs, pairs_kept, pairs_per_batch, prompts_per_run
+from relp.bridge.memory import (
+    PAIR_BYTES,
+    circuit_runs,
+    pairs_kept,
+    pairs_per_batch,
+    prompts_per_run,
+)
 from relp.bridge.norms import NormMap
 from relp.bridge.provenance import fingerprint, pairs_of, provenance, versions
 from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
@@ -34,6 +40,7 @@ from relp.bridge.stream import (
 )
 
 __all__ = [
+    "PAIR_BYTES",
     "POINTWISE",
     "REBUILT",
     "ROOT",

@@ -30,15 +30,19 @@ class Matrix:
     parts: int
     """How many heads or neurons that site holds."""
 
+    def is_all(self, numbers: Sequence[int]) -> bool:
+        """True for all parts, each once and in order: nothing need be picked out then."""
+        return len(numbers) == self.parts and list(numbers) == list(range(self.parts))
+
     def read_in(self, numbers: Sequence[int]) -> Float[Tensor, "part d_part d_model"]:
         """What these parts multiply the stream by."""
         w = rearrange(weight(self.module), "(n d) m -> n d m", n=self.parts)
-        return w if len(numbers) == self.parts else w[list(numbers)]
+        return w if self.is_all(numbers) else w[list(numbers)]
 
     def write_out(self, numbers: Sequence[int]) -> Float[Tensor, "part d_part d_model"]:
         """What these parts' values are multiplied by on their way to the stream."""
         w = rearrange(weight(self.module), "m (n d) -> n d m", n=self.parts)
-        return w if len(numbers) == self.parts else w[list(numbers)]
+        return w if self.is_all(numbers) else w[list(numbers)]
 
     def offset(self, numbers: Sequence[int]) -> Float[Tensor, "part 1 1 d_part"] | None:
         """What is added to these parts' values, if anything."""
@@ -50,7 +54,7 @@ class Matrix:
     ) -> Float[Tensor, "pair pos part d_part"]:
         """These parts of what the site holds."""
         split = rearrange(site, "p t (n d) -> p t n d", n=self.parts)
-        return split if len(numbers) == self.parts else split[:, :, list(numbers)]
+        return split if self.is_all(numbers) else split[:, :, list(numbers)]
 
     def span(self, number: int, width: int) -> slice:
         """The entries of one part in a site of this width."""
@@ -65,7 +69,7 @@ class Matrix:
     ) -> Float[Tensor, "pair pos parts_d_part"]:
         """What the site holds, with other values of these parts."""
         values = rearrange(values, "n p t d -> p t n d")
-        if len(numbers) == self.parts:
+        if self.is_all(numbers):
             return values.flatten(2)
         site = site.clone()
         site.unflatten(-1, (self.parts, -1))[:, :, list(numbers)] = values

@@ -1,0 +1,283 @@
+"""Both runs of a task's pairs, and the lists of cells that are measured on them.
+
+`Runs` has both runs of every pair, and measures lists of cells on them: those that start in the
+same block are rows of one batch, and it can be interrupted. A cell that changes nothing (all that
+comes before the first token that differs) is not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.choices import check_ablation
+from circuits.exact.bucket import Bucket, Spot, needed_sites, written_spot
+from circuits.exact.cells import Cell
+from circuits.exact.progress import Progress
+from circuits.exact.sweep import Sweep, identity, safetensors_path
+from relp import Component, Direction, ModelLike, TaskLike
+from relp.bridge import (
+    PAIR_BYTES,
+    Sites,
+    observe,
+    pairs_kept,
+    prompts_per_run,
+    undisturbed,
+)
+
+__all__ = ["Runs", "measure"]
+
+
+def measure(
+    model: ModelLike,
+    task: TaskLike,
+    cells: Sequence[Cell],
+    *,
+    direction: str = "denoise",
+    ablation: str = "patch",
+    resume: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """The effect of each cell on each pair; arguments and errors as for `patch` and `Runs`."""
+    runs = Runs(model, task, direction, ablation, kept_bytes=0)
+    return runs.measure(cells, resume=resume, batch_size=batch_size, progress=progress)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Runs:
+    """Both runs of every pair of a task, kept: what lists of cells are measured on.
+
+    >>> runs = Runs(model, task)
+    >>> first = runs.measure([Cell("L9H6", pos=14)])
+    >>> second = runs.measure([Cell("L9H6", pos=p) for p in range(15)])    # both runs are there
+
+    If the model has changed in between (weights, hooks), its runs are made anew. The arguments are
+    those of `patch`.
+
+    Args:
+        neurons: that write and read by themselves, for cells of edges.
+        kept_bytes: of activations, kept for later lists, those of the first pairs that fit; runs of
+            the others are made anew.
+
+    Raises:
+        TypeError: the model is no `TransformerBridge`.
+        ValueError: an argument is wrong, the model is in train mode, or cannot take the prompts.
+    """
+
+    model: ModelLike
+    task: TaskLike
+    direction: str = "denoise"
+    ablation: str = "patch"
+    _: KW_ONLY
+    neurons: tuple[str, ...] = ()
+    kept_bytes: int = PAIR_BYTES
+    _made: list[_Made] = field(default_factory=list, init=False)
+    """One at most: of the model as it was."""
+
+    def __post_init__(self) -> None:
+        Direction(self.direction)
+        check_ablation(self.ablation)
+        sites = Sites.of(self.model).splitting(self.neurons)
+        self.task.must_fit(sites.model.cfg, sites.model_name)
+
+    def measure(
+        self,
+        cells: Sequence[Cell],
+        *,
+        resume: str | Path | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+    ) -> Sweep:
+        """The effect of each cell on each pair; arguments as for `patch`.
+
+        A cell's effect depends on nothing but the cell: any split of the list over processes or
+        machines gives the same numbers, see `merge`. A `resume` file may be of other cells: those
+        that it holds are not run, and stay in it.
+
+        Raises:
+            ValueError: an argument is wrong, the model has no such cell, or `resume` is the file of
+                another sweep.
+            RuntimeError: as for `patch`.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1; got {batch_size}; or leave it out")
+        path = None if resume is None else safetensors_path(resume, "`resume`")
+        cells = tuple(dict.fromkeys(cells))
+
+        @undisturbed
+        def swept(model: ModelLike) -> Sweep:
+            made = self._renewed(Sites.of(model).splitting(self.neurons))
+            _must_exist(made.sites, self.task, cells)
+            sweep = Sweep.begun(path, made.identity, cells, len(self.task))
+            with sweep.kept(path) as keep, Progress(len(self.task), shown=progress) as bar:
+
+                def run(prompts: int) -> None:
+                    bar.begin()
+                    for index, part in made.divided(cells, prompts):
+                        _fill(sweep, index, part, prompts, bar, keep)
+
+                size = batch_size or prompts_per_run(made.sites, self.task)
+                try:
+                    _as_fits(run, size, made.parts)
+                except KeyboardInterrupt as stop:
+                    raise KeyboardInterrupt(sweep.interrupted(path)) from stop
+            return sweep.of(cells)
+
+        return swept(self.model)
+
+    def _renewed(self, sites: Sites) -> _Made:
+        """What was made of the model, or what will be, if it is another by now."""
+        way = Direction(self.direction)
+        state = _state(sites, self.task, way.own) if self.kept_bytes else ()
+        if not self._made or not self.kept_bytes or state != self._made[0].state:
+            labels = identity(sites, self.task, self.direction, self.ablation)
+            made = _Made(sites, self.task, way, self.ablation, self.kept_bytes, labels, state)
+            self._made[:] = [made]
+        return self._made[0]
+
+
+def _as_fits(run: Callable[[int], None], prompts: int, kept: dict[Any, Any]) -> None:
+    """Runs again with fewer prompts if memory runs out; what is finished stays finished."""
+    try:
+        return run(prompts)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    # not from the start: it collects garbage first, which takes longer than a short list of cells
+    kept.clear()
+    find_executable_batch_size(run, starting_batch_size=int(prompts * 0.9))()
+
+
+def _state(sites: Sites, task: TaskLike, side: str) -> tuple[Any, ...]:
+    """What is another if a model has changed: its modules, hooks and weights.
+
+    And the metric of one run, which tells of what these do not show: `.data`, and values that a
+    hook looks up.
+    """
+    _, metric = observe(sites, task.select([0]), (), side=side)  # a bridge's first sets hooks
+    modules = [
+        (id(m), vars(m).get("forward"), *m._forward_hooks, *m._forward_pre_hooks)
+        for m in sites.model.modules()
+    ]
+    tensors = chain(sites.model.parameters(), sites.model.buffers())
+    weights = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    return metric.tolist(), modules, weights
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What was made of a model as it is, for cells so far."""
+
+    sites: Sites
+    task: TaskLike
+    direction: Direction
+    ablation: str
+    kept_bytes: int
+    identity: Mapping[str, str]
+    state: tuple[Any, ...]
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """What replaces a value in a mean ablation, by site."""
+    parts: dict[tuple[int, ...], Bucket] = field(default_factory=dict)
+    """By the numbers of their pairs."""
+
+    def divided(
+        self, cells: tuple[Cell, ...], prompts: int
+    ) -> Iterator[tuple[Int[Tensor, " pair"], Bucket]]:
+        """All pairs, as many of one length at a time as run at once or can be kept."""
+        sites, task, means = self.sites, self.task, None
+        if self.ablation != "patch":
+            new = tuple(n for n in needed_sites(sites, cells)[0] if n not in self.means)
+            self.means.update(
+                _means(sites, task, new, self.direction.other, self.ablation, prompts)
+            )
+            means = self.means
+        pairs = min(prompts, pairs_kept(sites, task, edges=any(c.reader for c in cells)))
+        division = {tuple(i.tolist()): (i, bucket) for i, bucket in task.buckets(pairs)}
+        for key in self.parts.keys() - division.keys():
+            del self.parts[key]
+        for key, (index, bucket) in division.items():
+            known = self.parts.pop(key, None)
+            if known is None:
+                known = Bucket.of(sites, bucket, cells, self.direction, patched=means is None)
+            part = known.at(cells, means)
+            if part.held + sum(p.held for p in self.parts.values()) <= self.kept_bytes:
+                self.parts[key] = part
+            yield index, part
+
+
+def _fill(
+    sweep: Sweep,
+    index: Int[Tensor, " pair"],
+    part: Bucket,
+    prompts: int,
+    bar: Progress,
+    keep: Callable[[], None],
+) -> None:
+    """Runs what a sweep does not know of the cells of a part, which are its first ones."""
+    if not part.rerun.past:
+        bar.say_slow(part.rerun.sites, part.rerun.task)
+    eps = torch.finfo(part.rerun.values["final"].dtype).eps
+    both = ((part.direction.own, part.rerun.metric), (part.direction.other, part.metric))
+    for side, metric in both:
+        sweep.note(side, index, metric, eps=eps, noise=part.rerun.noise)
+    unknown = sweep.effects[index, : len(part.cells)].isnan().any(0)
+    idle, todo = part.plan(unknown.nonzero().flatten().tolist())
+    bar.expect(sum(map(part.work, todo)), len(index))
+    sweep.effects[index[:, None], torch.tensor(idle, dtype=torch.long)] = 0.0
+    for batch, effects in part.run(todo, prompts):
+        numbers = torch.tensor([number for *_, number in batch])
+        sweep.effects[index[:, None], numbers] = effects
+        bar.advance(sum(map(part.work, batch)), effects.numel())
+        keep()
+
+
+def _must_exist(sites: Sites, task: TaskLike, cells: Iterable[Cell]) -> None:
+    """Refuses cells that the model, or the longest prompt, does not have."""
+    layout, length = sites.layout, int(task.lengths.max())
+    some = {(c.component, c.reader): c for c in cells}  # one of each name
+    for (name, reader), cell in some.items():
+        layer = Component.parse(name).layer
+        spot = written_spot(sites, name) if layer < len(sites.blocks) else Spot(0, name)
+        found = spot.site in sites.points and spot.number < spot.parts
+        if reader and found:
+            row, column = layout.row.get(name), layout.column.get(reader)
+            found = None not in (row, column) and bool(layout.exists[row, column])
+        if not found:
+            raise ValueError(
+                f"a cell must be a component or an edge of {sites.model_name!r}; got "
+                f"{str(cell)!r}; see the components, writers and readers of its scores"
+            )
+    if late := next((c for c in cells if c.pos >= length), None):
+        raise ValueError(
+            f"a cell's `pos` must be below the length of the longest prompt, {length}; got "
+            f"{str(late)!r}; count from 0"
+        )
+
+
+def _means(
+    sites: Sites, task: TaskLike, names: tuple[str, ...], side: str, ablation: str, prompts: int
+) -> dict[str, Float[Tensor, "#pos d"]]:
+    """What replaces a value in a mean ablation, by site: means over one side of all pairs."""
+    if not names or ablation == "zero":
+        return {}
+    width = int(task.lengths.max())
+    totals: dict[str, Tensor] = {}
+    for _, pairs in task.buckets(prompts):
+        for name, value in observe(sites, pairs, names, side=side)[0].items():
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            if name not in totals:
+                totals[name] = torch.zeros(width, value.shape[-1], dtype=dtype, device=value.device)
+            totals[name][: value.shape[1]] += value.to(dtype).sum(0)
+    counts = (task.lengths[:, None] > torch.arange(width)).sum(0)[:, None]
+    if ablation == "mean":
+        return {n: t.sum(0, keepdim=True) / counts.sum().to(t) for n, t in totals.items()}
+    return {n: t / counts.to(t) for n, t in totals.items()}
