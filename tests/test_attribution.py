@@ -30,6 +30,7 @@ def node_totals(scores: Scores, names: tuple[str, ...]) -> Tensor:
     return scores.nodes.mean(0).sum(-1)[at]
 
 
+@on("shipped", "ioi-llama", "ioi-gpt2")
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("metric", ["logit_difference", "probability_difference"])
 def test_deeplift_sums_to_the_gap_at_every_layer(shipped: Any, direction: str, metric: str) -> None:
@@ -73,6 +74,7 @@ def test_gradient_is_torchs_own(shipped: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@on("shipped", "ioi-llama", "ioi-gpt2")
 @pytest.mark.parametrize("rules", ALL, ids=ids)
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_a_writers_edges_sum_to_its_node(shipped: Any, rules: Rules, direction: str) -> None:
