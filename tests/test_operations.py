@@ -24,7 +24,8 @@ from relp import (
     propagate,
     register,
 )
-from relp.operations import WRITTEN_OUT, name_of
+from relp.operations import name_of
+from relp.propagation.decompositions import WRITTEN_OUT
 
 
 def weights(*shape: int) -> Tensor:
