@@ -53,6 +53,8 @@ class Capture:
     remainder: Mapping[str, float] = field(default_factory=dict)
     """Module and operation -> what no coefficient explains, because the two runs take different
     branches there (`Propagation.remainder`); sum over pairs."""
+    rules: str = ""
+    """The name of the rules that the run used (`Propagation.name`)."""
 
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""
@@ -194,8 +196,9 @@ def capture(
         for row in report.remainder().itertuples()
     }
     return Capture(
-        values, others, values, coefficients, metric.detach(), other_metric, remainder=unexplained
-    )
+        values, others, values, coefficients, metric.detach(), other_metric,
+        remainder=unexplained, rules=report.name,
+    )  # fmt: skip
 
 
 def captures(
@@ -242,7 +245,9 @@ def captures(
                 )
             coefficients = _coefficients(middle, at, rules, cut=path == "activations")
             at = {n: v.detach() for n, v in at.items()}
-            yield Capture(values, others, at, coefficients, metric, other_metric, share)
+            yield Capture(
+                values, others, at, coefficients, metric, other_metric, share, rules=report.name
+            )
 
 
 def _differentiable(
