@@ -18,18 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
-    "Entry",
-    "Formula",
-    "Registration",
-    "check_rule",
-    "entry",
-    "label",
-    "name_of",
-    "owner",
-    "register",
-    "registered",
-    "spelled",
-]
+    "Entry", "Formula", "Registration", "check_rule", "entry", "label", "name_of", "owner",
+    "register", "registered", "spelled",
+]  # fmt: skip
 
 _TORCH_OPS = re.compile(r"torch\._?ops\.(\w+)$")
 _ALIASES = {

@@ -14,58 +14,35 @@ from typing import Any
 
 from torch import Tensor
 
-from relp import rules as formulas
+from relp import rules as r
 from relp.operations import Entry, Formula, check_rule, entry, label
 
 __all__ = [
-    "CP_LRP",
-    "ATTN_LRP",
-    "COMPARING",
-    "DEEPLIFT",
-    "FORMULAS",
-    "GIM",
-    "GRADIENT",
-    "KINDS",
-    "PRESETS",
-    "RELP",
-    "Rules",
-    "preset",
-]
+    "CP_LRP", "ATTN_LRP", "COMPARING", "DEEPLIFT", "FORMULAS", "GIM", "GRADIENT", "KINDS",
+    "PRESETS", "RELP", "Rules", "preset",
+]  # fmt: skip
 
 FORMULAS: dict[str, dict[str, dict[str, Callable[..., Tensor]]]] = {
     # kind of operation -> its forms -> name of a rule -> formula
     "norm": {
-        "layer norm": {
-            "constant": formulas.layer_norm_constant,
-            "secant": formulas.layer_norm_secant,
-        },
-        "statistic": {"constant": formulas.constant, "secant": formulas.statistic_secant},
-        "vector norm": {"constant": formulas.constant, "secant": formulas.vector_norm_secant},
-        "division": {
-            "constant": formulas.division_constant,
-            "secant": formulas.division_secant,
-        },
+        "layer norm": {"constant": r.layer_norm_constant, "secant": r.layer_norm_secant},
+        "statistic": {"constant": r.constant, "secant": r.statistic_secant},
+        "vector norm": {"constant": r.constant, "secant": r.vector_norm_secant},
+        "division": {"constant": r.division_constant, "secant": r.division_secant},
     },
-    "activation": {"elementwise": {"identity": formulas.identity, "secant": formulas.rescale}},
-    "gate": {"product": {"half": formulas.half, "midpoint": formulas.midpoint_gate}},
+    "activation": {"elementwise": {"identity": r.identity, "secant": r.rescale}},
+    "gate": {"product": {"half": r.half, "midpoint": r.midpoint_gate}},
     "softmax": {
-        "softmax": {
-            "constant": formulas.constant,
-            "softer": formulas.softmax_softer,
-            "secant": formulas.softmax_secant,
-        },
-        "log softmax": {
-            "constant": formulas.log_softmax_constant,
-            "secant": formulas.log_softmax_secant,
-        },
-        "logsumexp": {"constant": formulas.constant, "secant": formulas.logsumexp_secant},
+        "softmax": {"constant": r.constant, "softer": r.softmax_softer, "secant": r.softmax_secant},
+        "log softmax": {"constant": r.log_softmax_constant, "secant": r.log_softmax_secant},
+        "logsumexp": {"constant": r.constant, "secant": r.logsumexp_secant},
     },
     "bilinear": {
-        "product": {"half": formulas.half, "midpoint": formulas.midpoint_bilinear},
-        "matrices": {"half": formulas.half, "midpoint": formulas.midpoint_matmul},
+        "product": {"half": r.half, "midpoint": r.midpoint_bilinear},
+        "matrices": {"half": r.half, "midpoint": r.midpoint_matmul},
     },
-    "exponent": {"elementwise": {"constant": formulas.constant, "secant": formulas.rescale}},
-    "linear": {"product": {"epsilon": formulas.epsilon, "gamma": formulas.gamma}},
+    "exponent": {"elementwise": {"constant": r.constant, "secant": r.rescale}},
+    "linear": {"product": {"epsilon": r.epsilon, "gamma": r.gamma}},
 }
 """The rule book: every kind has `derivative` too, torch's own, which is also what a form has under
 a rule of its kind that says nothing of it."""

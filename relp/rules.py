@@ -17,43 +17,18 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "STATISTIC_SLOPES",
-    "Keep",
-    "Reference",
-    "Remainder",
-    "attach",
-    "constant",
-    "derivative",
-    "division_constant",
-    "division_secant",
-    "epsilon",
-    "extreme_secant",
-    "gamma",
-    "graft",
-    "half",
-    "identity",
-    "layer_norm_constant",
-    "layer_norm_secant",
-    "log_softmax_constant",
-    "log_softmax_secant",
-    "logsumexp_secant",
-    "midpoint_bilinear",
-    "midpoint_gate",
-    "midpoint_matmul",
-    "own",
-    "rescale",
-    "softmax_secant",
-    "softmax_softer",
-    "statistic_secant",
-    "vector_norm_secant",
-    "wide",
-]
+    "STATISTIC_SLOPES", "Keep", "Reference", "Remainder", "attach", "constant", "derivative",
+    "division_constant", "division_secant", "epsilon", "extreme_secant", "gamma", "graft",
+    "half", "identity", "layer_norm_constant", "layer_norm_secant", "log_softmax_constant",
+    "log_softmax_secant", "logsumexp_secant", "midpoint_bilinear", "midpoint_gate",
+    "midpoint_matmul", "own", "rescale", "softmax_secant", "softmax_softer", "statistic_secant",
+    "vector_norm_secant", "wide",
+]  # fmt: skip
 
 PullBack = Callable[..., Sequence[Tensor | None]]
 """From the coefficient at the output (and what was saved) to those at the inputs."""
 Keep = Callable[[Any, Any], Sequence[Tensor]]
-Product = Callable[..., Tensor]
-"""Of two operands."""
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Attach(torch.autograd.Function):

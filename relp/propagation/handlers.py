@@ -35,15 +35,9 @@ from relp.rulebook import COMPARING, FORMULAS, Rules
 from relp.rules import Keep, Reference, extreme_secant, graft, own
 
 __all__ = [
-    "HANDLERS",
-    "Handler",
-    "Here",
-    "begin_unit",
-    "end_unit",
-    "must_be_linear",
-    "own_rule",
+    "HANDLERS", "Handler", "Here", "begin_unit", "end_unit", "must_be_linear", "own_rule",
     "without_rule",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

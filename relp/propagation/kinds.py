@@ -15,25 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "ACTIVATIONS",
-    "ATTRIBUTES",
-    "CONSTRUCTORS",
-    "EXPONENTS",
-    "EXTREMES",
-    "FUSED",
-    "LINEAR",
-    "ORDERED",
-    "PRODUCTS",
-    "RANDOM",
-    "SOURCES",
-    "STATISTICS",
-    "SUMS_OF_PRODUCTS",
-    "VALUES",
-    "UnknownOperationError",
-    "fused",
-    "is_activation",
-    "is_norm",
-]
+    "ACTIVATIONS", "ATTRIBUTES", "CONSTRUCTORS", "EXPONENTS", "EXTREMES", "FUSED", "LINEAR",
+    "ORDERED", "PRODUCTS", "RANDOM", "SOURCES", "STATISTICS", "SUMS_OF_PRODUCTS", "VALUES",
+    "UnknownOperationError", "fused", "is_activation", "is_norm",
+]  # fmt: skip
 
 
 class UnknownOperationError(ValueError):
