@@ -891,6 +891,9 @@ def test_results_are_labelled_with_the_registrations_that_they_used() -> None:
         assert report.name == "RELP"
         Doubling()(torch.ones(2, requires_grad=True))
     assert report.name == f"RELP + {__name__}.Doubling=linear"
+    with register(Doubling, tenfold), propagate(DEEPLIFT) as report, torch.no_grad():
+        Doubling()(torch.ones(2, requires_grad=True))
+    assert report.name.startswith(f"DEEPLIFT + {__name__}.Doubling=tenfold#")
     with register(nn.GELU, "exponent"), propagate(RELP) as report:
         nn.GELU()(torch.ones(2, requires_grad=True))
     assert report.name == "RELP + GELU=exponent"

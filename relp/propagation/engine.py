@@ -284,15 +284,16 @@ class Propagation:
                 unit.slot.fill(cast(Tensor, unit.x), y)
             led = self._runs.led(key, name, output)
             return None if led is output else led
-        if unit.handed is not None or carries(output):
-            if unit.registration is not None:
-                self._tally.use(unit.registration)
-            replaced = end_unit(module, unit, given, output, self._here(key))
-            self._witness.explain(output if replaced is None else replaced)
-            return replaced
-        if carries(given) or self._runs.follows(given):
-            self._runs.branch(key, name, output)  # of a detached activation, or inside a no_grad
-        return None
+        carried = unit.handed is not None or carries(output)
+        if not (carried or carries(given) or self._runs.follows(given)):
+            return None
+        if unit.registration is not None:
+            self._tally.use(unit.registration)
+        if not carried:  # of a detached activation, or inside a no_grad
+            return self._runs.branch(key, name, output)
+        replaced = end_unit(module, unit, given, output, self._here(key))
+        self._witness.explain(output if replaced is None else replaced)
+        return replaced
 
     # -- operations ------------------------------------------------------------------------------
 
