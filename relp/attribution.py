@@ -111,6 +111,7 @@ def attribute(
     edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
 
     remainder: dict[str, float] = defaultdict(float)
+    used: dict[str, None] = {}
     batches = list(task.buckets(batch_size))
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
               disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
@@ -124,6 +125,7 @@ def attribute(
                 else:
                     scores = edge_scores(sites, seen, rules, position_groups(batch, positions))
                     edges[: len(scores)] += seen.share * scores / len(task)
+                used[seen.rules] = None
                 for module, value in seen.remainder.items():
                     remainder[module] += value / len(task)
             metrics[own][index] = seen.own_metric.float().cpu()
@@ -139,7 +141,8 @@ def attribute(
             f"{rules.name}; run the model in float32, or look for overflow in its activations"
         )
     along = "" if path == "inputs" else f" of {path}"
-    name = rules.name if steps == 1 else f"{rules.name} ({steps} steps{along})"
+    named = "; ".join(used)  # one, unless batches differ in which registrations they met
+    name = named if steps == 1 else f"{named} ({steps} steps{along})"
     source, about = provenance(sites, task, way, name), pairs_of(sites, task, metrics)
     if level == "node":
         return NodeScores(provenance=source, pairs=about, remainder=dict(remainder),

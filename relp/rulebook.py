@@ -1,37 +1,57 @@
 """Which kind of operation gets which rule: `Rules` and the published presets.
 
 A kind is what an operation is to relevance (`norm`, `activation`, …); a rule is one of the
-formulas of `relp.rules` for that kind.
+formulas of `relp.rules` for that kind. Both stand in one table, `FORMULAS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from relp import rules as r
+from relp.operations import Entry, Formula, check_rule, entry, label
 
 __all__ = [
-    "CP_LRP",
-    "ATTN_LRP",
-    "DEEPLIFT",
-    "GIM",
-    "GRADIENT",
-    "PRESETS",
-    "RELP",
-    "Rules",
-    "preset",
-]
+    "CP_LRP", "ATTN_LRP", "COMPARING", "DEEPLIFT", "FORMULAS", "GIM", "GRADIENT", "KINDS",
+    "PRESETS", "RELP", "Rules", "preset",
+]  # fmt: skip
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "norm": ("derivative", "constant", "secant"),
-    "activation": ("derivative", "identity", "secant"),
-    "gate": ("derivative", "half", "midpoint"),
-    "softmax": ("derivative", "constant", "softer", "secant"),
-    "bilinear": ("derivative", "half", "midpoint"),
-    "exponent": ("derivative", "constant", "secant"),
-    "linear": ("derivative", "epsilon", "gamma"),
+FORMULAS: dict[str, dict[str, dict[str, Callable[..., Tensor]]]] = {
+    # kind of operation -> its forms -> name of a rule -> formula
+    "norm": {
+        "layer norm": {"constant": r.layer_norm_constant, "secant": r.layer_norm_secant},
+        "statistic": {"constant": r.constant, "secant": r.statistic_secant},
+        "vector norm": {"constant": r.constant, "secant": r.vector_norm_secant},
+        "division": {"constant": r.division_constant, "secant": r.division_secant},
+    },
+    "activation": {"elementwise": {"identity": r.identity, "secant": r.rescale}},
+    "gate": {"product": {"half": r.half, "midpoint": r.midpoint_gate}},
+    "softmax": {
+        "softmax": {"constant": r.constant, "softer": r.softmax_softer, "secant": r.softmax_secant},
+        "log softmax": {"constant": r.log_softmax_constant, "secant": r.log_softmax_secant},
+        "logsumexp": {"constant": r.constant, "secant": r.logsumexp_secant},
+    },
+    "bilinear": {
+        "product": {"half": r.half, "midpoint": r.midpoint_bilinear},
+        "matrices": {"half": r.half, "midpoint": r.midpoint_matmul},
+    },
+    "exponent": {"elementwise": {"constant": r.constant, "secant": r.rescale}},
+    "linear": {"product": {"epsilon": r.epsilon, "gamma": r.gamma}},
 }
+"""The rule book: every kind has `derivative` too, torch's own, which is also what a form has under
+a rule of its kind that says nothing of it."""
+KINDS: dict[str, tuple[str, ...]] = {
+    kind: ("derivative", *dict.fromkeys(rule for form in forms.values() for rule in form))
+    for kind, forms in FORMULAS.items()
+}
+COMPARING = ("secant", "midpoint")
+"""Rules whose coefficients depend on both runs."""
 SIZES = ("epsilon", "gamma")
 
 
@@ -77,8 +97,12 @@ class Rules:
     gamma: float = 0.25
     places: tuple[tuple[str, tuple[tuple[str, str | float], ...]], ...] = ()
     """What `at` changed, and where; later entries win."""
+    operations: tuple[Entry, ...] = ()
+    """What `with_operation` added."""
 
     def __post_init__(self) -> None:
+        for _, given in self.operations:
+            check_rule(given)
         for kind, known in KINDS.items():
             rule = getattr(self, kind)
             if rule not in known:
@@ -132,6 +156,33 @@ class Rules:
         name = name or f"{self.name}({module}: {_listed(changes)})"
         return replace(self, name=name, places=(*self.places, (module, tuple(changes.items()))))
 
+    def with_operation(
+        self, what: Callable[..., Any], rule: str | Formula, name: str | None = None
+    ) -> Rules:
+        """These rules, which also know an operation or a class of modules of one's own.
+
+        >>> RELP.with_operation(torch.lgamma, "activation").name
+        'RELP(lgamma=activation)'
+        >>> class MyNorm(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x / x.norm(dim=-1, keepdim=True)
+        >>> rules = RELP.with_operation(MyNorm, lambda g, x, y: g / x.norm(dim=-1, keepdim=True))
+        >>> coverage(MyNorm(), torch.ones(1, 4), rules=rules)["kind"].tolist()
+        ['registered']
+
+        Args:
+            what: as for `register`, which says it for all rules; what is said here comes first.
+            rule: as for `register`.
+            name: of the result; says what was added if None, and which formula by some digits.
+
+        Raises:
+            TypeError, ValueError: as `register`.
+        """
+        added = entry(what, rule)
+        name = name or f"{self.name}({label(added)})"
+        operations = tuple({**dict(self.operations), added[0]: added[1]}.items())
+        return replace(self, name=name, operations=operations)
+
     @lru_cache(maxsize=4096)  # noqa: B019 (some presets times the modules of a model)
     def within(self, module: str) -> Rules:
         """The rules that hold in the module of that name, the same everywhere inside."""
@@ -171,7 +222,7 @@ class Rules:
     @cached_property
     def needs_reference(self) -> bool:
         """True if some coefficient depends on both runs (secants and midpoints)."""
-        return any(self.uses(kind, "secant", "midpoint") for kind in KINDS)
+        return any(self.uses(kind, *COMPARING) for kind in KINDS)
 
 
 def _must_be_kinds(changes: Mapping[str, object]) -> None:

@@ -1,9 +1,11 @@
 """Each rule as a formula: the forward value is torch's own, the backward coefficient is chosen.
 
+Which kind of operation gets which by what name is the table of `relp.rulebook`.
+
 Notation: `x`, `y` are an operation's input and output in the differentiated run, `x_`, `y_` the
 same in the reference run (for the rules that compare two runs), `g` the coefficient that arrives
 at the output. A rule returns `y` as torch computed it, attached to a function that turns `g` into
-the coefficient at the input.
+the coefficient at the input. Formulas for one form of operation take the same arguments.
 """
 
 from __future__ import annotations
@@ -14,11 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Reference"]
+__all__ = [
+    "STATISTIC_SLOPES", "Keep", "Reference", "Remainder", "attach", "constant", "derivative",
+    "division_constant", "division_secant", "epsilon", "extreme_secant", "gamma", "graft",
+    "half", "identity", "layer_norm_constant", "layer_norm_secant", "log_softmax_constant",
+    "log_softmax_secant", "logsumexp_secant", "midpoint_bilinear", "midpoint_gate",
+    "midpoint_matmul", "own", "rescale", "softmax_secant", "softmax_softer", "statistic_secant",
+    "vector_norm_secant", "wide",
+]  # fmt: skip
 
 PullBack = Callable[..., Sequence[Tensor | None]]
 """From the coefficient at the output (and what was saved) to those at the inputs."""
 Keep = Callable[[Any, Any], Sequence[Tensor]]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Attach(torch.autograd.Function):
@@ -121,14 +131,25 @@ class Reference:
         return tuple(wide(t) for t in self._tensors)
 
 
-# -- linear ----------------------------------------------------------------------------------------
+def constant(x: Tensor, y: Tensor, *_: Any) -> Tensor:
+    """Carries no relevance: what depends on it takes it as a number.
+
+    Source: for softmax the AH-rule, for statistics the LN-rule (Ali et al. 2022, arXiv:2202.07304).
+    """
+    return y.detach()
 
 
-def epsilon(product: Tensor, size: float) -> Tensor:
+# -- linear: the whole result, the input, its product with the weight, the weight, a size ----------
+
+
+def epsilon(
+    whole: Callable[[], Tensor], x: Tensor, call: Product, w: Tensor | None, size: float
+) -> Tensor:
     """The derivative, dampened where the output is small: g·z / (z + ε·sign z).
 
-    `product` is differentiable. Source: Bach et al. 2015; the ε-rule of Montavon et al. 2019.
+    Source: Bach et al. 2015; the ε-rule of Montavon et al. 2019.
     """
+    product = whole()
 
     def pull_back(g: Tensor, z: Tensor) -> tuple[Tensor]:
         return (g * z.abs() / (z.abs() + size),)
@@ -136,9 +157,7 @@ def epsilon(product: Tensor, size: float) -> Tensor:
     return attach(product, pull_back, (product,), (product,))
 
 
-def gamma(
-    call: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, z: Tensor, size: float
-) -> Tensor:
+def gamma(whole: Callable[[], Tensor], x: Tensor, call: Product, w: Tensor, size: float) -> Tensor:
     """Contributions x_i·w_ij of the sign of the output z_j count 1 + γ times, then are rescaled.
 
     The coefficient is Σ_j (w_ij + γ·w_ij^s) · g_j·z_j / (z_j + γ·Σ_i (x_i·w_ij)^s), with s the sign
@@ -146,6 +165,7 @@ def gamma(
     both; a bias is part of z only. Source: the γ-rule of Montavon et al. 2019, for inputs of both
     signs as in zennit (arXiv:2106.13200), which also scales the bias, and adds a stabiliser.
     """
+    z = _value(whole)
 
     def pull_back(g: Tensor, x: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor]:
         up, down = (x.clamp(min=0), x.clamp(max=0)), (w.clamp(min=0), w.clamp(max=0))
@@ -167,11 +187,11 @@ def gamma(
     return attach(z, pull_back, (x,), (x, w, z))
 
 
-# -- activation: one input, elementwise ------------------------------------------------------------
+# -- activation, exponent: one input, elementwise --------------------------------------------------
 
 
 def identity(
-    x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], *, uniform: bool = True
+    x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], uniform: bool, _: Reference
 ) -> Tensor:
     """Coefficient (y - f(0)) / x, at x = 0 its limit f'(0). `uniform`: f is the same everywhere.
 
@@ -192,7 +212,7 @@ def identity(
 
 
 def rescale(
-    x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], reference: Reference
+    x: Tensor, y: Tensor, function: Callable[[Tensor], Tensor], _: bool, reference: Reference
 ) -> Tensor:
     """Coefficient (y' - y) / (x' - x); where x' is close to x, the derivative between them.
 
@@ -241,29 +261,32 @@ def _at_zero(function: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor
     return value.detach(), slope
 
 
-# -- products: gate and bilinear -------------------------------------------------------------------
+# -- products: gate (elementwise) and bilinear -----------------------------------------------------
 
 
-def half(product: Tensor) -> Tensor:
+def half(whole: Callable[[], Tensor], factors: Sequence[Tensor], *_: Any) -> Tensor:
     """The product rule with half the coefficient for each factor, so that x·c adds up once.
 
-    `product` is differentiable in both factors. Source: arXiv:2406.07592, arXiv:2402.05602.
+    Source: arXiv:2406.07592, arXiv:2402.05602.
     """
+    product = whole()
     return attach(product, lambda g: (g / 2,), (product,))
 
 
-def midpoint_gate(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
+def midpoint_gate(
+    whole: Callable[[], Tensor], factors: Sequence[Tensor], reference: Reference
+) -> Tensor:
     """Each factor gets the mean of the other over the two runs: Δ(ab) = Δa·b̄ + ā·Δb exactly."""
 
     def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a_, b_ = reference()
         return g * ((b + b_) / 2), g * ((a + a_) / 2)
 
-    return attach(y, pull_back, (a, b), (a, b))
+    return attach(_value(whole), pull_back, factors, factors)
 
 
 def midpoint_bilinear(
-    call: Callable[..., Tensor], factors: Sequence[Tensor], y: Tensor, reference: Reference
+    whole: Callable[[], Tensor], factors: Sequence[Tensor], call: Product, reference: Reference
 ) -> Tensor:
     """`midpoint_gate` for any function that is linear in each of its two factors."""
 
@@ -272,23 +295,31 @@ def midpoint_bilinear(
         with torch.enable_grad():
             return torch.autograd.grad(call(*middle), middle, g)
 
-    return attach(y, pull_back, factors, factors)
+    return attach(_value(whole), pull_back, factors, factors)
 
 
-def midpoint_matmul(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
+def midpoint_matmul(
+    whole: Callable[[], Tensor], factors: Sequence[Tensor], _: Product, reference: Reference
+) -> Tensor:
     """`midpoint_bilinear` of `a @ b` for operands of two or more axes, without a second product."""
 
     def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a_, b_ = reference()
         return g @ ((b + b_) / 2).mT, ((a + a_) / 2).mT @ g
 
-    return attach(y, pull_back, (a, b), (a, b))
+    return attach(_value(whole), pull_back, factors, factors)
+
+
+def _value(call: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """torch's own result, without a graph."""
+    with torch.no_grad():
+        return call(*operands)
 
 
 # -- softmax ---------------------------------------------------------------------------------------
 
 
-def softmax_softer(x: Tensor, y: Tensor, dim: int) -> Tensor:
+def softmax_softer(x: Tensor, y: Tensor, dim: int, _: Reference) -> Tensor:
     """The derivative of softmax where it is less sure of itself: p·(g - Σ p·g), p at temperature 2.
 
     Source: GIM, arXiv:2505.17630, as its authors' code has it (without the factor 1/2).
@@ -326,6 +357,11 @@ def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tens
     return attach(y, pull_back, (x,), (x, y))
 
 
+def log_softmax_constant(x: Tensor, y: Tensor, dim: int, _: Reference) -> Tensor:
+    """x - lse(x): the log of the sum, the only part that is not linear, is constant."""
+    return attach(y, lambda g: (g,), (x,))
+
+
 def log_softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tensor:
     """Δy_i = Δx_i - Δlse with Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
 
@@ -339,7 +375,7 @@ def log_softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> 
 
 
 def logsumexp_secant(
-    x: Tensor, y: Tensor, dims: Any, reference: Reference, *, keepdim: bool
+    x: Tensor, y: Tensor, dims: Any, keepdim: bool, reference: Reference
 ) -> Tensor:
     """Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
 
@@ -377,7 +413,13 @@ def _logarithmic_mean(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 def layer_norm_constant(
-    x: Tensor, y: Tensor, dims: tuple[int, ...], weight: Tensor | None, eps: float, *, centre: bool
+    x: Tensor,
+    y: Tensor,
+    dims: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float,
+    centre: bool,
+    _: Reference,
 ) -> Tensor:
     """The statistic 1/σ is a constant, centring is linear (LN-rule, arXiv:2202.07304)."""
 
@@ -394,9 +436,8 @@ def layer_norm_secant(
     dims: tuple[int, ...],
     weight: Tensor | None,
     eps: float,
-    reference: Reference,
-    *,
     centre: bool,
+    reference: Reference,
 ) -> Tensor:
     """y = c·r with c the centred input and r = 1/σ: midpoints for the product, r by its secant.
 
@@ -444,7 +485,7 @@ STATISTIC_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def statistic_secant(name: str, x: Tensor, y: Tensor, reference: Reference) -> Tensor:
+def statistic_secant(x: Tensor, y: Tensor, name: str, reference: Reference) -> Tensor:
     """The exact slope of rsqrt, sqrt or 1/x between two runs."""
 
     def pull_back(g: Tensor, y: Tensor) -> tuple[Tensor]:
@@ -455,7 +496,7 @@ def statistic_secant(name: str, x: Tensor, y: Tensor, reference: Reference) -> T
 
 
 def vector_norm_secant(
-    x: Tensor, y: Tensor, dims: Any, reference: Reference, *, keepdim: bool
+    x: Tensor, y: Tensor, dims: Any, keepdim: bool, reference: Reference
 ) -> Tensor:
     """The Euclidean norm between two runs: Δ‖x‖ = Σ (x + x')·Δx / (‖x‖ + ‖x'‖)."""
 
@@ -469,8 +510,17 @@ def vector_norm_secant(
     return attach(y, pull_back, (x,), (x,))
 
 
-def division_secant(a: Tensor, b: Tensor, y: Tensor, reference: Reference) -> Tensor:
+def division_constant(call: Callable[[Tensor], Tensor], a: Any, b: Tensor, _: Reference) -> Tensor:
+    """a / b with b as a number; `call(b)` divides a."""
+    return call(b.detach())
+
+
+def division_secant(
+    call: Callable[[Tensor], Tensor], a: Any, b: Tensor, reference: Reference
+) -> Tensor:
     """a / b as the product a·(1/b): midpoints, and -1/(b b') for 1/b."""
+    y = _value(call, b)
+    a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=y.dtype, device=y.device)
 
     def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a_, b_ = reference()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from circuits import assemble
-from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute
+from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, Scores, attribute, register
 from relp.layout import Component
 from relp.propagation import UnknownOperationError
 from tasks import KLDivergence, Task, ioi
@@ -282,8 +282,20 @@ def test_operations_without_a_rule_are_the_callers_choice(tiny: Any) -> None:
         with pytest.raises(UnknownOperationError, match="'lgamma'"):
             attribute(tiny, random_task(tiny))
         assert attribute(tiny, random_task(tiny), strict=False).nodes is not None
+        with register(torch.lgamma, "linear"):
+            for level in ("node", "edge"):
+                assert attribute(tiny, random_task(tiny), level=level).rules == (
+                    "RELP + lgamma=linear"
+                )
+            assert attribute(tiny, random_task(tiny), steps=2, rules=GRADIENT).rules == (
+                "GRADIENT + lgamma=linear (2 steps)"
+            )
+        rules = RELP.with_operation(torch.lgamma, "linear")
+        assert attribute(tiny, random_task(tiny), rules=rules).rules == rules.name
     finally:
         handle.remove()
+    with register(torch.lgamma, "linear"):  # which nothing meets now
+        assert attribute(tiny, random_task(tiny)).rules == "RELP"
 
 
 @pytest.mark.parametrize("field", ["clean", "answers"])

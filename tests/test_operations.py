@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +21,7 @@ from torch.overrides import get_overridable_functions, wrap_torch_function
 from relp import (
     CP_LRP,
     DEEPLIFT,
+    GIM,
     GRADIENT,
     PRESETS,
     RELP,
@@ -24,7 +31,10 @@ from relp import (
     propagate,
     register,
 )
-from relp.operations import WRITTEN_OUT, name_of
+from relp.operations import label, name_of
+from relp.propagation.decompositions import WRITTEN_OUT
+
+ROOT = Path(__file__).parent.parent
 
 
 def weights(*shape: int) -> Tensor:
@@ -772,3 +782,211 @@ def test_a_rule_that_does_not_exist_cannot_be_registered() -> None:
         "`rule` must be 'linear', 'activation', 'exponent' or a formula (g, x, y) -> coefficient; "
         "got 'norm'; see register's examples"
     )
+
+
+# -- whose a registration is -----------------------------------------------------------------------
+
+
+def tenfold(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return 10 * g
+
+
+def times(factor: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def formula(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return g * factor
+
+    return formula
+
+
+class Times:
+    """A formula that keeps a number."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return g * self.factor
+
+
+def by_global(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return g * FACTOR
+
+
+FACTOR = 2.0
+POINT = [0.3, 0.4]
+
+
+def erfinv(rules: Rules) -> tuple[Tensor, str]:
+    """The coefficients of one operation, and the name of the rules that gave them."""
+    x = torch.tensor(POINT, requires_grad=True)
+    with propagate(rules) as report:
+        y = torch.erfinv(x)
+    return torch.autograd.grad(y.sum(), x)[0], report.name
+
+
+RATIO = torch.erfinv(torch.tensor(POINT)) / torch.tensor(POINT)
+
+
+def test_rules_know_operations_of_their_own() -> None:
+    for rules in (RELP, GIM):
+        known = rules.with_operation(torch.erfinv, "exponent").with_operation(tenth, tenfold)
+        with pytest.raises(UnknownOperationError, match="'erfinv'"):
+            erfinv(rules)
+        x = torch.tensor(POINT, requires_grad=True)
+        with propagate(known) as report:
+            assert not torch.erfinv(x).requires_grad
+            y = tenth(x)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([10.0, 10.0]))
+        assert report.name == known.name
+        with propagate(RELP.with_operation(nn.Module, "linear"), root=Doubling()) as report:
+            Doubling()(x)
+        assert report.to_dataframe()["operation"].tolist() == ["Doubling"]
+    # and everywhere: in some modules, inside norms, and for the reference run
+    rules = DEEPLIFT.with_operation(torch.erfinv, "activation").at("*", softmax="constant")
+    assert rules.within("a").operations == rules.inside_norm().operations == rules.operations
+    x, other = both(0)
+    x, other = x.detach().sigmoid().requires_grad_(), other.sigmoid()
+    rules = DEEPLIFT.with_operation(torch.erfinv, "activation")
+    with propagate(rules) as report:
+        y = torch.erfinv(x)
+    with report.reference():
+        after = torch.erfinv(other)
+    torch.testing.assert_close((other - x) * torch.autograd.grad(y.sum(), x)[0], after - y)
+
+
+@wrap_torch_function(lambda x: (x,))
+def tenth(x: Tensor) -> Tensor:
+    return x / 10
+
+
+def test_what_rules_say_themselves_comes_before_what_is_registered() -> None:
+    own = RELP.with_operation(torch.erfinv, "activation")
+    with register(torch.erfinv, tenfold):
+        assert torch.equal(erfinv(own)[0], RATIO) and erfinv(own)[1] == own.name
+        assert torch.equal(erfinv(RELP)[0], torch.tensor([10.0, 10.0]))
+    # the nearest class first, whoever speaks of it
+    with register(Doubling, "linear"), propagate(own.with_operation(Doubling, tenfold)) as report:
+        x = torch.tensor(POINT, requires_grad=True)
+        y = Doubling()(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([10.0, 10.0]))
+    assert " + " not in report.name
+
+
+def test_results_are_labelled_with_the_registrations_that_they_used() -> None:
+    with register(torch.erfinv, "activation"), register(torch.lgamma, "linear"):
+        found, name = erfinv(RELP)
+        assert torch.equal(found, RATIO) and name == "RELP + erfinv=activation"
+        with propagate(RELP) as report:
+            torch.lgamma(torch.erfinv(torch.tensor([0.1], requires_grad=True)))
+        assert report.name == "RELP + erfinv=activation, lgamma=linear"
+        assert erfinv(RELP.with_("mine"))[1] == "mine + erfinv=activation"
+        # what carries no relevance, and what is inside a module of one operation, is not met
+        with propagate(RELP) as report:
+            torch.erfinv(torch.zeros(2))
+            with report.paused():
+                torch.erfinv(torch.zeros(2, requires_grad=True))
+        assert report.name == "RELP"
+    with register(Doubling, "linear"), propagate(RELP) as report:
+        Doubling()(torch.ones(2))
+        assert report.name == "RELP"
+        Doubling()(torch.ones(2, requires_grad=True))
+    assert report.name == f"RELP + {__name__}.Doubling=linear"
+    with register(Doubling, tenfold), propagate(DEEPLIFT) as report, torch.no_grad():
+        Doubling()(torch.ones(2, requires_grad=True))
+    assert report.name.startswith(f"DEEPLIFT + {__name__}.Doubling=tenfold#")
+    with register(nn.GELU, "exponent"), propagate(RELP) as report:
+        nn.GELU()(torch.ones(2, requires_grad=True))
+    assert report.name == "RELP + GELU=exponent"
+
+
+FORMULAS: dict[str, Callable[[], Any]] = {
+    "of one's own name": lambda: tenfold,
+    "7": lambda: lambda g, x, y: 7 * g,
+    "8": lambda: lambda g, x, y: 8 * g,
+    "a sum": lambda: lambda g, x, y: 8 + g,
+    "inside": lambda: lambda g, x, y: (lambda t: t.tanh())(g),
+    "inside, another": lambda: lambda g, x, y: (lambda t: t.sin())(g),
+    "closure 2": lambda: times(2),
+    "closure 3": lambda: times(3),
+    "closure of a tensor": lambda: times(torch.ones(2)),
+    "closure of another": lambda: times(torch.tensor([1.0, 2.0])),
+    "closure of a dictionary": lambda: times({"a": 1}),
+    "partial 2": lambda: partial(by_keyword, k=2),
+    "partial 3": lambda: partial(by_keyword, k=3),
+    "default 2": lambda: lambda g, x, y, k=2: g * k,
+    "default 3": lambda: lambda g, x, y, k=3: g * k,
+    "object 2": lambda: Times(2),
+    "object 3": lambda: Times(3),
+    "method 2": lambda: Times(2).__call__,
+    "method 3": lambda: Times(3).__call__,
+    "global": lambda: by_global,
+    "of torch": lambda: torch.addcmul,
+}
+
+
+def by_keyword(g: Tensor, x: Tensor, y: Tensor, *, k: int) -> Tensor:
+    return g * k
+
+
+def test_formulas_that_differ_have_labels_that_differ() -> None:
+    labels = {name: label((torch.nn.GELU, make())) for name, make in FORMULAS.items()}
+    assert len(set(labels.values())) == len(labels)
+    # and one that is made again has the label that it had
+    assert labels == {n: label((torch.nn.GELU, make())) for n, make in FORMULAS.items()}
+    assert re.fullmatch(r"GELU=tenfold#[0-9a-f]{6}", labels["of one's own name"])
+    assert re.fullmatch(r"GELU=formula#[0-9a-f]{6}", labels["7"])
+    assert re.fullmatch(r"GELU=formula#[0-9a-f]{6}", labels["object 2"])
+
+
+def test_the_label_of_a_formula_knows_what_it_refers_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = label(("f", by_global))
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert label(("f", by_global)) != before
+    recursive: list[Any] = []
+    recursive.append(times(recursive))
+    assert label(("f", recursive[0])) == label(("f", recursive[0]))
+    own, other = object(), object()
+    assert label(("f", times(own))) != label(("f", times(other)))
+
+
+def test_a_formula_has_one_label_in_every_process() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import test_operations as t\n"
+        "print([t.label(('f', t.FORMULAS[n]())) for n in t.FORMULAS])"
+    )
+    run = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    made = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    again = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert made.stdout == again.stdout and "tenfold#" in made.stdout
+
+
+def test_a_registration_undoes_itself_and_no_other() -> None:
+    first, second, third = (register(torch.erfinv, r) for r in ("linear", "activation", "linear"))
+    third.remove()
+    third.remove()
+    assert erfinv(RELP)[1] == "RELP + erfinv=activation"
+    first.remove()
+    assert erfinv(RELP)[1] == "RELP + erfinv=activation"
+    second.remove()
+    with pytest.raises(UnknownOperationError):
+        erfinv(RELP)
+
+
+class Undoing(nn.Module):
+    """Takes the registration of itself back while it runs, as another thread might."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.registration.remove()
+        return x * 2
+
+
+def test_a_registration_may_end_while_its_module_runs() -> None:
+    module = Undoing()
+    module.registration = register(Undoing, tenfold)
+    x = torch.tensor(POINT, requires_grad=True)
+    with propagate(RELP) as report:
+        y = module(x).tanh()
+    assert report.to_dataframe()["kind"].tolist() == ["activation", "registered"]
+    assert "tenfold#" in report.name
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()

@@ -29,11 +29,11 @@ from relp import (
     UnknownOperationError,
     coverage,
     propagate,
-    propagation,
 )
 from relp.bridge.run import capture
 from relp.bridge.sites import Sites
 from relp.nodes import node_sites
+from relp.propagation import frames, witness
 from relp.rules import Reference
 from tasks import ioi
 
@@ -269,7 +269,7 @@ def test_a_long_loop_of_writes_is_looked_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each node counts: how many are visited grows with the steps, not with their square."""
-    numbers = propagation._nodes_so_far
+    numbers = witness.nodes_so_far
     visited = 0
 
     def count() -> int:
@@ -277,7 +277,7 @@ def test_a_long_loop_of_writes_is_looked_at_once(
         visited += 1
         return numbers()
 
-    monkeypatch.setattr(propagation, "_nodes_so_far", count)
+    monkeypatch.setattr(witness, "nodes_so_far", count)
     counts = []
     for steps in (25, 50, 100):
         visited = 0
@@ -299,10 +299,10 @@ def test_a_long_chain_of_views_is_no_recursion() -> None:
             for _ in range(3000):
                 view = view.view(2, 3)
         z = view.tanh()
-        assert len(report._explained) > 3000
-        visited = len(report._explained)
+        assert len(report._witness.explained) > 3000
+        visited = len(report._witness.explained)
         view.tanh()
-        assert len(report._explained) == visited + 1
+        assert len(report._witness.explained) == visited + 1
     torch.autograd.grad(z.sum(), x)
 
 
@@ -871,7 +871,7 @@ def test_two_threads_propagate_at_the_same_time() -> None:
         assert torch.equal(c, expected)
         assert frame.equals(own)
     assert all(p.requires_grad for p in model.parameters())
-    assert not propagation._FROZEN
+    assert not frames.FROZEN
     assert not torch.nn.modules.module._global_forward_hooks
 
 

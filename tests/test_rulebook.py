@@ -1,15 +1,20 @@
 """The presets, cell by cell, and how rules are named and refused."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import relp
 from relp import DEEPLIFT, GRADIENT, PRESETS, RELP, Rules, preset
-from relp.rulebook import KINDS
+from relp.rulebook import COMPARING, FORMULAS, KINDS
+from relp.rules import constant, half
 
 TABLE = """
 kind        GRADIENT    RELP        CP_LRP      ATTN_LRP    GIM         DEEPLIFT
@@ -50,7 +55,9 @@ def test_rules_are_frozen_and_compare_by_value() -> None:
 )
 @pytest.mark.parametrize("asked", [False, True], ids=["fresh", "asked before"])
 def test_copies_are_equal(copied: Callable[[Rules], Rules], asked: bool) -> None:
-    for rules in (*PRESETS.values(), RELP.at("blocks.*.attn", softmax="constant", gamma=0.5)):
+    placed = RELP.at("blocks.*.attn", softmax="constant", gamma=0.5)
+    own = RELP.with_operation(torch.lgamma, "activation").with_operation(nn.GELU, norm)
+    for rules in (*PRESETS.values(), placed, own):
         rules = replace(rules)
         if asked:  # what was computed once is kept beside the fields
             assert rules.only_derivatives or rules.norm != "derivative"
@@ -167,3 +174,55 @@ def test_only_rules_that_compare_two_runs_need_both() -> None:
     assert not Rules("secant").needs_reference
     without = {row[0]: "derivative" for row in ROWS}
     assert DEEPLIFT.needs_reference and not DEEPLIFT.with_(**without).needs_reference
+
+
+def norm(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return g / x.norm()
+
+
+def test_every_form_of_a_kind_has_formulas_of_its_rules() -> None:
+    assert {rule for rules in KINDS.values() for rule in rules} > set(COMPARING)
+    for kind, forms in FORMULAS.items():
+        assert KINDS[kind][0] == "derivative"
+        for formulas in forms.values():
+            assert set(formulas) <= set(KINDS[kind]) - {"derivative"}
+            # of one form, so that they can be called alike
+            given = {len(inspect.signature(f).parameters) for f in formulas.values()
+                     if f not in (constant, half)}  # fmt: skip
+            assert len(given) <= 1
+        whole = {rule for formulas in forms.values() for rule in formulas}
+        assert whole == set(KINDS[kind]) - {"derivative"}
+
+
+def test_operations_of_ones_own_are_part_of_the_rules() -> None:
+    one = RELP.with_operation(torch.lgamma, "activation")
+    assert one.name == "RELP(lgamma=activation)" and one != RELP and not RELP.operations
+    assert one == RELP.with_operation(torch.Tensor.lgamma_, "activation")
+    assert len({one, RELP.with_operation(torch.lgamma, "activation"), RELP}) == 2
+    assert one != RELP.with_operation(torch.lgamma, "exponent")
+    two = one.with_operation(nn.GELU, norm)
+    assert two.name.startswith("RELP(lgamma=activation)(GELU=norm#")
+    assert two == one.with_operation(nn.GELU, norm) and hash(two) == hash(
+        one.with_operation(nn.GELU, norm)
+    )
+    assert two != one.with_operation(nn.GELU, lambda g, x, y: g)
+    # the last counts, and a name of one's own is kept
+    last = two.with_operation(torch.lgamma, "linear", "mine")
+    assert last.operations == (("lgamma", "linear"), (nn.GELU, norm)) and last.name == "mine"
+    assert last.with_(gate="derivative").operations == last.operations
+    with pytest.raises(FrozenInstanceError):
+        two.operations = ()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("what", "rule"), [(torch.lgamma, "norm"), (int, "linear"), (nn.GELU(), "linear")]
+)
+def test_what_cannot_be_registered_is_refused_by_rules_too(what: Any, rule: str) -> None:
+    errors = []
+    for add in (inspect.unwrap(relp.register), inspect.unwrap(Rules.with_operation)):
+        with pytest.raises((TypeError, ValueError)) as error:
+            add(*((RELP,) if add.__name__ == "with_operation" else ()), what, rule)
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+    with pytest.raises(ValueError, match="^`rule` must be 'linear', 'activation', 'exponent' or"):
+        Rules("mine", operations=(("lgamma", "norm"),))

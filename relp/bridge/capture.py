@@ -34,6 +34,8 @@ class Capture:
     remainder: Mapping[str, float] = field(default_factory=dict)
     """Module and operation -> what no coefficient explains, because the two runs take different
     branches there (`Propagation.remainder`); sum over pairs."""
+    rules: str = ""
+    """The name of the rules that the run used (`Propagation.name`)."""
 
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""

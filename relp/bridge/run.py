@@ -194,8 +194,9 @@ def capture(
         for row in report.remainder().itertuples()
     }
     return Capture(
-        values, others, values, coefficients, metric.detach(), other_metric, remainder=unexplained
-    )
+        values, others, values, coefficients, metric.detach(), other_metric,
+        remainder=unexplained, rules=report.name,
+    )  # fmt: skip
 
 
 def captures(
@@ -242,7 +243,9 @@ def captures(
                 )
             coefficients = _coefficients(middle, at, rules, cut=path == "activations")
             at = {n: v.detach() for n, v in at.items()}
-            yield Capture(values, others, at, coefficients, metric, other_metric, share)
+            yield Capture(
+                values, others, at, coefficients, metric, other_metric, share, rules=report.name
+            )
 
 
 def _differentiable(

@@ -1,0 +1,7 @@
+"""Running torch code so that its backward computes coefficients of some rules."""
+
+from relp.propagation.engine import Propagation, coverage, propagate
+from relp.propagation.frames import module_names
+from relp.propagation.kinds import UnknownOperationError
+
+__all__ = ["Propagation", "UnknownOperationError", "coverage", "module_names", "propagate"]
