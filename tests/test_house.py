@@ -68,6 +68,91 @@ def test_the_import_reader_sees_every_form() -> None:
     assert imported_rooms(ast.parse(text)) == {"tasks", "relp"}
 
 
+ORDER = {
+    "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
+    "propagation bridge nodes edges attribution __init__ __main__",
+    "circuits": "choices graph masked exact search judge draw files __init__ cli",
+    "tasks": "metrics task ioi registry zoo __init__",
+}
+"""The modules and folders of each room: what stands later may import what stands before."""
+
+
+def at_import(tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    """What a module imports when it is itself imported: not in functions, not for type checkers."""
+    for node in tree.body:
+        assert not isinstance(node, ast.Import) or not {
+            alias.name for alias in node.names if alias.name.partition(".")[0] in ROOMS
+        }, "rooms are imported from"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ROOMS:
+            yield node
+
+
+def place(module: str) -> tuple[str, str]:
+    """`circuits.draw.paint` -> ("circuits", "draw")."""
+    room, _, rest = module.partition(".")
+    return room, rest.partition(".")[0] or "__init__"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_inside_a_room_imports_go_in_one_direction(module: str) -> None:
+    room, own = place(module)
+    order = ORDER[room].split()
+    for node in at_import(ast.parse(source_of(module).read_text())):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in [n if n in MODULES else str(node.module) for n in names]:
+            other, theirs = place(name)
+            if other == room and theirs != own and name != room:
+                assert order.index(theirs) < order.index(own), f"{module} imports {name}"
+
+
+def source_of(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if place(m)[0] == "circuits"])
+def test_circuits_takes_public_names_of_relp_and_of_its_bridge_alone(module: str) -> None:
+    public = {name: set(importlib.import_module(name).__all__) for name in ("relp", "relp.bridge")}
+    for node in ast.walk(ast.parse(source_of(module).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "relp":
+            names = {alias.name for alias in node.names}
+            if module.count(".") < 2 and source_of(module).name == "__init__.py":
+                names -= {"lazy"}  # what makes the names of a package come when they are used
+            assert names <= public.get(str(node.module), set()), f"from {node.module}: {names}"
+
+
+def test_chains_of_imports_are_short_and_have_no_cycle() -> None:
+    """A chain is followed inside its room: between rooms stands a seam."""
+    needs: dict[str, set[str]] = {}
+    for module in MODULES:
+        needs[module] = set()
+        for node in at_import(ast.parse(source_of(module).read_text())):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                needs[module].add(name if name in MODULES else defined_in(node, alias.name))
+        needs[module] = {n for n in needs[module] - {module} if place(n)[0] == place(module)[0]}
+
+    def longest(module: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+        assert module not in above, f"a cycle: {(*above, module)}"
+        chains = [longest(other, (*above, module)) for other in sorted(needs[module])]
+        return (module, *max(chains, key=len, default=()))
+
+    inner = [m for m in MODULES if source_of(m).name != "__init__.py"]
+    found = max(map(longest, inner), key=len)
+    assert len(found) <= 6, found
+
+
+def defined_in(node: ast.ImportFrom, name: str) -> str:
+    """The module that a name comes from, through a package that hands it on."""
+    home = importlib.import_module(str(node.module))
+    if not hasattr(home, "__path__"):
+        return str(node.module)
+    for inner in ast.walk(ast.parse(source_of(str(node.module)).read_text())):
+        if isinstance(inner, ast.ImportFrom) and name in {a.name for a in inner.names}:
+            return str(inner.module)
+    return str(node.module)
+
+
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - {"relp/bridge/sites.py"}))
 def test_only_sites_spells_hook_names(source: str) -> None:
     assert [c for c in code(ast.parse(SOURCES[source].read_text())) if HOOK.search(c)] == []

@@ -12,6 +12,7 @@ from test_graph import names
 from circuits.graph import assemble, real_edges, size
 from circuits.judge.evaluation import _best
 from circuits.search.prune import connect, greedy, random, threshold, top
+from circuits.search.rank import edge_ranks
 from relp.layout import Component
 from relp.scores import Scores
 
@@ -233,12 +234,18 @@ def test_threshold_of_scores_is_that_of_their_graph(case) -> None:
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_evaluation_breaks_ties_by_the_place_in_the_table(case, signed) -> None:
-    scores = tied(**case)
+def test_evaluation_breaks_ties_by_name(case, signed) -> None:
+    scores, layout = tied(**case), tied(**case).layout
     table = scores.edges if case["positions"] else scores.edges[None]
     sign = -1 if scores.direction == "noise" and signed else 1
-    places = scores.layout.exists.expand(table.shape).nonzero().tolist()
-    order = sorted(places, key=lambda at: -(sign * table[*at] if signed else abs(table[*at])))
+    places = layout.exists.expand(table.shape).nonzero().tolist()
+
+    def key(at: list[int]) -> tuple[object, ...]:
+        (owner, slot), worth = layout.targets[at[2]], float(table[*at])
+        name = f"{slot}@{at[0]}" if case["positions"] else slot
+        return -(sign * worth if signed else abs(worth)), layout.writers[at[1]], owner.name, name
+
+    order = sorted(places, key=key)
     for size_, mask in zip((0.01, 0.3, 1.0), _best(scores, (0.01, 0.3, 1.0), signed), strict=True):
         assert mask.nonzero().tolist() == sorted(order[: int(size_ * len(order))])
 
@@ -281,3 +288,18 @@ def test_what_a_circuit_cannot_be_chosen_from() -> None:
             choose(by_span)
     with pytest.raises(ValueError, match="got -1; the full graph has 82"):
         top(tied(**CASES[1]), edges=-1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_evaluated_is_what_top_chooses_ties_included(case) -> None:
+    scores = tied(**case)
+    layout = scores.layout
+    for signed in (False, True):
+        rank = edge_ranks(scores, signed=signed)
+        for edges in (1, 7, 20):
+            circuit = top(scores, edges=edges, signed=signed, connected=False)
+            chosen = {
+                (max(d["pos"], 0), layout.row[u], layout.column[d["reader"]])
+                for u, _, _, d in real_edges(circuit)
+            }
+            assert chosen == {tuple(at) for at in (rank <= edges).nonzero().tolist()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from relp.bridge.sites import Sites
+from relp.bridge import Sites
 
 __all__ = ["Progress"]
 

@@ -26,7 +26,7 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
-from circuits.search.rank import ranked, worth
+from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Sites, undisturbed
 
@@ -286,11 +286,10 @@ def _check(sites: Sites, task: TaskLike, scores: Sequence[EdgeScores]) -> None:
 def _best(
     scores: EdgeScores, sizes: Sequence[float], signed: bool
 ) -> Bool[Tensor, "size pos writer reader"]:
-    """Masks of the best edges; ties go to the earlier entry of the table."""
-    table = scores.by_position
-    exists = scores.layout.exists.expand(table.shape)
-    rank = ranked(worth(table, scores.direction, signed=signed), exists)
-    return torch.stack([rank <= int(size * int(exists.sum())) for size in sizes])
+    """Masks of the best edges, ties broken by name as by `top`."""
+    rank = edge_ranks(scores, signed=signed)
+    total = int(scores.layout.exists.sum()) * len(rank)
+    return torch.stack([rank <= int(size * total) for size in sizes])
 
 
 # -- statistics over pairs -------------------------------------------------------------------------

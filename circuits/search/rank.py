@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import networkx as nx
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from circuits.graph import (
@@ -30,7 +30,7 @@ from circuits.graph import (
 )
 from relp import Direction, EdgeScores, Scores
 
-__all__ = ["Table", "placed", "ranked", "worth"]
+__all__ = ["Table", "edge_ranks", "placed", "ranked", "worth"]
 
 NEVER = 2**62
 """The rank of what is not there."""
@@ -56,6 +56,42 @@ def placed(order: Int[Tensor, " edge"], exists: Bool[Tensor, "*table"]) -> Int[T
     place[order] = torch.arange(1, len(order) + 1, device=place.device)
     rank[exists] = place
     return rank
+
+
+def edge_ranks(scores: EdgeScores, *, signed: bool) -> Int[Tensor, "pos writer reader"]:
+    """The rank of each edge of scores, with ties as in every choice of a circuit."""
+    table, order = edge_table(scores), _ByName.of(scores)
+    exists = order.turned(scores.layout.exists.expand(table.shape))
+    worths = worth(order.turned(table), scores.direction, signed=signed)
+    return order.back(ranked(worths, exists))
+
+
+@dataclass(frozen=True)
+class _ByName:
+    """The order of the names of edges: of writers, and of what each reader reads where."""
+
+    keys: list[tuple[str, str]]
+    """The node that each column leads to, and the edge's key."""
+    rows: list[int]
+    columns: list[int]
+    places: int
+
+    @classmethod
+    def of(cls, scores: EdgeScores) -> _ByName:
+        """The order for a table of scores."""
+        layout, places = scores.layout, scores.positions
+        keys = [(owner.name, edge_key(slot, p)) for owner, slot in layout.targets for p in places]
+        rows = sorted(range(len(layout.writers)), key=layout.writers.__getitem__)
+        return cls(keys, rows, sorted(range(len(keys)), key=keys.__getitem__), len(places))
+
+    def turned(self, table: Shaped[Tensor, "pos writer reader"]) -> Shaped[Tensor, "row column"]:
+        """A table in that order."""
+        return table.permute(1, 2, 0).flatten(1)[self.rows][:, self.columns]
+
+    def back(self, table: Shaped[Tensor, "row column"]) -> Shaped[Tensor, "pos writer reader"]:
+        """What `turned` was given."""
+        old = table[np.argsort(self.rows).tolist()][:, np.argsort(self.columns).tolist()]
+        return old.unflatten(1, (-1, self.places)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,28 +126,16 @@ class Table:
     @classmethod
     def _of_scores(cls, scores: EdgeScores) -> Table:
         table, layout = edge_table(scores), scores.layout
-        exists = layout.exists.expand(table.shape)
-        places = scores.positions
-        keys = [(owner.name, edge_key(slot, p)) for owner, slot in layout.targets for p in places]
-        rows = sorted(range(len(layout.writers)), key=layout.writers.__getitem__)
-        columns = sorted(range(len(keys)), key=keys.__getitem__)
-
-        def turned(table: Tensor) -> Tensor:
-            return table.permute(1, 2, 0).flatten(1)[rows][:, columns]
-
-        def circuit(kept: Mask) -> nx.MultiDiGraph:
-            back = kept[np.argsort(rows).tolist()][:, np.argsort(columns).tolist()]
-            return assemble(scores, back.unflatten(1, (-1, len(places))).permute(2, 0, 1))
-
+        exists, order = layout.exists.expand(table.shape), _ByName.of(scores)
         return cls(
-            [layout.writers[row] for row in rows],
-            [keys[column][0] for column in columns],
+            [layout.writers[row] for row in order.rows],
+            [order.keys[column][0] for column in order.columns],
             [(u, v) for u, heads in layout.serves.items() for v in heads],
-            turned(table),
-            turned(exists),
+            order.turned(table),
+            order.turned(exists),
             scores.direction,
             int(exists.sum()),
-            circuit,
+            lambda kept: assemble(scores, order.back(kept)),
         )
 
     @classmethod
