@@ -18,7 +18,7 @@ from circuits import acdc, assemble, top
 from circuits.graph import real_edges, size
 from circuits.masked import circuit_masks, circuit_metrics
 from relp import GRADIENT, attribute
-from relp.bridge.sites import Sites
+from relp.bridge import Block, Sites
 from tasks.metrics import KLDivergence
 
 MODULE = import_module("circuits.search.acdc")  # the package has a function of that name
@@ -32,8 +32,8 @@ def toy(sites: Sites, seed: int) -> Callable[..., Tensor]:
         (
             [
                 (row[head], *(column[r] for r in (f"{head}.q", f"{kv}.k", f"{kv}.v")))
-                for h, head in enumerate(b.head_names)
-                for kv in [b.kv_names[h * b.kv_heads // b.heads]]
+                for h, head in enumerate(b.mixer.parts)
+                for kv in [sources(b)[h * b.kv_heads // b.heads]]
             ],
             (row[f"L{b.layer}.mlp"], column[f"L{b.layer}.mlp.in"]),
         )
@@ -60,6 +60,11 @@ def toy(sites: Sites, seed: int) -> Callable[..., Tensor]:
     return metrics
 
 
+def sources(block: Block) -> list[str]:
+    """Who reads keys and values: the heads, or with grouped queries `L3KV0`, …"""
+    return [reader.removesuffix(".k") for reader in block.mixer.slots[1].readers]
+
+
 def slowly(
     metrics: Callable[..., Tensor], sites: Sites, task: Any, tau: float, mask: Tensor
 ) -> dict[tuple[str, str], float]:
@@ -71,10 +76,10 @@ def slowly(
         if not block.heads:
             order.append(f"L{block.layer}.mixer.in")
         elif block.kv_heads == block.heads:
-            order += [f"{h}.{slot}" for h in reversed(block.head_names) for slot in "qkv"]
+            order += [f"{h}.{slot}" for h in reversed(block.mixer.parts) for slot in "qkv"]
         else:
-            order += [f"{h}.q" for h in reversed(block.head_names)]
-            order += [f"{h}.{slot}" for h in reversed(block.kv_names) for slot in "kv"]
+            order += [f"{h}.q" for h in reversed(block.mixer.parts)]
+            order += [f"{h}.{slot}" for h in reversed(sources(block)) for slot in "kv"]
     readers, writers = list(sites.readers), list(sites.writers)
     assert sorted(order) == sorted(readers)
     mask, kept = mask.clone(), {}
