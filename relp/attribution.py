@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -21,10 +20,9 @@ from relp.bridge.memory import pairs_per_batch
 from relp.bridge.provenance import pairs_of, provenance
 from relp.bridge.run import captures, undisturbed
 from relp.bridge.sites import Sites
-from relp.bridge.stream import stream_sites
 from relp.choices import Direction, Level
-from relp.edges import edge_scores, position_groups
-from relp.nodes import component_places, node_scores, node_sites
+from relp.edges import EdgeSums
+from relp.nodes import NodeSums
 from relp.protocols import ModelLike, TaskLike
 from relp.rulebook import RELP, Rules
 from relp.scores import EdgeScores, NodeScores
@@ -98,58 +96,47 @@ def attribute(
         )
     sites = Sites.of(model).splitting(neurons)
     task.must_fit(sites.model.cfg, sites.model_name)
-    chosen = sites.chosen(components) if level == "node" else ()
-    where = component_places(sites, chosen)
-    names = node_sites(sites, chosen) if level == "node" else stream_sites(sites)
+    sums = (
+        NodeSums(sites, task, components)
+        if level == "node"
+        else EdgeSums(sites, task, rules, positions)
+    )
+    names = sums.sites_needed
     batch_size = pairs_per_batch(sites, task, level, names) if batch_size is None else batch_size
-    own, other = way.own, way.other
-    metrics = {own: torch.zeros(len(task)), other: torch.zeros(len(task))}
-    width = int(task.lengths.max())
-    nodes = torch.zeros(len(task), len(chosen), width)
-    places = (*task.spans, "other") if positions == "spans" else ()
-    groups = len(places) or (width if positions else 1)
-    edges = torch.zeros(groups, len(sites.writers), len(sites.readers))
-
+    metrics = {side: torch.zeros(len(task)) for side in (way.own, way.other)}
     remainder: dict[str, float] = defaultdict(float)
     used: dict[str, None] = {}
     batches = list(task.buckets(batch_size))
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
               disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
         for index, batch in batches:
-            length = int(batch.lengths[0])
             for seen in captures(
-                sites, batch, rules, names, own=own, steps=steps, path=path, strict=strict
+                sites, batch, rules, names, own=way.own, steps=steps, path=path, strict=strict
             ):
-                if level == "node":
-                    nodes[index, :, :length] += seen.share * node_scores(seen, where)
-                else:
-                    scores = edge_scores(sites, seen, rules, position_groups(batch, positions))
-                    edges[: len(scores)] += seen.share * scores / len(task)
+                sums.add(index, batch, seen)
                 used[seen.rules] = None
                 for module, value in seen.remainder.items():
                     remainder[module] += value / len(task)
-            metrics[own][index] = seen.own_metric.float().cpu()
-            metrics[other][index] = seen.other_metric.float().cpu()
+            metrics[way.own][index] = seen.own_metric.float().cpu()
+            metrics[way.other][index] = seen.other_metric.float().cpu()
             del seen  # or the next batch's run would have this one beside it
             bar.update(len(index))
-    if own == "clean" and steps == 1:
-        _must_slope(task, rules, metrics[own])
-    result = nodes if level == "node" else edges if positions else edges[0]
-    if not bool(torch.isfinite(result).all()):
-        raise RuntimeError(
-            f"every score must be finite; {int((~torch.isfinite(result)).sum())} are not under "
-            f"{rules.name}; run the model in float32, or look for overflow in its activations"
-        )
-    along = "" if path == "inputs" else f" of {path}"
+    if way.own == "clean" and steps == 1:
+        _must_slope(task, rules, metrics["clean"])
+    _must_be_finite(sums.table, rules)
     named = "; ".join(used)  # one, unless batches differ in which registrations they met
+    along = "" if path == "inputs" else f" of {path}"
     name = named if steps == 1 else f"{named} ({steps} steps{along})"
     source, about = provenance(sites, task, way, name), pairs_of(sites, task, metrics)
-    if level == "node":
-        return NodeScores(provenance=source, pairs=about, remainder=dict(remainder),
-                          components=chosen, nodes=result)  # fmt: skip
-    about = replace(about, tokens=places or about.tokens)
-    return EdgeScores(provenance=source, pairs=about, places=places, remainder=dict(remainder),
-                      layout=sites.layout, edges=result)  # fmt: skip
+    return sums.scores(source, about, dict(remainder))
+
+
+def _must_be_finite(table: Tensor, rules: Rules) -> None:
+    if wrong := int((~torch.isfinite(table)).sum()):
+        raise RuntimeError(
+            f"every score must be finite; {wrong} are not under {rules.name}; run the model in "
+            "float32, or look for overflow in its activations"
+        )
 
 
 # -- arguments -------------------------------------------------------------------------------------

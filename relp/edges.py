@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from relp.bridge.basis import weight
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
-from relp.bridge.stream import NO_STREAM, Place, changes, must_match, stream_places
+from relp.bridge.stream import NO_STREAM, Place, changes, must_match, stream_places, stream_sites
 from relp.propagation import module_names
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
-from relp.scores import span_index
+from relp.scores import EdgeScores, Pairs, Provenance, span_index
 
-__all__ = ["edge_scores", "position_groups"]
+__all__ = ["EdgeSums", "edge_scores", "position_groups"]
 
 WRITERS = "what embedding, heads and MLPs write must sum to the residual stream"
 HEADS = "what the heads write must sum to the input of the norm behind them"
@@ -166,3 +167,34 @@ def _write(
         if basis.parts:
             into[-1] -= parts.sum(0)
     return whole
+
+
+class EdgeSums:
+    """Edge scores of a task, summed up capture by capture."""
+
+    def __init__(self, sites: Sites, task: TaskLike, rules: Rules, positions: bool | str) -> None:
+        self.sites_needed = stream_sites(sites)
+        self._sites, self._rules, self._positions, self._pairs = sites, rules, positions, len(task)
+        self.places = (*task.spans, "other") if positions == "spans" else ()
+        groups = len(self.places) or (int(task.lengths.max()) if positions else 1)
+        self._sums = torch.zeros(groups, len(sites.writers), len(sites.readers))
+
+    def add(self, _: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
+        """Adds the scores of one capture of some pairs, which have one length."""
+        groups = position_groups(batch, self._positions)
+        scores = edge_scores(self._sites, seen, self._rules, groups)
+        self._sums[: len(scores)] += seen.share * scores / self._pairs
+
+    @property
+    def table(self) -> Float[Tensor, "*pos writer reader"]:
+        """The sums so far; without an axis for positions unless they are kept."""
+        return self._sums if self._positions else self._sums[0]
+
+    def scores(
+        self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]
+    ) -> EdgeScores:
+        """The result."""
+        pairs = replace(pairs, tokens=self.places or pairs.tokens)
+        return EdgeScores(provenance=provenance, pairs=pairs, places=self.places,
+                          remainder=remainder, layout=self._sites.layout,
+                          edges=self.table)  # fmt: skip

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from einops import reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.sites import Sites
+from relp.protocols import TaskLike
+from relp.scores import NodeScores, Pairs, Provenance
 
-__all__ = ["component_places", "node_scores", "node_sites"]
+__all__ = ["NodeSums", "component_places", "node_scores", "node_sites"]
 
 
 def node_sites(sites: Sites, components: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -50,3 +52,25 @@ def node_scores(seen: Capture, places: Places) -> Float[Tensor, "pair component 
         whole = reduce(product, "p t (part d) -> p part t", "sum", part=parts)
         scores[:, columns] = whole[:, numbers].cpu()
     return scores
+
+
+class NodeSums:
+    """Node scores of a task, summed up capture by capture."""
+
+    def __init__(self, sites: Sites, task: TaskLike, components: Sequence[str] | None) -> None:
+        self.components = sites.chosen(components)
+        self.sites_needed = node_sites(sites, self.components)
+        self._places = component_places(sites, self.components)
+        self.table = torch.zeros(len(task), len(self.components), int(task.lengths.max()))
+
+    def add(self, index: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
+        """Adds the scores of one capture of these pairs, which have one length."""
+        length = int(batch.lengths[0])
+        self.table[index, :, :length] += seen.share * node_scores(seen, self._places)
+
+    def scores(
+        self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]
+    ) -> NodeScores:
+        """The result."""
+        return NodeScores(provenance=provenance, pairs=pairs, remainder=remainder,
+                          components=self.components, nodes=self.table)  # fmt: skip
