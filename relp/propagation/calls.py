@@ -194,22 +194,31 @@ def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Tensor]:
 
 def carries(value: Any) -> bool:
     """True if a tensor in `value` carries relevance: it requires grad and is not a parameter."""
-    if isinstance(value, Tensor):
-        return value.requires_grad and not isinstance(value, nn.Parameter)
-    return any(map(carries, tensors(value)))
+    for t in tensors(value):  # noqa: SIM110 (a plain loop is faster, and this is asked often)
+        if t.requires_grad and not isinstance(t, nn.Parameter):
+            return True
+    return False
+
+
+_NESTING = (tuple, list, dict, slice)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from tensors(v)
-    elif isinstance(value, dict):
-        yield from tensors(tuple(value.values()))
+        return
+    if isinstance(value, dict):
+        value = value.values()
     elif isinstance(value, slice):
-        yield from tensors((value.start, value.stop, value.step))
+        value = value.start, value.stop, value.step
+    elif not isinstance(value, (tuple, list)):
+        return
+    for part in value:
+        if isinstance(part, Tensor):  # (asked here too: most parts are, or nest nothing)
+            yield part
+        elif isinstance(part, _NESTING):
+            yield from tensors(part)
 
 
 def swapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

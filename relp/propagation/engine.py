@@ -210,9 +210,10 @@ class Propagation:
 
     def _registered(self, keys: Iterable[Any]) -> tuple[Entry | None, bool]:
         """A rule of one's own for the first of these that has one; True if all rules have it."""
-        for key in keys if self._own else ():
-            if key in self._own:
-                return (key, self._own[key]), False
+        if self._own:
+            for key in keys:
+                if key in self._own:
+                    return (key, self._own[key]), False
         return registered(keys), True
 
     # -- modules ---------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class Propagation:
         met = self._runs.meets(call)
         if not call.carries():
             return self._begin(key, call, met)
-        self.must_have_seen((call.args, call.kwargs))
+        self.must_have_seen((call.args, call.kwargs) if call.kwargs else call.args)
         if met and handler is None and call.out_of_place() is not None:
             handler = without_rule
         if handler is None or not torch.is_grad_enabled():
@@ -358,6 +359,8 @@ class Propagation:
         if out is not None and not carries(out):
             self._runs.branch(key, call.name, out)
             self._runs.lend(out, (call.args, call.kwargs))
+        elif call.name in LINEAR:
+            self._tally.count(self._frames.where, call.name, "linear", "derivative")
         else:
             must_be_linear(call, self._here(key))
         result = call.args[:1] if out is None else out  # x[i] = y gives nothing back

@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # (not frozen: one is made for every operation)
 class Here:
     """Where an operation stands, the rules that hold there, and what a handler tells the run."""
 

@@ -171,20 +171,20 @@ class TwoRuns:
 
     def replay(self, key: Key, call: Call, *, ruled: bool) -> Any:
         """An operation in the reference run; `ruled`: it may have a rule."""
-        where = self._frames.where
         if ruled and key not in self._performed:
             raise ValueError(
                 "the reference run must perform the operations of the first run; it does another "
-                f"{call.name!r} in {where!r}; compare runs of the same code, or use rules of "
-                "one run"
+                f"{call.name!r} in {self._frames.where!r}; compare runs of the same code, or use "
+                "rules of one run"
             )
-        self.use((call.args, call.kwargs))
+        if self._suspects:
+            self.use((call.args, call.kwargs))
         slot = self._slots.get(key)
         if slot is not None and _shapes(call) != self._performed[key]:
             raise ValueError(
                 "the reference run must have the shapes of the first run; "
-                f"{call.name!r} in {where!r} got {list(map(list, _shapes(call)))}, first "
-                f"{list(map(list, self._performed[key]))}; compare inputs of one shape"
+                f"{call.name!r} in {self._frames.where!r} got {list(map(list, _shapes(call)))}, "
+                f"first {list(map(list, self._performed[key]))}; compare inputs of one shape"
             )
         before = call if slot is None else call.out_of_place() or call
         if key in self._meetings:
