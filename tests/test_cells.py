@@ -115,8 +115,7 @@ def test_a_hundred_thousand_cells_are_a_small_file(tmp_path: Path) -> None:
     cells = tuple(
         Cell(f"L{i}H{h}", pos=p) for i in range(20) for h in range(50) for p in range(100)
     )
-    metric = torch.zeros(1)
-    sweep = Sweep({"model": "m"}, cells, torch.randn(1, len(cells)), metric, metric, metric)
+    sweep = Sweep({"model": "m"}, cells, torch.randn(1, len(cells)), *torch.zeros(3, 1))
     sweep.save(tmp_path / "sweep.safetensors")
     assert (tmp_path / "sweep.safetensors").stat().st_size < 4 * len(cells) + 11 * len(cells)
     found = Sweep.load(tmp_path / "sweep.safetensors")
