@@ -375,6 +375,7 @@ class NodeScores(Scores):
     components: tuple[str, ...]
     nodes: Float[Tensor, "pair component pos"]
 
+    edges: ClassVar[None] = None
     level = Level.NODE
     _other_form = "call attribute(model, task, level='edge')"
 
@@ -481,6 +482,7 @@ class EdgeScores(Scores):
     """Mean over pairs, summed over positions unless they were asked for. Entries of a writer
     that does not come before the reader are 0."""
 
+    nodes: ClassVar[None] = None
     level = Level.EDGE
     _other_form = "they are averaged over pairs already; call attribute(model, task, level='node')"
 

@@ -263,8 +263,8 @@ def test_lines_that_are_no_dot_are_named(tmp_path):
     for at, wrong in (
         (1, "graph {"),
         (4, "subgraph {"),
-        (18, '"embed" [kind=<b>];'),
-        (19, '"embed" [kind="embed", '),  # the next line begins with no attribute
+        (22, '"embed" [kind=<b>];'),
+        (23, '"embed" [kind="embed", '),  # the next line begins with no attribute
     ):
         text = "\n".join([*lines[: at - 1], wrong, *lines[at:]])
         line = at + wrong.endswith(", ")

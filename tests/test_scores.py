@@ -276,7 +276,8 @@ def test_components_of_one_kind() -> None:
     assert full_message(lambda: edge_scores().of_kind("head"), AttributeError).startswith(
         "'of_kind' is of node scores; these are of edges; "
     )
-    for name in ("edges", "writers", "layout"):
+    assert scores.edges is None and edge_scores().nodes is None
+    for name in ("writers", "layout"):
         assert full_message(lambda name=name: getattr(scores, name), AttributeError) == (
             f"{name!r} is of edge scores; these are of nodes; call attribute(model, task, "
             "level='edge')"
