@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from relp.bridge.memory import pairs_per_batch
-from relp.bridge.provenance import pairs_of, provenance
 from relp.bridge.run import captures, undisturbed
 from relp.bridge.sites import Sites
+from relp.bridge.source import pairs_of, provenance
 from relp.choices import Direction, Level
 from relp.edges import EdgeSums
 from relp.nodes import NodeSums

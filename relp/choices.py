@@ -10,7 +10,13 @@ from enum import StrEnum
 __all__ = ["Direction", "Level"]
 
 
-class Level(StrEnum):
+class _Word(StrEnum):
+    """A word of a few, which messages and files show as plain text."""
+
+    __repr__ = str.__repr__
+
+
+class Level(_Word):
     """What is scored: components, or what each reader hears of each writer.
 
     >>> Level("node") == "node"
@@ -27,7 +33,7 @@ class Level(StrEnum):
         ) from None
 
 
-class Direction(StrEnum):
+class Direction(_Word):
     """In which run something is changed, and so what the sign of a score says.
 
     `denoise`: the own run is the corrupt one, and a positive score means that putting the clean

@@ -125,8 +125,8 @@ def _read(
             norm.pull_through(slot.read_in().flatten(0, 1), slot.values(seen.coefficients), part)
     if not basis.entry:
         return
-    behind = seen.coefficients[basis.entry].float()
-    into[at] = norm.pull(behind)
+    behind = seen.coefficients[basis.entry]
+    into[at] = norm.pull(behind.float())
     if at:
         matrices = [m for slot in basis.slots for m in slot.through]
         found = [seen.coefficients[m.site].float() @ weight(m.module).float() for m in matrices]

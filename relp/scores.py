@@ -93,7 +93,7 @@ class Pairs:
     """Tokens of each pair; entries of node scores from there on are 0."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
-    """What stands at each position (see `relp.bridge.provenance.token_labels`), or empty."""
+    """What stands at each position (see `relp.bridge.source.token_labels`), or empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", MappingProxyType(dict(self.spans)))

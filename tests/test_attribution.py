@@ -272,7 +272,7 @@ def test_spans_gather_positions_of_every_pair(shipped: Any) -> None:
     assert set(edges.to_dataframe()["span"]) == set(spans.to_dataframe()["span"])
     with pytest.raises(ValueError, match=r"these are by span \('"):
         assemble(edges)
-    with pytest.raises(ValueError, match="positions='spans'"):
+    with pytest.raises(AttributeError, match="'by_span' is of node scores; these are of edges"):
         flat.by_span()
 
 

@@ -30,6 +30,7 @@ from circuits import (
 from circuits.graph import real_edges, size
 from circuits.masked import _doubt, circuit_masks, circuit_metrics, endpoints
 from relp import RELP, Component, attribute
+from relp.bridge.run import OURS
 from relp.bridge.sites import Sites
 from tasks import Task
 from tasks.metrics import KLDivergence
@@ -164,7 +165,9 @@ def test_the_doubt_says_how_many_pairs_are_right() -> None:
 
 
 @pytest.mark.parametrize("tiny", ["gpt2"], indirect=True)
-def test_each_verb_warns_its_caller_once(tiny: Any) -> None:
+def test_each_verb_warns_its_caller_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what checks annotations in tests stands between a verb and its caller
+    monkeypatch.setattr("relp.bridge.run.OURS", (*OURS, "checking", "jaxtyping", "beartype"))
     task = prefers_the_foil(tiny)
     scores = attribute(tiny, task, level="edge")
     circuit = top(assemble(scores), edges=3, connected=False)

@@ -21,6 +21,7 @@ from circuits import agreement, assemble, faithfulness, patch, top
 from circuits.exact.progress import Progress
 from circuits.graph import real_edges, size
 from relp import GRADIENT, RELP, Component, Effects, attribute
+from relp.bridge import versions
 from relp.bridge.rerun import Rerun
 from relp.bridge.sites import Sites, reading
 from tasks import Task, ioi
@@ -429,13 +430,16 @@ def test_the_file_of_another_sweep_is_refused(
         sweep()
     with monkeypatch.context() as other:
         older = {"torch": "0.0"}
-        other.setattr("circuits.exact.sweep.version", lambda name: older.get(name, "1"))
+        other.setattr("relp.bridge.source.version", lambda name: older.get(name, "1"))
+        versions.cache_clear()
         with pytest.raises(ValueError, match=r"in versions: '.*torch 2.*', now '.*torch 0\.0"):
             sweep()
-    monkeypatch.setattr("circuits.exact.sweep.LIBRARIES", ("relp-that-is-a-checkout",))
+    monkeypatch.setattr("relp.bridge.source.LIBRARIES", ("relp-that-is-a-checkout",))
+    versions.cache_clear()
     with pytest.raises(ValueError, match=r"now 'relp-that-is-a-checkout not installed'"):
         sweep()
     monkeypatch.undo()
+    versions.cache_clear()
     sweep(random_task(tiny, pairs=2, length=3)).save(file)
     with pytest.raises(ValueError, match="must be a file that an interrupted sweep wrote"):
         sweep()

@@ -20,9 +20,9 @@ from circuits import assemble, faithfulness, patch, top
 from relp import GRADIENT, RELP, attribute
 from relp.bridge import Sites, bias, editing, reading, weight
 from relp.bridge.norms import norm_parameters
-from relp.bridge.provenance import weights_identity
 from relp.bridge.rerun import Rerun, _same
 from relp.bridge.run import own_forward
+from relp.bridge.source import fingerprint
 from tasks import Task, zoo
 
 
@@ -406,7 +406,7 @@ def test_offloaded_weights_give_the_same_numbers(llama_folder: Path, tmp_path: P
     assert torch.equal(weight(ours.attn.q), weight(theirs.attn.q)) and bias(ours.attn.q) is None
     scale, expected_scale = (norm_parameters(b.ln2).weight for b in (ours, theirs))
     assert scale is not None and expected_scale is not None and torch.equal(scale, expected_scale)
-    assert weights_identity(model) == weights_identity(plain)
+    assert fingerprint(model) == fingerprint(plain)
 
 
 def test_streams_are_compared_row_by_row() -> None:

@@ -11,7 +11,6 @@ from relp.bridge.memory import (
     prompts_per_run,
 )
 from relp.bridge.norms import NormMap
-from relp.bridge.provenance import fingerprint, pairs_of, provenance, versions
 from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
 from relp.bridge.run import (
     answers_only,
@@ -24,6 +23,7 @@ from relp.bridge.run import (
     warn_caller,
 )
 from relp.bridge.sites import Block, Edit, Sites, editing, reading
+from relp.bridge.source import fingerprint, pairs_of, provenance, versions
 from relp.bridge.stream import (
     REBUILT,
     Place,

@@ -39,8 +39,8 @@ _AT_WORK: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 P = ParamSpec("P")
 R = TypeVar("R")
 
-OURS = ("relp", "circuits", "tasks", "jaxtyping", "beartype")
-"""Whose frames are no caller's: our own, and those that check our annotations in tests."""
+OURS = ("relp", "circuits", "tasks")
+"""Whose frames are no caller's."""
 ROWS = 8192
 """Rows of the unembedding's matrix that are widened to float32 at a time."""
 
