@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
-from relp import Direction, Level, preset
+from relp import Direction, Level, Preset
 from tasks import zoo
 from tasks.registry import TASKS, builder, check_task
 
@@ -88,7 +88,7 @@ def discover(
     """
     started = perf_counter()
     with _one_line_errors():
-        chosen = preset(rules)
+        chosen = Preset(rules)
         folder = out or Path("runs") / _called(model)
         asked = f"{task} --model {model} --pairs {pairs} --seed {seed}"
         find = _search(search, edges, tau, folder / f"{task}.part.json", asked)
@@ -112,7 +112,7 @@ def discover(
             f"{prompts.metric.name}: clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f}; "
             f"the answer is preferred in {(clean > 0).float().mean():.1%} of the clean prompts"
         )
-        circuit = find(bridge, prompts, chosen)
+        circuit = find(bridge, prompts, PRESETS[chosen])
         if size(circuit) == 0:
             raise ValueError(
                 f"the circuit must connect the embedding to the logits; what {search} found with "
@@ -233,19 +233,19 @@ def coverage(
 ) -> None:
     """List the operations of a model that carry relevance, and the rule that each gets."""
     with _one_line_errors():
-        chosen = preset(rules)
+        chosen = Preset(rules)
         _check_model(model)
 
         import torch
 
-        from relp import coverage
+        from relp import PRESETS, coverage
 
         bridge, name = _boot(model)
         tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
-        frame = coverage(bridge, tokens, rules=chosen)
+        frame = coverage(bridge, tokens, rules=PRESETS[chosen])
         groups = frame.groupby(["operation", "kind", "rule"], sort=False)
         _print_table(
-            f"{name} · {chosen.name}",
+            f"{name} · {chosen}",
             ["operation", "kind", "rule", "modules", "times"],
             [[*key, str(g["module"].nunique()), str(g["count"].sum())] for key, g in groups],
         )

@@ -6,7 +6,7 @@ from relp import lazy, neighbours
 
 if TYPE_CHECKING:
     from relp.attribution import attribute
-    from relp.choices import Direction, Level
+    from relp.choices import Direction, Level, Preset
     from relp.files import check_texts, written_whole
     from relp.layout import Component, Layout
     from relp.operations import register
@@ -53,6 +53,7 @@ __all__ = [
     "NodeEffects",
     "NodeScores",
     "Pairs",
+    "Preset",
     "Provenance",
     "Rules",
     "Scores",
@@ -72,7 +73,7 @@ lazy.lazily(
     __name__,
     {
         "attribution": "attribute",
-        "choices": "Direction Level",
+        "choices": "Direction Level Preset",
         "files": "check_texts written_whole",
         "layout": "Component Layout",
         "operations": "register",

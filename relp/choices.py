@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["Direction", "Level"]
+__all__ = ["Direction", "Level", "Preset"]
 
 
 class _Word(StrEnum):
@@ -69,3 +69,28 @@ class Direction(_Word):
     def sign(self) -> int:
         """1 where positive helps the clean behaviour, -1 where it works against it."""
         return 1 if self is Direction.DENOISE else -1
+
+
+class Preset(_Word):
+    """The names of the published rules, upper or lower case, `-` or `_`.
+
+    >>> Preset("attn-lrp")
+    'ATTN_LRP'
+    """
+
+    GRADIENT = "GRADIENT"
+    RELP = "RELP"
+    CP_LRP = "CP_LRP"
+    ATTN_LRP = "ATTN_LRP"
+    GIM = "GIM"
+    DEEPLIFT = "DEEPLIFT"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Preset:
+        key = str(value).upper().replace("-", "_")
+        if key in cls.__members__:
+            return cls[key]
+        raise ValueError(
+            f"rules must be one of {', '.join(cls)}; got {value!r}; "
+            "build your own with Rules(...) or RELP.with_(...)"
+        ) from None

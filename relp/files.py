@@ -16,6 +16,8 @@ __all__ = ["check_texts", "written_whole"]
 def check_texts(owner: str, value: object) -> None:
     """Refuses half a surrogate pair in any text of `value`, keys included: UTF-8 has none.
 
+    >>> check_texts("the title", "IOI")
+
     Raises:
         ValueError: a text holds one; `owner` tells whose it is.
     """
@@ -37,6 +39,10 @@ def check_texts(owner: str, value: object) -> None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to it at the end: nobody ever sees half a file.
+
+    >>> from pathlib import Path
+    >>> with written_whole(Path("notes.txt")) as temporary:
+    ...     temporary.write_text("whole or not at all")
 
     Raises:
         FileNotFoundError: the folder does not exist.

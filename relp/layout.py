@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -79,7 +79,13 @@ class Component(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Writers are the rows and readers the columns of a table of edges."""
+    """Writers are the rows and readers the columns of a table of edges.
+
+    >>> edges.layout.row["L1H1"], edges.layout.column["logits.in"]
+    (11, 150)
+    >>> int(edges.layout.exists.sum())
+    3628
+    """
 
     writers: tuple[str, ...]
     readers: tuple[str, ...]
@@ -100,6 +106,10 @@ class Layout:
     def of(writers: tuple[str, ...], readers: tuple[str, ...], parallel: bool) -> Layout:
         """The layout of these names, made once."""
         return Layout(writers, readers, parallel)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy, and what another process gets, is the one that is there, and carries no mask
+        return Layout.of, (self.writers, self.readers, self.parallel)
 
     @cached_property
     def row(self) -> Mapping[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from relp import rules as r
+from relp.choices import Preset
 from relp.operations import Entry, Formula, check_rule, entry, label
 
 __all__ = [
@@ -276,10 +277,4 @@ def preset(name: str) -> Rules:
     Raises:
         ValueError: there is none.
     """
-    key = name.upper().replace("-", "_")
-    if key not in PRESETS:
-        raise ValueError(
-            f"rules must be one of {', '.join(PRESETS)}; got {name!r}; "
-            "build your own with Rules(...) or RELP.with_(...)"
-        )
-    return PRESETS[key]
+    return PRESETS[Preset(name)]

@@ -83,7 +83,11 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pairs:
-    """What is known of the pairs of prompts that a result is about."""
+    """What is known of the pairs of prompts that a result is about.
+
+    >>> scores.pairs.lengths
+    tensor([16, 16, 16, 16])
+    """
 
     clean: Float[Tensor, " pair"]
     """The metric on the clean prompts."""
@@ -370,7 +374,13 @@ class Scores:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class NodeScores(Scores):
-    """Scores of components, pair by pair and position by position."""
+    """Scores of components, pair by pair and position by position.
+
+    >>> scores.nodes.shape
+    torch.Size([4, 67, 16])
+    >>> scores.by_span().places
+    ('IO', 'S1', 'S2', 'end', 'other')
+    """
 
     components: tuple[str, ...]
     nodes: Float[Tensor, "pair component pos"]
@@ -474,7 +484,10 @@ class NodeScores(Scores):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class EdgeScores(Scores):
-    """Scores of edges: what each reader hears of each writer."""
+    """Scores of edges: what each reader hears of each writer.
+
+    >>> edges.edges[edges.layout.row["embed"], edges.layout.column["L0H0.q"]]
+    """
 
     layout: Layout
     """Which edges there are, and where in `edges`."""
@@ -569,11 +582,18 @@ class Effects(Scores):
 
 
 class NodeEffects(NodeScores, Effects):
-    """What patching each component was measured to do."""
+    """What patching each component was measured to do.
+
+    >>> effect.resolution            # smaller effects are rounding
+    """
 
 
 class EdgeEffects(EdgeScores, Effects):
-    """What patching what a reader hears of a writer was measured to do."""
+    """What patching what a reader hears of a writer was measured to do.
+
+    >>> effect = patch(model, task, level="edge", edges=[("L1H1", "L3H5.q")])
+    >>> effect.top(1)
+    """
 
 
 _FORMS: dict[str, Any] = {

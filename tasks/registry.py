@@ -22,6 +22,7 @@ TASKS = {"ioi": "tasks.ioi"}
 def builder(name: str) -> Callable[..., Task]:
     """The function that makes a task of a tokenizer; its first line says what the task is.
 
+    >>> from tasks.registry import builder
     >>> builder("ioi")(model.tokenizer, pairs=4, seed=0).name
     'ioi'
 

@@ -74,7 +74,7 @@ def made(kind: type[Scores] = Scores, **labels: Any) -> Any:
     parts = {name: value(**_taken(labels, value)) for name, value in PARTS.items()}
     if "nodes" in labels:
         return forms[0](**parts, **labels)
-    return forms[1](**parts, layout=Layout(**_taken(labels, Layout)), **labels)
+    return forms[1](**parts, layout=_layout(**_taken(labels, Layout)), **labels)
 
 
 def altered(result: Any, **labels: Any) -> Any:
@@ -84,6 +84,10 @@ def altered(result: Any, **labels: Any) -> Any:
         if taken := _taken(labels, kind):
             labels[name] = replace(getattr(result, name), **taken)
     return replace(result, **labels)
+
+
+def _layout(writers: Any, readers: Any, parallel: bool = False) -> Layout:
+    return Layout.of(writers, readers, parallel)
 
 
 PARTS = {"provenance": Provenance, "pairs": Pairs}

@@ -285,7 +285,7 @@ def test_limits():
         inspect.unwrap(top)(graph, edges=0.1)
     with pytest.raises(TypeError, match="got str"):
         inspect.unwrap(top)("scores", edges=3)
-    with pytest.raises(TypeError, match="got Scores"):
+    with pytest.raises(TypeError, match="got EdgeScores"):
         inspect.unwrap(connect)(make_scores())
 
 

@@ -166,7 +166,7 @@ def test_the_suffix_is_said_to_need_a_model(tmp_path):
         "`model` must be the TransformerBridge that the circuit is about, as .mib.json holds its "
         "shape; got None; call circuits.save(circuit, path, model=model)"
     )
-    with pytest.raises(TypeError, match=r"must be a networkx.MultiDiGraph; got Scores"):
+    with pytest.raises(TypeError, match=r"must be a networkx.MultiDiGraph; got EdgeScores"):
         inspect.unwrap(save)(make_scores(), tmp_path / "c.mib.json")
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="there is no file"):

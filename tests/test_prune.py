@@ -143,5 +143,5 @@ def test_a_graph_of_someone_elses_is_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="must have the attribute 'model'"):
             choose(nx.MultiDiGraph([("embed", "logits")]))
-    with pytest.raises(TypeError, match="got Scores"):
+    with pytest.raises(TypeError, match="got EdgeScores"):
         inspect.unwrap(between)(make_scores(), [])

@@ -23,6 +23,7 @@ WRITTEN = ("embed", "resid", "attn", "mixer", "mlp", "head", "neuron")
 class Cell:
     """One thing to change in one run.
 
+    >>> from circuits.exact import Cell
     >>> str(Cell("L9H6", pos=14)), str(Cell("L5H5", "L9H6.q"))
     ('L9H6@14', 'L5H5>L9H6.q')
 

@@ -36,8 +36,8 @@ def patch(
     """Measures what patching each component or edge does to the metric.
 
     >>> effect = patch(model, task)            # nodes [pair, component, pos], as attribute's
-    >>> effect = patch(model, task, components=["head", "L3.mlp", "L3N17"])
-    >>> effect = patch(model, task, level="edge", edges=[("L5H5", "L9H6.q")])
+    >>> effect = patch(model, task, components=["attn", "L3.mlp", "L3N17"])
+    >>> effect = patch(model, task, level="edge", edges=[("L1H1", "L3H5.q")])
 
     `denoise`: the clean value is put into the corrupt run and the effect is the metric minus that
     of the corrupt run; `noise`: the other way round.

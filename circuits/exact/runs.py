@@ -56,9 +56,10 @@ def measure(
 class Runs:
     """Both runs of every pair of a task, kept: what lists of cells are measured on.
 
+    >>> from circuits.exact import Cell, Runs
     >>> runs = Runs(model, task)
-    >>> first = runs.measure([Cell("L9H6", pos=14)])
-    >>> second = runs.measure([Cell("L9H6", pos=p) for p in range(15)])    # both runs are there
+    >>> first = runs.measure([Cell("L3H5", pos=15)])
+    >>> second = runs.measure([Cell("L3H5", pos=p) for p in range(16)])    # both runs are there
 
     If the model has changed in between (weights, hooks), its runs are made anew. The arguments are
     those of `patch`.

@@ -55,7 +55,9 @@ def identity(sites: Sites, task: TaskLike, direction: str, ablation: str) -> dic
 class Sweep:
     """What is measured of some cells; NaN is what is not yet.
 
-    >>> sweep[Cell("L9H6", pos=14)]            # the effect on each pair
+    >>> from circuits.exact import Cell, measure
+    >>> sweep = measure(model, task, [Cell("L3H5", pos=15)])
+    >>> sweep[Cell("L3H5", pos=15)]            # the effect on each pair
     """
 
     identity: Mapping[str, str]
@@ -244,8 +246,12 @@ def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 def merge(*parts: Sweep | str | Path, into: str | Path | None = None) -> Sweep:
     """One sweep of what several have measured, such as shards of a list of cells.
 
-    >>> merge("a.safetensors", "b.safetensors", into="both.safetensors")
-    >>> effect = patch(model, task, resume="both.safetensors")    # measures what is missing
+    >>> from circuits.exact import Cell, measure, merge
+    >>> for name in ("L3H4", "L3H5"):                             # on two machines
+    ...     part = measure(model, task, [Cell(name)], resume=f"{name}.safetensors")
+    >>> sweep = merge("L3H4.safetensors", "L3H5.safetensors", into="both.safetensors")
+    >>> effect = patch(model, task, components=["L3H4", "L3H5"], positions=False,
+    ...                resume="both.safetensors")                 # measures what is missing
 
     Args:
         parts: sweeps, or files that `resume` has kept, finished or not. Of a cell that several have
