@@ -3,6 +3,7 @@ precision, hooks, compiled modules, adapters, and weights that are elsewhere."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -434,3 +435,23 @@ def test_scores_under_rules_do_not_depend_on_the_mode_either(shipped: Any) -> No
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = attribute(shipped, task, rules=RELP).nodes
     assert plain is not None and found is not None and torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64,
+                                   torch.bool, torch.uint8, torch.float8_e4m3fn])  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (3,), (4, 3), (2, 4, 3), (0, 3), (3, 0)])
+def test_a_fingerprint_is_of_the_bits_of_any_tensor(dtype: torch.dtype, shape: Any) -> None:
+    def holder(flip: bool) -> nn.Module:
+        module = nn.Module()
+        value = torch.arange(64)[: math.prod(shape)].reshape(shape).to(dtype)
+        if flip and value.numel():
+            value.view(-1)[-1] = 0 if value.flatten()[-1].to(torch.complex64) != 0 else 1
+        module.register_buffer("value", value)
+        return module
+
+    one, same, other = (fingerprint(holder(flip)) for flip in (False, False, True))
+    assert one == same and (one[1] == other[1]) == (math.prod(shape) == 0)
+    assert (one[0] == "") == (not dtype.is_floating_point)
+    turned = holder(False)
+    turned.value = turned.value.mT.contiguous().mT if len(shape) > 1 else turned.value
+    assert fingerprint(turned) == one  # however it lies in memory

@@ -72,7 +72,7 @@ def fingerprint(model: Any) -> tuple[str, str]:
 def _sums(tensor: Tensor) -> Tensor:
     """Sums of a tensor's bits over its last axis, as whole numbers that may overflow."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
     flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
     bits = flat.view(whole[flat.element_size()])
     return bits.sum(-1, dtype=bits.dtype)  # a wider sum would be twenty times as slow
