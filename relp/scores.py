@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -111,7 +112,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Scores:
+class Scores(ABC):
     """First-order estimates of what patching each component or edge would do to the metric.
 
     >>> scores.top(3)                           # the largest, as a table
@@ -248,9 +249,9 @@ class Scores:
         sizes = self.table[self.table != 0].abs()
         return float((sizes <= self.resolution).float().mean()) if len(sizes) else 0.0
 
+    @abstractmethod
     def by_component(self) -> tuple[tuple[str, ...], Float[Tensor, " component"]]:
         """Who is patched, or writes, and the sum of its scores: over positions, and readers."""
-        raise NotImplementedError
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per component and position, or per edge; the mean over pairs.
@@ -267,17 +268,17 @@ class Scores:
         # NaN, what was not measured, comes last
         return self._rows(np.argsort(-abs(self._values()), kind="stable")[:k])
 
+    @abstractmethod
     def _values(self) -> Float[np.ndarray, " row"]:
         """The last column of `to_dataframe`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self, chosen: slice | Int[np.ndarray, " row"]) -> pd.DataFrame:
         """These rows of `to_dataframe`; others cost nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _axes(self) -> str:
         """The axes of the table, for `repr`."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return (
@@ -336,14 +337,14 @@ class Scores:
             temporary.write_bytes(to_bytes(tensors, metadata={"relp": json.dumps(labels)}))
         return path
 
+    @abstractmethod
     def _names(self) -> dict[str, Any]:
         """What the table's axes stand for, as JSON."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _named(cls, labels: dict[str, Any]) -> dict[str, Any]:
         """Takes what `_names` gave out of `labels`."""
-        raise NotImplementedError
 
     @staticmethod
     def load(path: str | Path) -> NodeScores | EdgeScores:

@@ -36,6 +36,7 @@ from relp.bridge import (
     observe,
     readings,
     received,
+    span,
     stream_places,
     stream_sites,
     what_is_added,
@@ -58,8 +59,7 @@ class Spot(NamedTuple):
 
     def part(self, width: int) -> slice:
         """Which entries of a site of this width."""
-        size = width // self.parts
-        return slice(self.number * size, (self.number + 1) * size)
+        return span(self.number, self.parts, width)
 
 
 def written_spot(sites: Sites, component: str) -> Spot:

@@ -1,23 +1,18 @@
 """The one seam to `TransformerBridge`: its sites, its runs, and what is added to and read from its
 residual stream."""
 
-from relp.bridge.basis import Basis, Matrix, Slot, bias, weight
-from relp.bridge.capture import ROOT, Capture
+from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
+from relp.bridge.capture import ROOT
 from relp.bridge.memory import (
     PAIR_BYTES,
     circuit_runs,
     pairs_kept,
-    pairs_per_batch,
     prompts_per_run,
 )
-from relp.bridge.norms import NormMap
 from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
 from relp.bridge.run import (
     answers_only,
-    capture,
-    captures,
     observe,
-    own_forward,
     precise_logits,
     undisturbed,
     warn_caller,
@@ -46,10 +41,8 @@ __all__ = [
     "ROOT",
     "Basis",
     "Block",
-    "Capture",
     "Edit",
     "Matrix",
-    "NormMap",
     "Place",
     "Reading",
     "Rerun",
@@ -57,8 +50,6 @@ __all__ = [
     "Slot",
     "answers_only",
     "bias",
-    "capture",
-    "captures",
     "circuit_runs",
     "editing",
     "entries",
@@ -68,10 +59,8 @@ __all__ = [
     "normed",
     "observe",
     "output_shapes",
-    "own_forward",
     "pairs_of",
     "pairs_kept",
-    "pairs_per_batch",
     "stream_places",
     "precise_logits",
     "prompts_per_run",
@@ -80,6 +69,7 @@ __all__ = [
     "readings",
     "received",
     "skipping",
+    "span",
     "stream_sites",
     "undisturbed",
     "versions",

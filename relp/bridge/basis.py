@@ -17,7 +17,24 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Basis", "Matrix", "Slot", "at_hand", "bias", "inner", "is_plain", "shape", "weight"]
+__all__ = [
+    "Basis",
+    "Matrix",
+    "Slot",
+    "at_hand",
+    "bias",
+    "inner",
+    "is_plain",
+    "shape",
+    "span",
+    "weight",
+]
+
+
+def span(number: int, parts: int, width: int) -> slice:
+    """The entries of one of some equal parts of what has this width."""
+    size = width // parts
+    return slice(number * size, (number + 1) * size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +75,7 @@ class Matrix:
 
     def span(self, number: int, width: int) -> slice:
         """The entries of one part in a site of this width."""
-        size = width // self.parts
-        return slice(number * size, (number + 1) * size)
+        return span(number, self.parts, width)
 
     def replaced(
         self,
