@@ -97,7 +97,7 @@ def attribute(
     sites = Sites.of(model).splitting(neurons)
     task.must_fit(sites.model.cfg, sites.model_name)
     sums = (
-        NodeSums(sites, task, components)
+        NodeSums(sites, task, rules, components)
         if level == "node"
         else EdgeSums(sites, task, rules, positions)
     )

@@ -84,6 +84,7 @@ class Preset(_Word):
     ATTN_LRP = "ATTN_LRP"
     GIM = "GIM"
     DEEPLIFT = "DEEPLIFT"
+    PARTWAY = "PARTWAY"
 
     @classmethod
     def _missing_(cls, value: object) -> Preset:

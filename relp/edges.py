@@ -16,6 +16,7 @@ from relp.bridge.capture import ROOT, Capture
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
 from relp.bridge.stream import NO_STREAM, Place, changes, must_match, stream_places, stream_sites
+from relp.partway import weight_of_both
 from relp.propagation import module_names
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
@@ -106,7 +107,7 @@ def _norm_map(
 ) -> NormMap:
     if norm is not None and rules.places:
         rules = rules.within(module_names(sites.model)[id(norm)])
-    return NormMap.of(norm, seen.values[site], seen.other[site], rules)
+    return NormMap.of(norm, seen.values[site], seen.reference[site], rules)
 
 
 def _read(
@@ -178,17 +179,21 @@ class EdgeSums:
         self.places = (*task.spans, "other") if positions == "spans" else ()
         groups = len(self.places) or (int(task.lengths.max()) if positions else 1)
         self._sums = torch.zeros(groups, len(sites.writers), len(sites.readers))
+        self._starts = torch.zeros_like(self._sums) if rules.partway else None
 
     def add(self, _: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
         """Adds the scores of one capture of some pairs, which have one length."""
         groups = position_groups(batch, self._positions)
-        scores = edge_scores(self._sites, seen, self._rules, groups)
-        self._sums[: len(scores)] += seen.share * scores / self._pairs
+        for sums, of in ((self._sums, seen), (self._starts, seen.at_start())):
+            if sums is not None:
+                scores = edge_scores(self._sites, of, self._rules, groups)
+                sums[: len(scores)] += seen.share * scores / self._pairs
 
     @property
     def table(self) -> Float[Tensor, "*pos writer reader"]:
-        """The sums so far; without an axis for positions unless they are kept."""
-        return self._sums if self._positions else self._sums[0]
+        """The scores so far; without an axis for positions unless they are kept."""
+        scores = self._sums if self._starts is None else weight_of_both(self._starts, self._sums)
+        return scores if self._positions else scores[0]
 
     def scores(
         self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]

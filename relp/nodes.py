@@ -12,7 +12,9 @@ from torch import Tensor
 
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.sites import Sites
+from relp.partway import way
 from relp.protocols import TaskLike
+from relp.rulebook import Rules
 from relp.scores import NodeScores, Pairs, Provenance
 
 __all__ = ["NodeSums", "component_places", "node_scores", "node_sites"]
@@ -54,19 +56,43 @@ def node_scores(seen: Capture, places: Places) -> Float[Tensor, "pair component 
     return scores
 
 
+def partway_scores(
+    seen: Capture, places: Places, behind: Sequence[str]
+) -> Float[Tensor, "pair component pos"]:
+    """Node scores between the own run's derivatives and the rules, see `relp.partway`.
+
+    `behind`: the site of the residual stream behind each component.
+    """
+    scores = node_scores(seen, places)
+    row = {site: i for i, site in enumerate(dict.fromkeys(behind))}
+    streams = node_scores(seen, {(site, 1): ([i], [0]) for site, i in row.items()})
+    share = way(scores, streams[:, [row[site] for site in behind]])
+    return torch.lerp(node_scores(seen.at_start(), places), scores, share)
+
+
 class NodeSums:
     """Node scores of a task, summed up capture by capture."""
 
-    def __init__(self, sites: Sites, task: TaskLike, components: Sequence[str] | None) -> None:
+    def __init__(
+        self, sites: Sites, task: TaskLike, rules: Rules, components: Sequence[str] | None
+    ) -> None:
         self.components = sites.chosen(components)
         self.sites_needed = node_sites(sites, self.components)
+        self._behind: tuple[str, ...] = ()
+        if rules.partway:
+            self._behind = tuple(sites.behind(c) for c in self.components)
+            self.sites_needed = tuple(dict.fromkeys((*self.sites_needed, *self._behind)))
         self._places = component_places(sites, self.components)
         self.table = torch.zeros(len(task), len(self.components), int(task.lengths.max()))
 
     def add(self, index: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
         """Adds the scores of one capture of these pairs, which have one length."""
         length = int(batch.lengths[0])
-        self.table[index, :, :length] += seen.share * node_scores(seen, self._places)
+        if self._behind:
+            scores = partway_scores(seen, self._places, self._behind)
+        else:
+            scores = node_scores(seen, self._places)
+        self.table[index, :, :length] += seen.share * scores
 
     def scores(
         self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]

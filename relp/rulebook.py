@@ -20,7 +20,7 @@ from relp.operations import Entry, Formula, check_rule, entry, label
 
 __all__ = [
     "CP_LRP", "ATTN_LRP", "COMPARING", "DEEPLIFT", "FORMULAS", "GIM", "GRADIENT", "KINDS",
-    "PRESETS", "RELP", "Rules", "preset",
+    "PARTWAY", "PRESETS", "RELP", "Rules", "preset",
 ]  # fmt: skip
 
 FORMULAS: dict[str, dict[str, dict[str, Callable[..., Tensor]]]] = {
@@ -100,6 +100,9 @@ class Rules:
     """What `at` changed, and where; later entries win."""
     operations: tuple[Entry, ...] = ()
     """What `with_operation` added."""
+    partway: bool = False
+    """`attribute` takes what compares two runs only so far as each part moves the run from the one
+    to the other (`relp.partway`). Where no parts are told apart, as in `propagate`, all the way."""
 
     def __post_init__(self) -> None:
         for _, given in self.operations:
@@ -111,6 +114,11 @@ class Rules:
                     f"the rule for {kind!r} must be one of {known}; got {rule!r}; "
                     f"for instance RELP.with_({kind}={known[0]!r})"
                 )
+        if self.partway and not self.needs_reference:
+            raise ValueError(
+                "`partway` is for rules that compare two runs; got rules of one run; for instance "
+                "PARTWAY.with_(softmax='constant')"
+            )
         for size in SIZES:
             value = getattr(self, size)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
@@ -265,7 +273,13 @@ DEEPLIFT = Rules(
 """Exact differences between the two runs (arXiv:1704.02685; products as in DeepSHAP,
 arXiv:1705.07874): scores over any cut of the network sum to the metric gap."""
 
-PRESETS: dict[str, Rules] = {r.name: r for r in (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT)}
+PARTWAY = replace(DEEPLIFT, name="PARTWAY", partway=True)
+"""Between GRADIENT and DEEPLIFT, by how far a part moves the run from the one to the other: exact
+for a whole cut, the derivative for a small part (`relp.partway`)."""
+
+PRESETS: dict[str, Rules] = {
+    r.name: r for r in (GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT, PARTWAY)
+}
 
 
 def preset(name: str) -> Rules:

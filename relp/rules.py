@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "STATISTIC_SLOPES", "Keep", "Reference", "Remainder", "attach", "constant", "derivative",
-    "division_constant", "division_secant", "epsilon", "extreme_secant", "gamma", "graft",
-    "half", "identity", "layer_norm_constant", "layer_norm_secant", "log_softmax_constant",
-    "log_softmax_secant", "logsumexp_secant", "midpoint_bilinear", "midpoint_gate",
-    "midpoint_matmul", "own", "rescale", "softmax_secant", "softmax_softer", "statistic_secant",
-    "vector_norm_secant", "wide",
+    "STATISTIC_SLOPES", "Comparison", "Keep", "Reference", "Remainder", "attach", "constant",
+    "derivative", "division_constant", "division_secant", "epsilon", "extreme_secant",
+    "gamma", "graft", "half", "identity", "layer_norm_constant", "layer_norm_secant",
+    "log_softmax_constant", "log_softmax_secant", "logsumexp_secant", "midpoint_bilinear",
+    "midpoint_gate", "midpoint_matmul", "own", "rescale", "softmax_secant", "softmax_softer",
+    "statistic_secant", "vector_norm_secant", "wide",
 ]  # fmt: skip
 
 PullBack = Callable[..., Sequence[Tensor | None]]
@@ -98,6 +98,7 @@ class Reference:
         self.name = name
         self.keep = keep
         """From the call in the reference run and its result to the tensors to fill in."""
+        self.comparison = Comparison()
         self._tensors: tuple[Tensor, ...] | None = None
         self._versions: tuple[int, ...] = ()
 
@@ -111,12 +112,14 @@ class Reference:
         self._tensors = tuple(t.detach() for t in tensors)
         self._versions = tuple(t._version for t in tensors)
 
-    def __call__(self) -> tuple[Tensor, ...]:
-        """What the reference run had here.
+    def __call__(self, *own: Tensor) -> tuple[Tensor, ...]:
+        """What the reference run had here; `own`: the same of the differentiated run.
 
         Raises:
             RuntimeError: there was no reference run, or it overwrote its tensors afterwards.
         """
+        if self.comparison.with_itself:
+            return own
         if self._tensors is None:
             raise RuntimeError(
                 f"rules that compare two runs need the reference run before the backward; "
@@ -129,6 +132,15 @@ class Reference:
                 "were overwritten in place; write the model's next step as y = f(x)"
             )
         return tuple(wide(t) for t in self._tensors)
+
+
+class Comparison:
+    """With what a run is compared when its coefficients are taken: the reference run, or itself.
+
+    A secant between a run and itself is the derivative there.
+    """
+
+    with_itself = False
 
 
 def constant(x: Tensor, y: Tensor, *_: Any) -> Tensor:
@@ -221,7 +233,7 @@ def rescale(
     rounded = y.dtype in (torch.float16, torch.bfloat16)
 
     def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
-        x_, y_ = reference()
+        x_, y_ = reference(x, y)
         if rounded:  # their difference would be mostly rounding
             y, y_ = function(x), function(x_)
         return (g * _secant(x, x_, y, y_, function),)
@@ -233,6 +245,8 @@ def _secant(
     x: Tensor, x_: Tensor, y: Tensor, y_: Tensor, function: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """(y' - y) / (x' - x), and f' midway where rounding would swamp that quotient."""
+    if x_ is x:
+        return derivative(function, x)
     step = x_ - x
     quotient = (y_ - y) / torch.where(step == 0, 1.0, step)
     middle = derivative(function, (x + x_) / 2)
@@ -279,8 +293,8 @@ def midpoint_gate(
     """Each factor gets the mean of the other over the two runs: Δ(ab) = Δa·b̄ + ā·Δb exactly."""
 
     def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        a_, b_ = reference()
-        return g * ((b + b_) / 2), g * ((a + a_) / 2)
+        a_, b_ = reference(a, b)
+        return g * _midway(b, b_), g * _midway(a, a_)
 
     return attach(_value(whole), pull_back, factors, factors)
 
@@ -291,7 +305,8 @@ def midpoint_bilinear(
     """`midpoint_gate` for any function that is linear in each of its two factors."""
 
     def pull_back(g: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        middle = [((x + x_) / 2).requires_grad_() for x, x_ in zip(own, reference(), strict=True)]
+        pairs = zip(own, reference(*own), strict=True)
+        middle = [_midway(x, x_).detach().requires_grad_() for x, x_ in pairs]
         with torch.enable_grad():
             return torch.autograd.grad(call(*middle), middle, g)
 
@@ -304,10 +319,15 @@ def midpoint_matmul(
     """`midpoint_bilinear` of `a @ b` for operands of two or more axes, without a second product."""
 
     def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        a_, b_ = reference()
-        return g @ ((b + b_) / 2).mT, ((a + a_) / 2).mT @ g
+        a_, b_ = reference(a, b)
+        return g @ _midway(b, b_).mT, _midway(a, a_).mT @ g
 
     return attach(_value(whole), pull_back, factors, factors)
+
+
+def _midway(x: Tensor, x_: Tensor) -> Tensor:
+    """The mean over the two runs, which may be one."""
+    return x if x_ is x else (x + x_) / 2
 
 
 def _value(call: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -345,7 +365,10 @@ def softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> Tens
     rounded = y.dtype in (torch.float16, torch.bfloat16)
 
     def pull_back(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
-        x_, y_ = reference()
+        x_, y_ = reference(x, y)
+        if x_ is x:
+            weighted = g * y
+            return (weighted - y * weighted.sum(dim, keepdim=True),)
         if rounded:
             y, y_ = x.softmax(dim), x_.softmax(dim)
         step = x_ - x
@@ -366,7 +389,7 @@ def log_softmax_secant(x: Tensor, y: Tensor, dim: int, reference: Reference) -> 
     """Δy_i = Δx_i - Δlse with Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
 
     def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
-        (x_,) = reference()
+        (x_,) = reference(x)
         shift = x_.logsumexp(dim, keepdim=True) - x.logsumexp(dim, keepdim=True)
         share = _shares(x.softmax(dim), x_.softmax(dim), x_ - x, shift)
         return (g - share * g.sum(dim, keepdim=True),)
@@ -380,7 +403,7 @@ def logsumexp_secant(
     """Δlse = Σ_j w_j·Δx_j, w as in `softmax_secant`."""
 
     def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
-        (x_,) = reference()
+        (x_,) = reference(x)
         total, total_ = x.logsumexp(dims, keepdim=True), x_.logsumexp(dims, keepdim=True)
         share = _shares((x - total).exp(), (x_ - total_).exp(), x_ - x, total_ - total)
         return (share * (g if keepdim else g.reshape(total.shape)),)
@@ -445,12 +468,12 @@ def layer_norm_secant(
     """
 
     def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
-        (x_,) = reference()
+        (x_,) = reference(x)
         c, r = _inverse_scale(x, dims, eps, centre)
-        c_, r_ = _inverse_scale(x_, dims, eps, centre)
-        h, middle = _weighted(g, weight), (c + c_) / 2
+        c_, r_ = (c, r) if x_ is x else _inverse_scale(x_, dims, eps, centre)
+        h, middle = _weighted(g, weight), _midway(c, c_)
         slope = -((r * r_) ** 2) / (r + r_)
-        h = h * ((r + r_) / 2) + 2 * middle * (h * middle).sum(dims, keepdim=True) * slope / (
+        h = h * _midway(r, r_) + 2 * middle * (h * middle).sum(dims, keepdim=True) * slope / (
             _count(x, dims)
         )
         return (h - h.mean(dims, keepdim=True) if centre else h,)
@@ -489,7 +512,7 @@ def statistic_secant(x: Tensor, y: Tensor, name: str, reference: Reference) -> T
     """The exact slope of rsqrt, sqrt or 1/x between two runs."""
 
     def pull_back(g: Tensor, y: Tensor) -> tuple[Tensor]:
-        (y_,) = reference()
+        (y_,) = reference(y)
         return (g * STATISTIC_SLOPES[name](y, y_),)
 
     return attach(y, pull_back, (x,), (y,))
@@ -501,7 +524,7 @@ def vector_norm_secant(
     """The Euclidean norm between two runs: Δ‖x‖ = Σ (x + x')·Δx / (‖x‖ + ‖x'‖)."""
 
     def pull_back(g: Tensor, x: Tensor) -> tuple[Tensor]:
-        (x_,) = reference()
+        (x_,) = reference(x)
         size = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
         total = size + torch.linalg.vector_norm(x_, dim=dims, keepdim=True)
         g = g if keepdim else g.reshape(size.shape)
@@ -523,7 +546,7 @@ def division_secant(
     a = a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=y.dtype, device=y.device)
 
     def pull_back(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        a_, b_ = reference()
+        a_, b_ = reference(a, b)
         return g * ((1 / b + 1 / b_) / 2), g * ((a + a_) / 2) * (-1 / (b * b_))
 
     return attach(y, pull_back, (a, b), (a, b))
@@ -543,7 +566,7 @@ def extreme_secant(
     """
 
     def pull_back(g: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        other = reference()
+        other = reference(*own)
         # the entry that one run's choice has in the other run: the derivative, applied
         y, there = _applied(call, own, other)
         y_, here = _applied(call, other, own)

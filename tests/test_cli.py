@@ -516,8 +516,8 @@ def test_a_folder_may_lie_below_home(model: Path, monkeypatch: Any) -> None:
 
 def test_unknown_rules_are_an_error() -> None:
     assert refused("discover", "--rules", "LRP-0") == (
-        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT; got 'LRP-0'; "
-        "build your own with Rules(...) or RELP.with_(...)"
+        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT, PARTWAY; "
+        "got 'LRP-0'; build your own with Rules(...) or RELP.with_(...)"
     )
 
 

@@ -70,7 +70,7 @@ def test_the_import_reader_sees_every_form() -> None:
 
 ORDER = {
     "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
-    "propagation bridge nodes edges attribution __init__ __main__",
+    "partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked exact search judge draw files __init__ cli",
     "tasks": "metrics task ioi registry zoo __init__",
 }

@@ -17,14 +17,14 @@ from relp.rulebook import COMPARING, FORMULAS, KINDS
 from relp.rules import constant, half
 
 TABLE = """
-kind        GRADIENT    RELP        CP_LRP      ATTN_LRP    GIM         DEEPLIFT
-norm        derivative  constant    constant    constant    constant    secant
-activation  derivative  identity    identity    identity    derivative  secant
-gate        derivative  half        half        half        half        midpoint
-softmax     derivative  derivative  constant    derivative  softer      secant
-bilinear    derivative  derivative  half        half        half        midpoint
-exponent    derivative  constant    constant    constant    constant    secant
-linear      derivative  derivative  derivative  derivative  derivative  derivative
+kind        GRADIENT    RELP        CP_LRP      ATTN_LRP    GIM         DEEPLIFT    PARTWAY
+norm        derivative  constant    constant    constant    constant    secant      secant
+activation  derivative  identity    identity    identity    derivative  secant      secant
+gate        derivative  half        half        half        half        midpoint    midpoint
+softmax     derivative  derivative  constant    derivative  softer      secant      secant
+bilinear    derivative  derivative  half        half        half        midpoint    midpoint
+exponent    derivative  constant    constant    constant    constant    secant      secant
+linear      derivative  derivative  derivative  derivative  derivative  derivative  derivative
 """
 HEAD, *ROWS = (line.split() for line in TABLE.strip().splitlines())
 
@@ -159,13 +159,13 @@ def test_an_unknown_preset_is_an_error() -> None:
     with pytest.raises(ValueError) as error:
         preset("LRP-0")
     assert str(error.value) == (
-        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT; got 'LRP-0'; "
-        "build your own with Rules(...) or RELP.with_(...)"
+        "rules must be one of GRADIENT, RELP, CP_LRP, ATTN_LRP, GIM, DEEPLIFT, PARTWAY; "
+        "got 'LRP-0'; build your own with Rules(...) or RELP.with_(...)"
     )
 
 
 def test_only_rules_that_compare_two_runs_need_both() -> None:
-    assert [r.name for r in PRESETS.values() if r.needs_reference] == ["DEEPLIFT"]
+    assert [r.name for r in PRESETS.values() if r.needs_reference] == ["DEEPLIFT", "PARTWAY"]
     for kind, rules in KINDS.items():
         for rule in rules:
             both = rule in ("secant", "midpoint")

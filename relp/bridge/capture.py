@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +25,8 @@ class Capture:
     values: Mapping[str, Tensor]
     """Activations of the run that was differentiated: the own run, or one on the way to the
     other."""
+    reference: Mapping[str, Tensor]
+    """Activations of the run that it is compared with, by rules that compare two."""
     coefficients: Mapping[str, Tensor]
     """d metric / d activation under the rules at each site, where the values are."""
     own_metric: Float[Tensor, " pair"]
@@ -36,7 +38,13 @@ class Capture:
     branches there (`Propagation.remainder`); sum over pairs."""
     rules: str = ""
     """The name of the rules that the run used (`Propagation.name`)."""
+    slopes: Mapping[str, Tensor] = field(default_factory=dict)
+    """The coefficients if the run is compared with itself, not with the other (`Rules.partway`)."""
 
     def delta(self, site: str) -> Tensor:
         """What patching changes at a site: other run minus own run."""
         return self.other[site] - self.own[site]
+
+    def at_start(self) -> Capture:
+        """The same, compared with itself: what compares two runs has become the derivative."""
+        return replace(self, reference=self.values, coefficients=self.slopes, slopes={})

@@ -176,6 +176,8 @@ def capture(
 ) -> Capture:
     """Two forward passes and one backward: the coefficients of the `own` side.
 
+    For rules that are partway, two backward passes.
+
     Raises:
         RuntimeError: a site was not passed, or no relevance reaches one that must get some.
     """
@@ -183,6 +185,10 @@ def capture(
     names = tuple(dict.fromkeys([ROOT, *names]))
     with propagate(rules, root=sites.model, strict=strict) as report:
         values, metric = _differentiable(sites, task, names, own, rules, report, {})
+    slopes: dict[str, Tensor] = {}
+    if rules.partway:  # before there is a reference run: the less is kept for it
+        with report.with_itself():
+            slopes = _coefficients(metric, values, rules, again=True)
     with ExitStack() as stack:
         if rules.needs_reference:
             stack.enter_context(report.reference())
@@ -194,8 +200,8 @@ def capture(
         for row in report.remainder().itertuples()
     }
     return Capture(
-        values, others, values, coefficients, metric.detach(), other_metric,
-        remainder=unexplained, rules=report.name,
+        values, others, values, others, coefficients, metric.detach(), other_metric,
+        remainder=unexplained, rules=report.name, slopes=slopes,
     )  # fmt: skip
 
 
@@ -244,8 +250,9 @@ def captures(
             coefficients = _coefficients(middle, at, rules, cut=path == "activations")
             at = {n: v.detach() for n, v in at.items()}
             yield Capture(
-                values, others, at, coefficients, metric, other_metric, share, rules=report.name
-            )
+                values, others, at, others, coefficients, metric, other_metric, share,
+                rules=report.name,
+            )  # fmt: skip
 
 
 def _differentiable(
@@ -286,16 +293,25 @@ def _branch(value: Tensor) -> Tensor:
 
 
 def _coefficients(
-    metric: Tensor, values: Mapping[str, Tensor], rules: Rules, *, cut: bool = False
+    metric: Tensor,
+    values: Mapping[str, Tensor],
+    rules: Rules,
+    *,
+    cut: bool = False,
+    again: bool = False,
 ) -> dict[str, Tensor]:
-    """d metric / d value at each site; `cut`: some lie before a value that was put in."""
+    """d metric / d value at each site; `cut`: some lie before a value that was put in.
+
+    `again`: there will be another backward.
+    """
     if not metric.requires_grad:
         raise ValueError(
             "the metric must be differentiable in the logits; it does not depend on them, or not "
             "differentiably (argmax, detach); check the metric, and hooks that detach activations"
         )
     # pairs do not meet in the model: the gradient of the sum holds each pair's own gradient
-    grads = torch.autograd.grad(metric.sum(), list(values.values()), allow_unused=True)
+    at = list(values.values())
+    grads = torch.autograd.grad(metric.sum(), at, allow_unused=True, retain_graph=again)
     found = {}
     for (name, value), grad in zip(values.items(), grads, strict=True):
         if grad is None:

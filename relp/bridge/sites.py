@@ -227,6 +227,16 @@ class Sites:
             return block.name("neurons"), number, block.neurons
         return component, 0, 1
 
+    def behind(self, component: str) -> str:
+        """Where the residual stream first holds what a component has added: the end of its block.
+
+        The whole stream at one place is there itself.
+        """
+        _, kind, layer, _ = Component.parse(component)
+        if kind in ("embed", "resid"):
+            return self.part(component)[0]
+        return self.blocks[layer + 1].name("resid") if layer + 1 < len(self.blocks) else "final"
+
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the node-level components but neurons, in the order of `Scores.nodes`."""

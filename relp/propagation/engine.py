@@ -151,6 +151,27 @@ class Propagation:
                 )
 
     @contextmanager
+    def with_itself(self) -> Iterator[None]:
+        """A backward inside compares the run with itself: what compares runs is the derivative.
+
+        >>> x = torch.tensor([1.0], requires_grad=True)
+        >>> with propagate(DEEPLIFT) as report:
+        ...     y = torch.tanh(x)
+        >>> with report.with_itself():
+        ...     torch.autograd.grad(y, x, retain_graph=True)      # 1 - tanh(1)²
+        (tensor([0.4200]),)
+        >>> with report.reference():
+        ...     _ = torch.tanh(torch.tensor([3.0]))
+        >>> torch.autograd.grad(y, x)                             # (tanh(3) - tanh(1)) / 2
+        (tensor([0.1167]),)
+        """
+        self._runs.comparison.with_itself = True
+        try:
+            yield
+        finally:
+            self._runs.comparison.with_itself = False
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Code inside is plain torch again, with its own derivatives."""
         self._inside += 1

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from relp.propagation.calls import Call, carries, copied, swapped, tensors
 from relp.propagation.frames import Frame, Frames, Key
 from relp.propagation.kinds import CONSTRUCTORS, EXTREMES, ORDERED, VALUES, UnknownOperationError
-from relp.rules import Reference, Remainder
+from relp.rules import Comparison, Reference, Remainder
 
 __all__ = ["TwoRuns", "not_in_place"]
 
@@ -35,6 +35,7 @@ class TwoRuns:
         self.compares = compares
         self.repeating: bool | None = None
         """In the reference run; False afterwards, None before."""
+        self.comparison = Comparison()
         self._frames = frames
         self._performed: dict[Key, list[torch.Size]] = {}
         self._slots: dict[Key, Reference] = {}
@@ -90,6 +91,7 @@ class TwoRuns:
     def keep(self, key: Key, slot: Reference) -> None:
         """The reference run is to fill the slot here."""
         if self.compares:
+            slot.comparison = self.comparison
             self._slots[key] = slot
 
     def branch(self, key: Key, name: str, out: Any) -> None:
