@@ -6,7 +6,9 @@ says where the model is kept; given to the tests, that of another run is used ag
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,13 +95,13 @@ def test_logits_are_those_of_the_dequantised_model(model: Any, folder: Path, tas
 def test_it_identifies_the_indirect_object(model: Any) -> None:
     """With and without its BOS token, which its tokenizer does not add by itself."""
     prompt = "When Mary and John went to the store, John gave a drink to"
-    mary = model.tokenizer(" Mary")["input_ids"]
+    (mary,) = model.tokenizer(" Mary", add_special_tokens=False)["input_ids"]
     for bos in (True, False):
         with torch.no_grad():
             logits = model(model.to_tokens(prompt, prepend_bos=bos))[0, -1]
             task = ioi(model.tokenizer, pairs=8, prepend_bos=bos)
             clean, corrupt = (task.metric(model(t)) for t in (task.clean, task.corrupt))
-        assert [int(logits.argmax())] == mary
+        assert int(logits.argmax()) == mary
         # 4.8 and -3.0 with it, 5.4 and -4.6 without
         assert clean.min() > 0 > corrupt.max() and clean.mean() > 4 and corrupt.mean() < -2
 
@@ -132,18 +134,17 @@ def test_the_command_takes_it_by_name(folder: Path) -> None:
 
 
 def test_models_lists_and_removes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert any(
-        NAME in line and "in the cache" in line for line in relp("models").stdout.split("\n")
-    )
+    row = rf"{NAME} .*134\.5 M.*{{}}.*Apache-2\.0"
+    assert re.search(row.format(r"541\.\d MB.*in the cache"), relp("models").stdout)
     monkeypatch.setenv("RELP_CACHE", str(tmp_path))
-    assert any(NAME in line and "(93 MB)" in line for line in relp("models").stdout.split("\n"))
+    assert re.search(row.format(r"to fetch \(93 MB\)"), relp("models").stdout)
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "config.json").write_text("{}")
     assert relp("models", "--remove", NAME).stdout == f"removed {tmp_path / NAME}\n"
     assert [p.name for p in tmp_path.iterdir()] == [f".{NAME}.lock"]
 
 
-# -- files of one's own, written with the library itself --------------------------------------------
+# -- files of one's own, written with the library itself -------------------------------------------
 
 
 def write_gguf(path: Path, source: Path, architecture: str = "llama") -> None:
@@ -170,8 +171,6 @@ def write_gguf(path: Path, source: Path, architecture: str = "llama") -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([token for token, _ in vocab])
     writer.add_token_types([1] * len(vocab))
-    import json
-
     writer.add_token_merges([" ".join(pair) for pair in json.loads(merges)["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)

@@ -52,15 +52,16 @@ def check_model(name: str) -> None:
 def boot(name: str, tokenizer: Any = None) -> TransformerBridge:
     """The model of a name, a folder or a GGUF file; errors are those of `zoo.load`."""
     check_model(name)
-    path, options = Path(name).expanduser(), dict[str, Any]()
     if name in names():
-        # results should name the model, not a folder of this machine
-        options, path = {"device": "cpu"}, _folder(name)
-        return _named(_booted(name, str(path), tokenizer, options), name)
+        folder = fetched(DOWNLOADS[name]) if name in DOWNLOADS else HERE / name
+        with quiet():
+            model = _booted(name, str(folder), tokenizer, {"device": "cpu"})
+        return _named(model, name)  # results should name it, not a folder of this machine
+    path = Path(name).expanduser()
     if (gguf := _gguf(path)) is not None:
-        model, own = dequantised(gguf)
-        return wrapped(model, tokenizer or own, name=gguf.stem)
-    return _booted(name, str(path) if path.is_dir() else name, tokenizer, options)
+        loaded, own = dequantised(gguf)
+        return wrapped(loaded, own if tokenizer is None else tokenizer, name=gguf.stem)
+    return _booted(name, str(path) if path.is_dir() else name, tokenizer, {})
 
 
 def wrapped(model: Any, tokenizer: Any, *, name: str | None = None) -> TransformerBridge:
@@ -74,7 +75,7 @@ def _booted(name: str, source: str, tokenizer: Any, options: dict[str, Any]) -> 
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        with quiet(), warnings.catch_warnings(), _saved(tokenizer) as taken:
+        with warnings.catch_warnings(), _saved(tokenizer) as taken:
             warnings.simplefilter("ignore")
             model = TransformerBridge.boot_transformers(source, **options, **taken)
     except Exception as error:  # the hub, configs and adapters each raise their own kind
@@ -107,11 +108,6 @@ def _saved(tokenizer: Any) -> Iterator[dict[str, Any]]:
 def _named(model: TransformerBridge, name: str) -> TransformerBridge:
     model.cfg.model_name = name
     return model
-
-
-def _folder(name: str) -> Path:
-    """Where the files of a model of the zoo lie, which may have to be fetched first."""
-    return fetched(DOWNLOADS[name]) if name in DOWNLOADS else HERE / name
 
 
 def _gguf(path: Path) -> Path | None:

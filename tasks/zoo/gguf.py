@@ -88,7 +88,7 @@ def dequantised(path: Path) -> tuple[Any, Any]:
             f"{str(path)!r} scales the frequencies of its rotary positions, which transformers "
             "does not read from GGUF files; its numbers will differ a little from those of the "
             "original model",
-            stacklevel=2,
+            stacklevel=4,  # who calls `zoo.load`
         )
     if label:
         model.config.quantization = label
@@ -108,7 +108,8 @@ def _contents(path: Path) -> tuple[str, bool]:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     names = [*reader.fields, *(tensor.name for tensor in reader.tensors)]
     scaled = any(n.startswith("rope_f") or n.endswith(".rope.scaling.type") for n in names)
-    kind = max(sizes.keys() - FLOATS, key=sizes.__getitem__, default="")
+    packed = sorted(sizes.keys() - FLOATS)
+    kind = max(packed, key=sizes.__getitem__, default="")
     bits = re.search(r"\d+", kind)
     return f"{kind} ({bits[0]}-bit)" if bits else kind, scaled
 
@@ -129,15 +130,13 @@ def _begins(path: Path) -> bytes:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and remarks of transformers."""
+    """Without the progress bars of transformers."""
     from transformers.utils import logging
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
