@@ -111,7 +111,8 @@ def file(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             if not gguf_file:
                 return kind.from_pretrained(folder)
             assert Path(options.pop("pretrained_model_name_or_path"), gguf_file) == path
-            assert options.pop("quantization_config").dequantize if options else True
+            packs = options.pop("quantization_config", None)
+            assert packs is None or packs.dequantize
             return kind.from_pretrained(llama_folder, **options)
 
         monkeypatch.setattr(transformers, name, SimpleNamespace(from_pretrained=read))
