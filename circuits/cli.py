@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 import signal
 import warnings
 from collections import Counter
@@ -30,15 +29,13 @@ from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
 from relp import Direction, Level, Preset
 from tasks import zoo
 from tasks.registry import TASKS, builder, check_task
+from tasks.zoo import shelf
+from tasks.zoo.boot import check_model
 
 SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
-WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZERS = ("*token*", "*vocab*", "*.model", "*merges*", "*.tiktoken", "tekken.json")
-"""What a model's folder holds of each, as the hub's libraries write it."""
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -52,7 +49,10 @@ errors = Console(stderr=True)
 TaskName = Annotated[str, typer.Argument(help="The task; `relp tasks` lists them.")]
 Model = Annotated[
     str,
-    typer.Option(help="A shipped model, or any name or folder that TransformerBridge boots."),
+    typer.Option(
+        help="A model that `relp models` lists, a folder or GGUF file, or a name on the Hugging "
+        "Face hub."
+    ),
 ]
 Pairs = Annotated[int, typer.Option(min=1, help="Pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Which prompts are drawn.")]
@@ -93,18 +93,18 @@ def discover(
         asked = f"{task} --model {model} --pairs {pairs} --seed {seed}"
         find = _search(search, edges, tau, folder / f"{task}.part.json", asked)
         make = _task(task)
-        _check_model(model)
+        check_model(model)
         _check_folder(folder)
 
         from circuits import faithfulness, patch, save
         from circuits.graph import size
         from relp import PRESETS, attribute
 
-        bridge, name = _boot(model)
+        bridge = zoo.load(model)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
+        _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
 
         scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
         clean, corrupt = scores[0].clean, scores[0].corrupt
@@ -131,7 +131,7 @@ def discover(
         )
         by = circuit.graph["rules"] + (", greedy" if search == "greedy" else "")
         _say(f"circuit by {by}: [bold]{summary}[/]")
-        title = f"{task} circuit of {name} · {by} · {summary}"
+        title = f"{task} circuit of {_shown(bridge)} · {by} · {summary}"
         for suffix in ("svg", "html"):
             with _written(folder):
                 written = save(circuit, folder / f"{task}.{suffix}", title=title)
@@ -161,15 +161,15 @@ def measure(
         Direction(direction)
         check_ablation(ablation)
         make = _task(task)
-        _check_model(model)
+        check_model(model)
         with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
             from circuits import patch
             from circuits.draw.heatmaps import lined_up
             from relp import NodeScores
 
-            bridge, name = _boot(model)
+            bridge = zoo.load(model)
             prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
-            _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
+            _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            resume=finished)  # fmt: skip
             effect.save(out)
@@ -198,15 +198,15 @@ def compare(
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
     with _one_line_errors():
         make = _task(task)
-        _check_model(model)
+        check_model(model)
 
         from circuits import evaluate, patch
         from relp import PRESETS, attribute
 
-        bridge, name = _boot(model)
+        bridge = zoo.load(model)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
         others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
-        _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
+        _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
         scores = [attribute(bridge, prompts, rules=r) for r in PRESETS.values()]
         _print_agreement(scores, patch(bridge, prompts))
         edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
@@ -226,26 +226,24 @@ def compare(
 
 @app.command()
 def coverage(
-    model: Annotated[str, typer.Argument(help="A shipped model, or a name or folder.")] = (
-        "ioi-gpt2"
-    ),
+    model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = "ioi-gpt2",
     rules: Annotated[str, typer.Option(help="Rules to look at.")] = "RELP",
 ) -> None:
     """List the operations of a model that carry relevance, and the rule that each gets."""
     with _one_line_errors():
         chosen = Preset(rules)
-        _check_model(model)
+        check_model(model)
 
         import torch
 
         from relp import PRESETS, coverage
 
-        bridge, name = _boot(model)
+        bridge = zoo.load(model)
         tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
         frame = coverage(bridge, tokens, rules=PRESETS[chosen])
         groups = frame.groupby(["operation", "kind", "rule"], sort=False)
         _print_table(
-            f"{name} · {chosen}",
+            f"{_shown(bridge)} · {chosen}",
             ["operation", "kind", "rule", "modules", "times"],
             [[*key, str(g["module"].nunique()), str(g["count"].sum())] for key, g in groups],
         )
@@ -259,13 +257,33 @@ def coverage(
 
 @app.command(name="tasks")
 def list_tasks() -> None:
-    """List the tasks and the models that come with the package."""
+    """List the tasks."""
     table = Table("name", "what it is")
     for name in TASKS:
         table.add_row(name, (builder(name).__doc__ or "").strip().splitlines()[0])
-    for name in zoo.names():
-        table.add_row(name, "model that comes with the package")
     console.print(table)
+
+
+@app.command(name="models")
+def list_models(
+    remove: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take a fetched model out of the cache.")
+    ] = None,
+) -> None:
+    """List the models known by name: those that come with the package, and those to fetch."""
+    with _one_line_errors():
+        if remove is not None:
+            _say(f"removed {escape(str(shelf.remove(remove)))}")
+            return
+        rows = [
+            [m.name, f"{m.parameters / 1e6:,.1f} M", f"{m.size / 1e6:,.1f} MB", m.state, m.licence]
+            for m in shelf.models()
+        ]
+        _print_table(
+            f"models; those to fetch are kept in {shelf.cache()}",
+            ["name", "parameters", "on disk", "where", "licence"],
+            rows,
+        )
 
 
 @app.command()
@@ -299,10 +317,10 @@ def export(
                 f"`--in-graph` is for reading {MIB} and `--model` for reading or writing it; got "
                 f"{source.name!r} and {target.name!r}; leave the option out"
             )
-        bridge = _boot(model)[0] if model else None
+        bridge = zoo.load(model) if model else None
         graph = from_mib(source, bridge, in_graph=in_graph) if reads else load(source)
         if writes and bridge is None:
-            bridge = _boot(graph.graph["model"])[0]
+            bridge = zoo.load(graph.graph["model"])
         written = save(graph, target, model=bridge if writes else None)
         _say(f"wrote {escape(str(written))}")
 
@@ -467,69 +485,11 @@ def _called(model: str) -> str:
     return Path(model).name or model
 
 
-_MODEL = (
-    f"the model must be one of {', '.join(zoo.names())}, a folder that holds one, or a name on the "
-    "Hugging Face hub"
-)
+def _shown(model: Any) -> str:
+    """A booted model's name, and how its weights were stored if they were quantised."""
+    from relp.bridge import quantization
 
-
-def _check_model(name: str) -> None:
-    """Refuses what is no shipped model, no folder of one, and no name that a hub could have."""
-    if name in zoo.names():
-        return
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_model_folder(name, folder)
-    elif folder.exists():
-        raise ValueError(f"{_MODEL}; {name!r} is a file; give the folder that it lies in")
-    elif not HUB_NAME.fullmatch(name):
-        raise ValueError(f"{_MODEL}; there is no folder {name!r}; check the path")
-
-
-def _check_model_folder(name: str, folder: Path) -> None:
-    """Says which part of a saved model is missing."""
-    for what, patterns, mend in (
-        ("config.json", ("config.json",), "save the model there with model.save_pretrained"),
-        ("weights", WEIGHTS, "save the model there with model.save_pretrained"),
-        ("tokenizer", TOKENIZERS, "save its own there with tokenizer.save_pretrained"),
-    ):
-        if not any(file for pattern in patterns for file in folder.glob(pattern)):
-            raise ValueError(
-                f"a model's folder must hold config.json, weights ({' or '.join(WEIGHTS)}) and a "
-                f"tokenizer; {name!r} has no {what}; {mend}"
-            )
-
-
-def _boot(name: str) -> tuple[Any, str]:
-    """The model in eval mode, and the name that results carry."""
-    _check_model(name)
-    if name in zoo.names():
-        return zoo.load(name), name
-    from transformer_lens.model_bridge import TransformerBridge
-
-    folder = Path(name).expanduser()
-    here = folder.is_dir()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = TransformerBridge.boot_transformers(str(folder) if here else name)
-    except Exception as error:  # the hub, configs and adapters each raise their own kind
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()),
-            type(error).__name__,
-        )
-        got = f"{name!r} could not be booted ({reason})"
-        do = "check that TransformerBridge knows its architecture and that its files are whole"
-        if not here:
-            got = f"{name!r} is no folder here and could not be fetched ({reason})"
-            do = "check the spelling and the connection, or give the path of a folder"
-        raise ValueError(f"{_MODEL}; {got}; {do}") from error
-    if model.tokenizer is None:
-        raise ValueError(
-            f"the model must have a tokenizer to build a task; {name!r} has none; save one into "
-            "its folder with tokenizer.save_pretrained"
-        )
-    return model.eval(), _called(name)
+    return ", ".join(filter(None, (_called(model.cfg.model_name), quantization(model))))
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ edge   score           float  in units of the metric; the sign is that of `Score
        structural      bool   True: leads from a key/value head to a query head
        reader          str    the reader in full (`L9H6.q`), empty for structural edges
 graph  model, task, rules, direction, metric, level  str, as in `Scores`
-       versions, dtype, weights  str, of the libraries and the model, as in `Provenance`
+       versions, dtype, weights, quantization  str, as in `Provenance`
        compatibility   bool   True if the bridge was in compatibility mode
        metric_clean    float  mean of the metric over the clean prompts
        metric_corrupt  float  mean of the metric over the corrupt prompts
@@ -78,6 +78,7 @@ GRAPH: Mapping[str, type] = {
     "versions": str,
     "dtype": str,
     "weights": str,
+    "quantization": str,
     "compatibility": bool,
     "metric_clean": float,
     "metric_corrupt": float,
@@ -87,6 +88,11 @@ GRAPH: Mapping[str, type] = {
     "positions": bool,
     "neurons": str,
 }
+UNSTATED: Mapping[str, object] = {
+    **{name: "unknown" if kind is str else kind() for name, kind in GRAPH.items()},
+    "quantization": "",
+}
+"""What the graph's attributes are where a file does not say."""
 
 
 def assemble(

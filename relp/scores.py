@@ -62,6 +62,8 @@ class Provenance:
     """Of the model's weights."""
     weights: str = "unknown"
     """A fingerprint of them."""
+    quantization: str = ""
+    """How they were stored before they were dequantised, as `Q4_1 (4-bit)`; else empty."""
     compatibility: bool = False
     """Whether the bridge was in TransformerLens' compatibility mode, whose weights are others."""
 
@@ -79,7 +81,8 @@ class Provenance:
     @property
     def title(self) -> str:
         """One line that says where the numbers come from."""
-        return f"{self.rules} · {self.model} · {self.task} · {self.direction}"
+        model = f"{self.model}, {self.quantization}" if self.quantization else self.model
+        return f"{self.rules} · {model} · {self.task} · {self.direction}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -285,6 +288,7 @@ class Scores(ABC):
             f"{type(self).__name__}({self.level}s{list(self.table.shape)} {self._axes()}, "
             f"model={self.model!r}, task={self.task!r}, rules={self.rules!r}, "
             f"direction={str(self.direction)!r}, metric={self.metric!r}"
+            + (f", quantization={q!r}" if (q := self.provenance.quantization) else "")
             + (f", remainder={sum(self.remainder.values()):+.4f}" if self.remainder else "")
             + ")"
         )

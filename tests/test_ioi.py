@@ -24,8 +24,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from tasks import ioi, zoo
+from tasks import ioi
 from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, build, draw
+from tasks.zoo.shelf import HERE
 
 rng = random.Random(0)
 TEXTS = [
@@ -143,7 +144,7 @@ def gemma() -> PreTrainedTokenizerFast:
 
 def shipped(name: str) -> Callable[[], PreTrainedTokenizerFast]:
     def build() -> PreTrainedTokenizerFast:
-        folder = str(zoo.HERE / name)
+        folder = str(HERE / name)
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
         return tokenizer
 

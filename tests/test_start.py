@@ -56,6 +56,8 @@ REFUSED = {
     "compare --model .": "a model's folder must hold",
     "coverage a/b/c": "the model must be one of",
     "coverage --rules no": "rules must be one of",
+    "coverage down/page.gguf": "a GGUF file must begin with the letters GGUF",
+    "models --remove no": "a model to remove must be one of smollm2-135m; got 'no'",
 }
 SCRIPT = """
 import json, sys
@@ -70,9 +72,10 @@ print(sorted(slow & set(sys.modules)))
 
 
 def test_what_is_wrong_or_asked_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
-    for name in ("file", "old.safetensors"):
+    (tmp_path / "down").mkdir()
+    for name in ("file", "old.safetensors", "down/page.gguf"):
         (tmp_path / name).write_text("")
-    commands = ("", "discover", "patch", "compare", "coverage", "tasks", "export")
+    commands = ("", "discover", "patch", "compare", "coverage", "tasks", "models", "export")
     helps = [f"{command} --help" for command in commands]
     lines = str([*helps, *REFUSED]).replace("'", '"')
     *answers, slow = python("-c", SCRIPT, lines, cwd=tmp_path).stdout.split("\0")
@@ -83,7 +86,7 @@ def test_what_is_wrong_or_asked_is_answered_before_torch_is_imported(tmp_path: P
         assert (asked, code) == (line, "0" if line in helps else "1")
         assert said.startswith(f"error: {message}" if message else "") and said.count("\n") < 2
         assert bool(said) == bool(message)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "old.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["down", "file", "old.safetensors"]
 
 
 # -- names that come when they are used ------------------------------------------------------------

@@ -24,7 +24,8 @@ from relp.bridge.norms import norm_parameters
 from relp.bridge.rerun import Rerun, _same
 from relp.bridge.run import own_forward
 from relp.bridge.source import fingerprint
-from tasks import Task, zoo
+from tasks import Task
+from tasks.zoo.shelf import HERE
 
 
 @contextmanager
@@ -199,7 +200,7 @@ def test_models_that_read_both_ways_run_all_positions(tmp_path: Path) -> None:
 
 
 def zoo_tokenizer(folder: Path) -> int:
-    tokenizer = AutoTokenizer.from_pretrained(zoo.HERE / "ioi-llama")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "ioi-llama")
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 

@@ -12,6 +12,7 @@ from typing import Any
 import networkx as nx
 
 from circuits.graph import real_edges, size
+from relp import Provenance
 
 __all__ = [
     "DARK",
@@ -109,8 +110,7 @@ def plain(text: str) -> str:
 
 def heading(graph: nx.MultiDiGraph) -> str:
     """Where a circuit's numbers come from: the same line as `Scores.title`."""
-    g = graph.graph
-    return f"{g['rules']} · {g['model']} · {g['task']} · {g['direction']}"
+    return Provenance.of(graph.graph).title
 
 
 def extent(graph: nx.MultiDiGraph) -> str:

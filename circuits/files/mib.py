@@ -44,7 +44,7 @@ import networkx as nx
 import torch
 
 from circuits.files.texts import read_circuit, write_text
-from circuits.graph import GRAPH, assemble, check_circuit, real_edges
+from circuits.graph import UNSTATED, assemble, check_circuit, real_edges
 from relp import Direction, EdgeScores, Layout, Pairs, Provenance, check_texts
 from relp.bridge import Sites
 
@@ -57,7 +57,7 @@ SAID = (
 """Of a file that is no graph of this format."""
 
 _UNKNOWN = ("level", "total_edges", "positions", "neurons")
-_LABELS = {n: k for n, k in GRAPH.items() if n not in _UNKNOWN}
+_LABELS = {n: v for n, v in UNSTATED.items() if n not in _UNKNOWN}
 
 
 class _Edge(NamedTuple):
@@ -291,10 +291,7 @@ def from_text(text: str, *, shape: Shape | None, in_graph: bool = False) -> nx.M
         raise ValueError(f"a model with {shape.cfg} has no edge {next(iter(entries))!r}")
 
     table = torch.zeros(marked.shape, dtype=torch.float64)
-    labels: dict[str, Any] = {
-        n: "unknown" if kind is str else kind() for n, kind in _LABELS.items()
-    }
-    labels |= {"direction": "denoise"} | data.get("relp", {})
+    labels: dict[str, Any] = {**_LABELS, "direction": "denoise"} | data.get("relp", {})
     sign = Direction(labels["direction"]).sign
     for at, parts in terms.items():
         table[at] = sign * math.fsum(parts)

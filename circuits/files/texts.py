@@ -9,7 +9,7 @@ from pathlib import Path
 
 import networkx as nx
 
-from circuits.graph import check_circuit
+from circuits.graph import UNSTATED, check_circuit
 from relp import check_texts, written_whole
 
 __all__ = ["check_storable", "read_circuit", "write_text"]
@@ -20,7 +20,7 @@ _RESERVED = {
     "node_for_adding", "self", "u_for_edge", "v_for_edge",  # arguments of networkx
 }  # fmt: skip
 
-SINCE = {"versions": str, "dtype": str, "weights": str, "compatibility": bool}
+SINCE = ("versions", "dtype", "weights", "quantization", "compatibility")
 """Attributes of the graph that earlier files lack."""
 
 
@@ -83,8 +83,8 @@ def read_circuit(path: Path, read: Callable[[str], nx.MultiDiGraph], said: str) 
     try:
         graph = read(path.read_text(encoding="utf-8"))
         if isinstance(graph, nx.MultiDiGraph):  # older files do not say all of it
-            for name, kind in SINCE.items():
-                graph.graph.setdefault(name, kind() if kind is bool else "unknown")
+            for name in SINCE:
+                graph.graph.setdefault(name, UNSTATED[name])
         return check_circuit(graph)
     # ElementTree's ParseError is a SyntaxError
     except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, nx.NetworkXException,

@@ -9,6 +9,7 @@ from relp.bridge.memory import (
     pairs_kept,
     prompts_per_run,
 )
+from relp.bridge.quantized import quantization
 from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
 from relp.bridge.run import (
     answers_only,
@@ -65,6 +66,7 @@ __all__ = [
     "precise_logits",
     "prompts_per_run",
     "provenance",
+    "quantization",
     "reading",
     "readings",
     "received",

@@ -205,8 +205,8 @@ class Basis:
 def weight(projection: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """The matrix that a linear module multiplies by, whichever way round its class stores it.
 
-    Where its `weight` is not what it computes with (an adapter beside it, quantised or offloaded
-    weights) the matrix is read off the module, run on unit vectors.
+    Where its `weight` is not what it computes with (an adapter beside it, offloaded weights) the
+    matrix is read off the module, run on unit vectors.
 
     Raises:
         RuntimeError: the module is no linear map.
@@ -231,7 +231,7 @@ def shape(projection: nn.Module) -> tuple[int, int]:
     """`(d_out, d_in)` of a linear module, without its weights."""
     module = inner(projection)
     if hasattr(module, "out_features") and hasattr(module, "in_features"):
-        # 4-bit weights are packed
+        # what wraps a layer (an adapter) may have no weight of its own
         return int(module.out_features), int(module.in_features)
     d_out, d_in = module.weight.shape
     return (d_in, d_out) if _is_transposed(module) else (d_out, d_in)
@@ -280,7 +280,7 @@ def _measured(module: Any) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "
     if not error <= max(1e-3, 8 * torch.finfo(units.dtype).eps) * max(size, 1e-6):
         raise RuntimeError(
             f"a projection must be a linear map to have edges; a {type(module).__name__} differs "
-            f"from the matrix that it shows by {error:.2g} of {size:.2g}; merge the adapter, load "
-            "the weights unquantised, or use level='node'"
+            f"from the matrix that it shows by {error:.2g} of {size:.2g}; merge the adapter, or "
+            "use level='node'"
         )
     return matrix, offset

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from relp.bridge.basis import Basis, Matrix, Slot, inner, shape
+from relp.bridge.quantized import check_unpacked
 from relp.layout import Component, Layout
 from relp.protocols import ModelLike
 
@@ -121,7 +122,8 @@ class Sites:
 
         Raises:
             TypeError: `model` is not a TransformerBridge with one stack of blocks.
-            ValueError: the model is in train mode, or a block has no part that it knows.
+            ValueError: the model is in train mode, its weights are packed, or a block has no part
+                that it knows.
         """
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         missing = [p for p in ("blocks", "cfg", "ln_final", "unembed") if not hasattr(model, p)]
@@ -139,6 +141,8 @@ class Sites:
                 f"the model must be in eval mode, or dropout makes every number noise; "
                 f"{training[0]!r} is in train mode; call model.eval()"
             )
+        inside: Any = model
+        check_unpacked(getattr(inside, "original_model", inside))
         points: dict[str, nn.Module] = {
             "final": model.ln_final.hook_in,
             "unembed": model.unembed.hook_in,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relp.bridge.quantized import quantization
 from relp.bridge.sites import Sites
 from relp.choices import Direction
 from relp.protocols import TaskLike
@@ -34,6 +35,7 @@ def provenance(sites: Sites, task: TaskLike, direction: Direction, rules: str) -
         versions=versions(),
         dtype=dtype,
         weights=weights,
+        quantization=quantization(sites.model),
         compatibility=bool(getattr(sites.model, "compatibility_mode", False)),
     )
 

@@ -1,51 +1,57 @@
-"""Small trained models that come with the package: `load("ioi-gpt2")`, no download.
+"""Models by name: `load("ioi-gpt2")` comes with relp, `load("smollm2-135m")` is fetched once.
 
-Both know indirect object identification (`tasks.ioi`) and little else. `tasks.zoo.train` made
-them from `tasks.zoo.corpus`.
+The small ones know indirect object identification (`tasks.ioi`) and little else; `tasks.zoo.train`
+made them from `tasks.zoo.corpus`. `tasks.zoo.downloads` lists those that are fetched.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from tasks.zoo import boot
+from tasks.zoo.shelf import names
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 __all__ = ["load", "names"]
 
-HERE = Path(__file__).parent
 
-
-def names() -> list[str]:
-    """The models that can be loaded.
-
-    >>> zoo.names()
-    ['ioi-gpt2', 'ioi-llama']
-    """
-    return sorted(config.parent.name for config in HERE.glob("*/config.json"))
-
-
-def load(name: str) -> TransformerBridge:
-    """A zoo model on the CPU, in float32 and eval mode, with its tokenizer.
+def load(model: Any, tokenizer: Any = None) -> TransformerBridge:
+    """A model in eval mode, with its tokenizer.
 
     >>> model = zoo.load("ioi-gpt2")
+    >>> model.cfg.model_name
+    'ioi-gpt2'
+
+    Args:
+        model: a name out of `names()`, which is loaded on the CPU in float32 (a large one is
+            fetched when it is first asked for, which is said); a folder that a model was saved
+            in; a GGUF file, or a folder with one and no saved model, which is dequantised to
+            float32; a name on the Hugging Face hub; or a model of transformers that is loaded,
+            which is wrapped as it is.
+        tokenizer: that of a loaded model, saved or fetched; others have their own, and take this
+            one in its place.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, a part of it is missing or unreadable, or something
+            that it needs is not installed.
+        TypeError: `model` is something else, or `tokenizer` is missing.
+        OSError: it must be fetched, and the package index or the cache cannot be used.
     """
-    if name not in names():
-        raise ValueError(f"`name` must be one of {names()}; got {name!r}; choose one of them")
-    # Imported here: `import tasks` should not wait for TransformerLens.
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers.utils import logging
+    if isinstance(model, str | PathLike):
+        return boot.boot(fspath(model), tokenizer)
+    from transformers import PreTrainedModel
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = TransformerBridge.boot_transformers(str(HERE / name), device="cpu")
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    model.cfg.model_name = name  # results should name the model, not a folder of this machine
-    return model.eval()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            "`model` must be a name, a path or a loaded model of transformers; got a "
+            f"{type(model).__name__}; `zoo.names()` lists the names"
+        )
+    if tokenizer is None:
+        raise TypeError(
+            f"`tokenizer` must be given with a loaded model; got none with a {type(model).__name__}"
+            "; give AutoTokenizer.from_pretrained(...) of the same model"
+        )
+    return boot.wrapped(model, tokenizer)

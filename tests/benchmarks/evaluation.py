@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from circuits import evaluate, patch
 from relp import GRADIENT, PRESETS, Scores, attribute
 from tasks import ioi, zoo
+from tasks.zoo.shelf import shipped
 
 MEANING = """
 Edges are scored on {pairs} pairs of prompts; circuits of the best edges, in the sizes of MIB
@@ -34,7 +35,7 @@ and one backward of the plain model on the same pairs. One thread; two small mod
 def main(pairs: int = 16, exact: bool = False) -> None:
     """Prints one table for each model."""
     print(MEANING.format(pairs=pairs))
-    for name in zoo.names():
+    for name in shipped():
         table = compared(name, pairs, exact=exact)
         print(f"{name}\n{table.to_string(float_format='{:.3f}'.format, na_rep='–')}\n", flush=True)
 
