@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from circuits.files.formats import load, save
     from circuits.files.mib import from_mib, to_mib
     from circuits.graph import assemble
-    from circuits.judge.agreement import agreement, auroc
+    from circuits.judge.agreement import agreement, agreement_tests, auroc
     from circuits.judge.evaluation import compare, evaluate
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
     from circuits.search.acdc import acdc
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "acdc",
     "agreement",
+    "agreement_tests",
     "assemble",
     "auroc",
     "between",
@@ -45,7 +46,7 @@ lazy.lazily(
     __name__,
     {
         "search.acdc": "acdc",
-        "judge.agreement": "agreement auroc",
+        "judge.agreement": "agreement agreement_tests auroc",
         "draw": "draw",
         "judge.evaluation": "compare evaluate",
         "files.formats": "load save",

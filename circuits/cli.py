@@ -315,11 +315,16 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; where the screen would cut a word or a number of it, a line for each cell."""
+def _print_table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, blocks: bool = False
+) -> None:
+    """A table; where the screen would cut a word or a number of it, a line for each cell.
+
+    `blocks`: a line between rows that begin with another word.
+    """
     table = Table(*map(escape, headers), title=escape(title))
-    for row in rows:
-        table.add_row(*map(escape, row))
+    for row, below in zip(rows, [*rows[1:], rows[-1]], strict=True):
+        table.add_row(*map(escape, row), end_section=blocks and row[0] != below[0])
     shown = ["".join(part.text for part in line) for line in console.render_lines(table)]
     words = Counter(" ".join(cell for row in (headers, *rows) for cell in row).split())
     if words <= Counter(" ".join(shown).split()):
@@ -336,18 +341,36 @@ def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str
 def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
     from circuits import agreement
 
-    frame = agreement(scores, effect)
-    names = [s.rules for s in scores]
-    rows = []
-    for kind in dict.fromkeys(frame["kind"]):
-        of = frame[frame["kind"] == kind].set_index("rules")
-        measured = of[["pearson", "relative_error"]]
-        cells = (
-            f"{_or_dash(r, '.3f')} ({_or_dash(e, '.2f')})" for r, e in measured.loc[names].values
+    frame = agreement(scores, effect).sort_values("kind", key=_as_met, kind="stable")
+    rows = [
+        [
+            *(row.kind, row.rules),
+            _or_dash(row.pearson, ".3f") + "*" * int(row.hangs),
+            _or_dash(row.pearson_rest, ".3f"),
+            *(_or_dash(v, ".2f") for v in (row.spearman, row.signs, row.relative_error)),
+            _or_dash(row.overlap, ".2f"),
+            f"{row.cells:,}",
+        ]
+        for row in frame.itertuples()
+    ]
+    title = "agreement with exact patching, mean over pairs"
+    headers = ["kind", "rules", "r", "without largest", "ρ", "signs", "error", "overlap", "cells"]
+    _print_table(title, headers, rows, blocks=True)
+    _say(
+        "r: Pearson's, over all cells, and without the one of the largest effect; ρ (Spearman's) "
+        "and share of right signs: over the cells with effects above rounding and 1 % of the gap"
+    )
+    if frame["hangs"].any():
+        _say(
+            "*: one cell decides r: it has more than half of the squared effects, or r moves by "
+            "more than 0.1 without it"
         )
-        rows.append([kind, *cells])
-    title = "agreement with exact patching: Pearson r per pair (relative error)"
-    _print_table(title, ["kind", *names], rows)
+
+
+def _as_met(kinds: Any) -> Any:
+    """Sorts rows of the same kind together, in the order in which kinds first come."""
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    return kinds.map(order)
 
 
 def _or_dash(value: float, form: str) -> str:
