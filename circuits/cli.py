@@ -35,6 +35,8 @@ SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
+LARGE = 1e10
+"""Cells times weights from which on exact patching is of a sample; of GPT-2 small they are 4e11."""
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("*token*", "*vocab*", "*.model", "*merges*", "*.tiktoken", "tekken.json")
 """What a model's folder holds of each, as the hub's libraries write it."""
@@ -56,6 +58,10 @@ Model = Annotated[
 ]
 Pairs = Annotated[int, typer.Option(min=1, help="Pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Which prompts are drawn.")]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Patch everything, however long it takes, not a sample of it."),
+]
 
 
 @app.command()
@@ -81,6 +87,7 @@ def discover(
             "run are replaced."
         ),
     ] = None,
+    exact: Exact = False,
 ) -> None:
     """Find the circuit of a task, check it against exact patching, draw it.
 
@@ -96,7 +103,7 @@ def discover(
         _check_model(model)
         _check_folder(folder)
 
-        from circuits import faithfulness, patch, save
+        from circuits import faithfulness, save
         from circuits.graph import size
         from relp import PRESETS, attribute
 
@@ -122,7 +129,7 @@ def discover(
         # what took long and is small comes first: the rest can be made from it
         with _written(folder):
             _say(f"wrote {escape(str(save(circuit, folder / f'{task}.json')))}")
-        _print_agreement(scores, patch(bridge, prompts))
+        _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
         kept = faithfulness(bridge, prompts, circuit)
         total = circuit.graph["total_edges"]
         summary = (
@@ -194,13 +201,14 @@ def compare(
     model: Model = "ioi-gpt2",
     pairs: Pairs = 16,
     seed: Seed = 0,
+    exact: Exact = False,
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
     with _one_line_errors():
         make = _task(task)
         _check_model(model)
 
-        from circuits import evaluate, patch
+        from circuits import evaluate
         from relp import PRESETS, attribute
 
         bridge, name = _boot(model)
@@ -208,7 +216,7 @@ def compare(
         others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
         _say(f"[bold]{escape(name)}[/] on {escape(repr(prompts))}")
         scores = [attribute(bridge, prompts, rules=r) for r in PRESETS.values()]
-        _print_agreement(scores, patch(bridge, prompts))
+        _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
         edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
         found = evaluate(bridge, others, edges)
         shown = [i for i, size in enumerate(found.sizes) if 0.002 <= size <= 0.05]
@@ -336,6 +344,29 @@ def _print_table(
         _say("")
         for header, cell in zip(headers, row, strict=True):
             _say(f"{escape(header):{width}} {escape(cell)}")
+
+
+def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) -> Any:
+    """Exact effects; of large models only some, and how much the others may hold is said."""
+    from circuits import missed, patch, verify
+    from circuits.exact.verify import BUDGET
+
+    cells = scores[0].nodes[0].numel()
+    size = cells * sum(p.numel() for p in bridge.parameters())
+    if exact or cells <= BUDGET or size < LARGE:
+        return patch(bridge, prompts)
+    effect = verify(bridge, prompts, scores, budget=BUDGET)
+    if effect.strata is None:
+        return effect
+    _say(
+        f"measured {effect.rules.removeprefix('exact, ')} that change anything: for each kind half "
+        "of them the strongest by any of the rules, half drawn from the rest (--exact: all)"
+    )
+    rows = missed(effect).query("at_most > 0").itertuples()
+    few = ", ".join(f"{r.at_most:,} of {r.cells - r.measured:,} {r.kind} cells" for r in rows)
+    if few:
+        _say(f"not measured, but perhaps as large as the tenth largest (95 %): at most {few}")
+    return effect
 
 
 def _print_agreement(scores: Sequence[Any], effect: Any) -> None:

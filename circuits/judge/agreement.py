@@ -65,8 +65,9 @@ def agreement(
       most their `resolution`, which is rounding, leaving out those that are 0 as their score is,
       where nothing changes; 0 for effects that state none.
     - `…_low`, `…_high`: 95 % bootstrap intervals of the measures over pairs, and over the cells of
-      each stratum if those were drawn. NaN for a single pair. Of edges only what comes of drawing
-      cells is known, and there is no interval if none were drawn.
+      each stratum if those were drawn. NaN for a single pair, and for edges, which are means over
+      pairs already. A large effect that the lot missed is in no interval: `missed` says how many
+      there may be.
 
     Where fewer than three effects are not 0 there is no correlation worth the name: if one token
     differs, the embedding has a single effect, and any estimate of the right sign would get 1. Nor
@@ -97,7 +98,7 @@ def agreement(
 def _row(
     scores: Scores, effect: Scores, group: Group, k: int, seed: int, *, by_layer: bool
 ) -> dict[str, object]:
-    found = Measures.of(group.pairs, k, paired=scores.level == "node")
+    found = Measures.of(group.pairs, k)
     r, rest = found["pearson"], found["pearson_rest"]
     hangs = found["peak"] > PEAK or not abs(r - rest) <= CHANGE
     pairs = int(found.has("pearson").sum())
@@ -156,8 +157,7 @@ def agreement_tests(
     many = _several(scores)
     _check_tests(many, measures, baseline)
     found = [
-        {g.kind: Measures.of(g.pairs, k, paired=True) for g in _groups(s, effect, floor, seed)}
-        for s in many
+        {g.kind: Measures.of(g.pairs, k) for g in _groups(s, effect, floor, seed)} for s in many
     ]
     names = [s.rules for s in many]
     both = [

@@ -155,15 +155,13 @@ class Measures:
 
     within: Mapping[str, Float[np.ndarray, "draw pair"]]
     pooled: Mapping[str, Float[np.ndarray, "draw pair moment"]]
-    paired: bool
-    """False if the one pair is a mean over all: then there are no others to draw."""
 
     @classmethod
-    def of(cls, pairs: Sequence[Cells], k: int, *, paired: bool) -> Measures:
+    def of(cls, pairs: Sequence[Cells], k: int) -> Measures:
         """All measures of some cells."""
         formulas = {**WITHIN, "overlap": lambda c: overlap(c, k), "peak": peak}
         within = {name: np.stack([f(c) for c in pairs], -1) for name, f in formulas.items()}
-        return cls(within, {name: f(pairs) for name, f in POOLED.items()}, paired)
+        return cls(within, {name: f(pairs) for name, f in POOLED.items()})
 
     def __getitem__(self, name: str) -> float:
         """The measure: its mean over the pairs that have it, or that of all of them together."""
@@ -186,11 +184,8 @@ class Measures:
         if name in self.within:
             table = table[:, self.has(name) if chosen is None else chosen]
         drawn = table[1:] if len(table) > 1 else table
-        if self.paired:
-            weights = resamples(table.shape[1], seed)
-            weights = weights[: len(drawn)] if len(drawn) > 1 else weights
-        else:
-            weights = np.full(table.shape[1:2], 1.0 if len(drawn) > 1 else np.nan)
+        weights = resamples(table.shape[1], seed)
+        weights = weights[: len(drawn)] if len(drawn) > 1 else weights
         if name in self.pooled:
             return _correlation((weights[..., None] * drawn).sum(1))
         return _mean(drawn, weights)
