@@ -359,7 +359,7 @@ def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) 
     if effect.strata is None:
         return effect
     _say(
-        f"measured {effect.rules.removeprefix('exact, ')} that change anything: for each kind half "
+        f"measured {effect.rules.removeprefix('exact (').rstrip(')')} that change anything: for each kind half "
         "of them the strongest by any of the rules, half drawn from the rest (--exact: all)"
     )
     rows = missed(effect).query("at_most > 0").itertuples()

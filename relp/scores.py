@@ -245,7 +245,7 @@ class Scores(ABC):
         return replace(self, **change)
 
     @property
-    def weights(self) -> Float[Tensor, "*cell"] | None:
+    def sampling_weights(self) -> Float[Tensor, "*cell"] | None:
         """How many cells each measured one stands for: of its stratum, all by those measured.
 
         The inverse of the probability with which it was drawn; 0 for what is not measured. None if

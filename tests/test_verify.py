@@ -55,7 +55,7 @@ def test_kinds_share_alike_and_small_ones_leave_what_they_do_not_need() -> None:
     of = [int((found.measured & ~idle)[kind == k].sum()) for k in range(3)]
     assert of == [3, 25, 25]
     assert found.measured[idle].all() and (found.stratum[idle] == CERTAIN).all()
-    assert found.title == "exact, 53 of 400 cells"
+    assert found.title == "exact (53 of 400 cells)"
     for number in np.unique(found.stratum[found.stratum > 0]):
         inside = found.stratum == number
         assert 2 <= (inside & found.measured).sum() < inside.sum()
@@ -153,7 +153,7 @@ def test_weighted_means_are_right_on_average(measured: Any) -> None:
         hidden = ~torch.from_numpy(found.measured.reshape(54, 16))
         some = replace(effect, nodes=effect.nodes.masked_fill(hidden, torch.nan),
                        strata=torch.from_numpy(found.stratum.reshape(54, 16)))  # fmt: skip
-        weights = some.weights
+        weights = some.sampling_weights
         assert weights is not None and float(weights.sum()) == pytest.approx(54 * 16)
         means.append(float((weights * true).sum() / (54 * 16)))
         if seed < 40:
@@ -171,23 +171,25 @@ def test_what_is_measured_is_what_patch_gives(measured: Any, tmp_path: Path) -> 
     model, task, scores, effect = measured
     some = verify(model, task, scores, budget=80, seed=1, progress=False)
     known = ~some.nodes.isnan()
-    assert torch.equal(some.nodes[known], effect.nodes[known]) and isinstance(some, NodeEffects)
+    # another list of cells makes other batches, which round differently
+    torch.testing.assert_close(some.nodes[known], effect.nodes[known], atol=1e-5, rtol=1e-5)
+    assert isinstance(some, NodeEffects)
     assert (some.resolution, some.components) == (effect.resolution, effect.components)
     assert torch.equal(known[0], known[1])
     # what changes nothing is known to be 0, and beside it is just the budget
     idle = (effect.nodes == 0).all(0)
     busy = int((~idle).sum())
     assert int((known[0] & ~idle).sum()) == 80 < busy and known[0][idle].float().mean() > 0.99
-    assert re.fullmatch(r"exact, 80 of \d+ cells", some.rules)
+    assert re.fullmatch(r"exact \(80 of \d+ cells\)", some.rules)
     again, other = (verify(model, task, scores, budget=80, seed=s, progress=False) for s in (1, 2))
     assert torch.equal(again.strata, some.strata)
     torch.testing.assert_close(again.nodes, some.nodes, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(other.nodes.isnan(), some.nodes.isnan())
     back = Scores.load(some.save(tmp_path / "some.safetensors"))
     assert isinstance(back, NodeEffects) and torch.equal(back.strata, some.strata)
-    assert torch.equal(back.weights, some.weights)
+    assert torch.equal(back.sampling_weights, some.sampling_weights)
     for changed in (some.by_span(), some.together()):
-        assert changed.strata is None and changed.weights is None
+        assert changed.strata is None and changed.sampling_weights is None
     # everything that reads effects takes it
     table = agreement(scores, some)
     assert table["overlap"][table["kind"] == "head"].isna().all() and table["pearson"].notna().all()
@@ -215,9 +217,9 @@ def test_edges_are_drawn_by_slot(tiny: Any, positions: bool) -> None:
     known = ~found.edges.isnan() & found.layout.exists
     edges = [(found.writers[w], found.readers[r]) for *_, w, r in known.nonzero().tolist()]
     whole = patch(tiny, task, level="edge", edges=edges, positions=positions, progress=False)
-    assert torch.equal(found.edges[known], whole.edges[known])
+    torch.testing.assert_close(found.edges[known], whole.edges[known], atol=1e-5, rtol=1e-5)
     assert (found.edges[~found.layout.exists.expand(known.shape)] == 0).all()
-    assert re.fullmatch(r"exact, 40 of [\d,]+ cells", found.rules)
+    assert re.fullmatch(r"exact \(40 of [\d,]+ cells\)", found.rules)
     if not positions:  # else some are known for nothing
         slots = [found.layout.targets[r][1] for _, r in known.nonzero().tolist()]
         assert {slot: slots.count(slot) for slot in slots} == dict.fromkeys("q k v in".split(), 10)

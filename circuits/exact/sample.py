@@ -32,7 +32,7 @@ class Sample(NamedTuple):
         if self.measured.all():
             return "exact"
         busy = ~self.idle
-        return f"exact, {self.measured[busy].sum():,} of {busy.sum():,} cells"
+        return f"exact ({self.measured[busy].sum():,} of {busy.sum():,} cells)"
 
 
 def drawn(

@@ -69,8 +69,8 @@ def verify(
 
     Returns:
         Effects as `patch` gives them, NaN where a cell was not measured, with `strata` and
-        `weights` (how many cells of its stratum each one stands for). All of them, without strata,
-        if the budget is enough: then they are the numbers that `patch` gives.
+        `sampling_weights` (how many cells of its stratum each stands for). All of them, without
+        strata, if the budget is enough: then they are the numbers that `patch` gives.
 
     Raises:
         ValueError: scores are of another model, task, metric or direction than the rest, by span,

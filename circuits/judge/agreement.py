@@ -10,7 +10,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from scipy import stats
 from torch import Tensor
 
@@ -270,19 +270,16 @@ def _node_groups(
     at = {name: i for i, name in enumerate(scores.components)}
     estimated = scores.nodes[:, [at[name] for name in effect.components]]
     _must_be_numbers(scores, estimated, ~effect.nodes.isnan())
-    weights = _Weights(effect, seed)
+    compared = _Compared(effect, seed)
     parsed = [Component.parse(name) for name in effect.components]
     layers, positions = [c.layer for c in parsed], torch.arange(effect.nodes.shape[-1])
     measured = (positions < effect.lengths[:, None])[:, None] & ~effect.nodes.isnan()
     floors = (floor * effect.gap.abs()).tolist()
     for kind in [k for k in scores.kinds() if k in effect.kinds()]:
         for layer, rows in _layers(layers, [c.kind == kind for c in parsed], by_layer):
-            pairs = [
-                Cells(_flat(x[chosen]), _flat(y[chosen]), weights.of(chosen), least)
-                for x, y, chosen, least in zip(
-                    estimated, effect.nodes, measured & rows[:, None], floors, strict=True
-                )
-            ]
+            chosen = measured & rows[:, None]
+            each = zip(estimated, effect.nodes, chosen, floors, strict=True)
+            pairs = [compared.cells(*one) for one in each]
             yield Group(kind, layer, pairs)
 
 
@@ -291,7 +288,7 @@ def _edge_groups(
 ) -> Iterator[Group]:
     measured = effect.layout.exists & ~effect.edges.isnan()
     _must_be_numbers(scores, scores.edges, measured)
-    weights = _Weights(effect, seed)
+    compared = _Compared(effect, seed)
     slots = [slot for _, slot in effect.layout.targets]
     layers = [reader.layer for reader, _ in effect.layout.targets]
     least = floor * float(effect.gap.mean().abs())
@@ -299,8 +296,8 @@ def _edge_groups(
         for layer, columns in _layers(layers, [kind in ("edge", s) for s in slots], by_layer):
             chosen = measured & columns
             if chosen.any():
-                x, y = _flat(scores.edges[chosen]), _flat(effect.edges[chosen])
-                yield Group(kind, layer, [Cells(x, y, weights.of(chosen), least)])
+                cells = compared.cells(scores.edges, effect.edges, chosen, least)
+                yield Group(kind, layer, [cells])
 
 
 def _layers(
@@ -315,30 +312,37 @@ def _layers(
         yield layer, inside & (torch.tensor(layers) == layer)
 
 
-class _Weights:
-    """How many cells each measured one stands for, in each draw of them."""
+class _Compared:
+    """Makes cells of what is chosen in the tables of effects, with what each stands for."""
 
     def __init__(self, effect: Scores, seed: int) -> None:
-        weights, strata = effect.weights, effect.strata
-        self._drawn: np.ndarray | None = None
-        if weights is None or strata is None or not bool((weights > 1).any()):
+        self._weights = effect.sampling_weights
+        self._draws = np.empty((0, 0))
+        if self._weights is None or effect.strata is None:
             return
-        measured = (weights > 0).flatten()
-        weight, stratum = (v.flatten()[measured].numpy() for v in (weights, strata))
-        self._drawn = redrawn(weight, stratum, seed)
-        self._column = (measured.cumsum(0) - 1).reshape(weights.shape).numpy()
+        lot = self._weights > 1
+        weight, stratum = self._weights[lot].numpy(), effect.strata[lot].cpu().numpy()
+        self._draws = redrawn(weight, stratum, seed) if len(weight) else self._draws
+        self._column = (lot.flatten().cumsum(0) - 1).reshape(lot.shape)
 
-    def of(self, chosen: Bool[Tensor, "*cell"]) -> Float[np.ndarray, "draw cell"]:
-        if self._drawn is None:
-            return np.ones((1, int(chosen.sum())))
-        return self._drawn[:, self._column[chosen.numpy()]]
+    def cells(
+        self, score: Tensor, effect: Tensor, chosen: Bool[Tensor, "*cell"], floor: float
+    ) -> Cells:
+        """Those of one pair."""
+        x, y = _flat(score[chosen]), _flat(effect[chosen])
+        if self._weights is None:
+            return Cells(x, y, np.ones(len(x)), self._draws, floor)
+        weight, draws = self._weights[chosen], self._draws
+        if len(draws):
+            draws = draws[:, self._column[chosen][weight > 1].numpy()]
+        return Cells(x, y, weight.numpy(), draws, floor)
 
 
 def _unresolved(pairs: Sequence[Cells]) -> float:
     """Share of the effects that are 0, where the score says that something changes."""
     changed = [c.at((c.score != 0) | (c.effect != 0)) for c in pairs]
     zero, all_ = (
-        sum(float(c.weight[0] @ of(c)) for c in changed)
+        sum(float(c.weight @ of(c)) for c in changed)
         for of in (lambda c: c.effect == 0, lambda c: np.ones(len(c.effect)))
     )
     return zero / all_ if all_ else 0.0

@@ -1,7 +1,7 @@
 """The measures of agreement: each a formula over the cells of a pair, and what pairs make of it.
 
-A cell that was drawn at random stands for others like it: it counts `weight` times. There is a row
-of weights for each draw that is looked at, the one that was made first; results have as many.
+A cell that was drawn at random stands for others like it: it counts `weight` times, and might have
+counted other times. Results have a row for the draw that was made, and one for each that might.
 """
 
 from __future__ import annotations
@@ -29,14 +29,27 @@ class Cells:
 
     score: Float[np.ndarray, " cell"]
     effect: Float[np.ndarray, " cell"]
-    weight: Float[np.ndarray, "draw cell"]
+    weight: Float[np.ndarray, " cell"]
+    """How many cells each stands for."""
+    draws: Float[np.ndarray, "draw lot"]
+    """The same of those that stand for more than themselves, in draws that might have been made."""
     floor: float
     """Effects up to this have no rank and no sign."""
 
     def at(self, chosen: Bool[np.ndarray, " cell"]) -> Cells:
         """Some of them."""
-        return replace(self, score=self.score[chosen], effect=self.effect[chosen],
-                       weight=self.weight[:, chosen])  # fmt: skip
+        return replace(
+            self,
+            score=self.score[chosen],
+            effect=self.effect[chosen],
+            weight=self.weight[chosen],
+            draws=self.draws[:, chosen[self.lot]] if len(self.draws) else self.draws,
+        )
+
+    @property
+    def lot(self) -> Bool[np.ndarray, " cell"]:
+        """Which stand for more than themselves."""
+        return self.weight > 1
 
     @property
     def above(self) -> Cells:
@@ -56,11 +69,29 @@ class Cells:
     @property
     def undefined(self) -> Draws:
         """What a measure is where there is nothing to measure."""
-        return np.full(len(self.weight), np.nan)
+        return self.same(np.nan)
 
-    def total(self, values: Float[np.ndarray, "*#draw cell"]) -> Draws:
+    def same(self, value: float) -> Draws:
+        """A number that no draw changes."""
+        return np.full(1 + len(self.draws), value)
+
+    @property
+    def weights(self) -> Float[np.ndarray, "draw cell"]:
+        """How many cells each stands for, in each draw."""
+        every = np.repeat(self.weight[None], 1 + len(self.draws), axis=0)
+        if len(self.draws):
+            every[1:, self.lot] = self.draws
+        return every
+
+    def total(self, values: Float[np.ndarray, "*draw cell"]) -> Draws:
         """The sum over all cells that these stand for."""
-        return np.einsum("...c,...c", self.weight, values)
+        if values.ndim == 2:
+            return np.einsum("dc,dc->d", self.weights, values)
+        found = self.same(self.weight @ values)
+        if len(self.draws):  # most cells are the same in all of them
+            lot = self.lot
+            found[1:] = self.weight[~lot] @ values[~lot] + self.draws @ values[lot]
+        return found
 
 
 # -- within a pair ---------------------------------------------------------------------------------
@@ -84,7 +115,7 @@ def spearman(cells: Cells) -> Draws:
     some = cells.above
     if not _correlate(some.score, some.effect):
         return cells.undefined
-    ranks = (_ranks(v, some.weight) for v in (some.score, some.effect))
+    ranks = (_ranks(v, some.weights) for v in (some.score, some.effect))
     return _correlation(_moments(some, *ranks))
 
 
@@ -94,7 +125,7 @@ def signs(cells: Cells) -> Draws:
     if not len(some.effect):
         return cells.undefined
     right = np.sign(some.score) == np.sign(some.effect)
-    return some.total(right.astype(float)) / some.weight.sum(-1)
+    return _ratio(some.total(right.astype(float)), some.total(np.ones(len(right))))
 
 
 def relative_error(cells: Cells) -> Draws:
@@ -111,12 +142,12 @@ def overlap(cells: Cells, k: int) -> Draws:
     There is none where cells stand for others: those could be larger.
     """
     k = min(k, cells.nonzero)
-    if not k or (cells.weight[0] != 1).any():
+    if not k or cells.lot.any():
         return cells.undefined
     best = [
         set(np.argsort(-abs(v), kind="stable")[:k].tolist()) for v in (cells.score, cells.effect)
     ]
-    return np.full(len(cells.weight), len(best[0] & best[1]) / k)
+    return cells.same(len(best[0] & best[1]) / k)
 
 
 def peak(cells: Cells) -> Draws:
@@ -140,7 +171,7 @@ def pearson_pooled(pairs: Sequence[Cells]) -> Float[np.ndarray, "draw pair momen
 def spearman_pooled(pairs: Sequence[Cells]) -> Float[np.ndarray, "draw pair moment"]:
     """The same of Spearman's ρ above the floor. Ranks stay those among all pairs, as drawn."""
     pairs = [c.above for c in pairs]
-    weight = _together([c.weight[:1] for c in pairs])
+    weight = _together([c.weight for c in pairs])[None]
     values = [_together([getattr(c, side) for c in pairs]) for side in SIDES]
     return _pooled(pairs, [_ranks(v, weight)[0] if len(v) else v for v in values], of=values)
 

@@ -86,7 +86,7 @@ def _cells(
         table, there = effect.mean, torch.ones(effect.nodes.shape[1:], dtype=torch.bool)
         names = [Component.parse(name).kind for name in effect.components]
         kinds = np.array(names)[there.nonzero()[:, 0]]
-    weights = effect.weights
+    weights = effect.sampling_weights
     if weights is None:
         if unknown := int(table[there].isnan().sum()):
             raise ValueError(

@@ -39,13 +39,13 @@ def resamples(pairs: int, seed: int) -> Float[np.ndarray, "resample pair"]:
 def redrawn(
     weight: Float[np.ndarray, " cell"], stratum: Int[np.ndarray, " cell"], seed: int
 ) -> Float[np.ndarray, "draw cell"]:
-    """How many cells each of a stratified sample stands for, and may have stood for.
+    """How many cells each of a stratified sample might have stood for, which stands for `weight`.
 
-    The first row is `weight`; in the others each stratum's n cells of N are drawn again: n - 1 with
-    replacement, scaled so that sums vary as those of n without replacement do. Cells that stand for
-    themselves alone stay as they are. Source: Rao and Wu 1988, JASA 83(401).
+    Each stratum's n cells of N are drawn again: n - 1 with replacement, scaled so that sums vary as
+    those of n without replacement do. Cells that stand for themselves alone stay as they are.
+    Source: Rao and Wu 1988, JASA 83(401).
     """
-    drawn = np.repeat(weight[None], 1 + DRAWS, axis=0)
+    drawn = np.repeat(weight[None], DRAWS, axis=0)
     generator = np.random.default_rng(seed)
     for number in np.unique(stratum[weight > 1]):
         at = np.flatnonzero(stratum == number)
@@ -53,7 +53,7 @@ def redrawn(
         if n > 1:
             times = generator.multinomial(n - 1, [1 / n] * n, DRAWS)
             part = np.sqrt(1 - 1 / weight[at[0]])
-            drawn[1:, at] *= 1 - part + part * n / (n - 1) * times
+            drawn[:, at] *= 1 - part + part * n / (n - 1) * times
     return drawn
 
 
