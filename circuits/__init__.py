@@ -7,18 +7,21 @@ from relp import lazy
 if TYPE_CHECKING:
     from circuits.draw import draw
     from circuits.exact.patch import patch
+    from circuits.exact.verify import verify
     from circuits.files.formats import load, save
     from circuits.files.mib import from_mib, to_mib
     from circuits.graph import assemble
-    from circuits.judge.agreement import agreement, auroc
+    from circuits.judge.agreement import agreement, agreement_tests, auroc
     from circuits.judge.evaluation import compare, evaluate
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
+    from circuits.judge.missed import missed
     from circuits.search.acdc import acdc
     from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
 
 __all__ = [
     "acdc",
     "agreement",
+    "agreement_tests",
     "assemble",
     "auroc",
     "between",
@@ -32,6 +35,7 @@ __all__ = [
     "greedy",
     "load",
     "minimality",
+    "missed",
     "patch",
     "random",
     "save",
@@ -39,13 +43,14 @@ __all__ = [
     "to_mib",
     "top",
     "top_nodes",
+    "verify",
 ]
 
 lazy.lazily(
     __name__,
     {
         "search.acdc": "acdc",
-        "judge.agreement": "agreement auroc",
+        "judge.agreement": "agreement agreement_tests auroc",
         "draw": "draw",
         "judge.evaluation": "compare evaluate",
         "files.formats": "load save",
@@ -53,6 +58,8 @@ lazy.lazily(
         "graph": "assemble",
         "files.mib": "from_mib to_mib",
         "exact.patch": "patch",
+        "exact.verify": "verify",
+        "judge.missed": "missed",
         "search.prune": "between connect greedy random threshold top top_nodes",
     },
 )

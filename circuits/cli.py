@@ -36,6 +36,8 @@ SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
+LARGE = 1e10
+"""Cells times weights from which on exact patching is of a sample; of GPT-2 small they are 4e11."""
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -56,6 +58,10 @@ Model = Annotated[
 ]
 Pairs = Annotated[int, typer.Option(min=1, help="Pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Which prompts are drawn.")]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Patch everything, however long it takes, not a sample of it."),
+]
 
 
 @app.command()
@@ -81,6 +87,7 @@ def discover(
             "run are replaced."
         ),
     ] = None,
+    exact: Exact = False,
 ) -> None:
     """Find the circuit of a task, check it against exact patching, draw it.
 
@@ -96,7 +103,7 @@ def discover(
         check_model(model)
         _check_folder(folder)
 
-        from circuits import faithfulness, patch, save
+        from circuits import faithfulness, save
         from circuits.graph import size
         from relp import PRESETS, attribute
 
@@ -122,7 +129,7 @@ def discover(
         # what took long and is small comes first: the rest can be made from it
         with _written(folder):
             _say(f"wrote {escape(str(save(circuit, folder / f'{task}.json')))}")
-        _print_agreement(scores, patch(bridge, prompts))
+        _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
         kept = faithfulness(bridge, prompts, circuit)
         total = circuit.graph["total_edges"]
         summary = (
@@ -194,13 +201,14 @@ def compare(
     model: Model = "ioi-gpt2",
     pairs: Pairs = 16,
     seed: Seed = 0,
+    exact: Exact = False,
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
     with _one_line_errors():
         make = _task(task)
         check_model(model)
 
-        from circuits import evaluate, patch
+        from circuits import evaluate
         from relp import PRESETS, attribute
 
         bridge = zoo.load(model)
@@ -208,7 +216,7 @@ def compare(
         others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
         scores = [attribute(bridge, prompts, rules=r) for r in PRESETS.values()]
-        _print_agreement(scores, patch(bridge, prompts))
+        _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
         edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
         found = evaluate(bridge, others, edges)
         shown = [i for i, size in enumerate(found.sizes) if 0.002 <= size <= 0.05]
@@ -333,11 +341,16 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; where the screen would cut a word or a number of it, a line for each cell."""
+def _print_table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, blocks: bool = False
+) -> None:
+    """A table; where the screen would cut a word or a number of it, a line for each cell.
+
+    `blocks`: a line between rows that begin with another word.
+    """
     table = Table(*map(escape, headers), title=escape(title))
-    for row in rows:
-        table.add_row(*map(escape, row))
+    for row, below in zip(rows, [*rows[1:], rows[-1]], strict=True):
+        table.add_row(*map(escape, row), end_section=blocks and row[0] != below[0])
     shown = ["".join(part.text for part in line) for line in console.render_lines(table)]
     words = Counter(" ".join(cell for row in (headers, *rows) for cell in row).split())
     if words <= Counter(" ".join(shown).split()):
@@ -351,21 +364,62 @@ def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str
             _say(f"{escape(header):{width}} {escape(cell)}")
 
 
+def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) -> Any:
+    """Exact effects; of large models only some, and how much the others may hold is said."""
+    from circuits import missed, patch, verify
+    from circuits.exact.verify import BUDGET
+
+    cells = scores[0].nodes[0].numel()
+    size = cells * sum(p.numel() for p in bridge.parameters())
+    if exact or cells <= BUDGET or size < LARGE:
+        return patch(bridge, prompts)
+    effect = verify(bridge, prompts, scores, budget=BUDGET)
+    if effect.strata is None:
+        return effect
+    _say(
+        f"measured {effect.rules.removeprefix('exact (').rstrip(')')} that change anything: for each kind half "
+        "of them the strongest by any of the rules, half drawn from the rest (--exact: all)"
+    )
+    rows = missed(effect).query("at_most > 0").itertuples()
+    few = ", ".join(f"{r.at_most:,} of {r.cells - r.measured:,} {r.kind} cells" for r in rows)
+    if few:
+        _say(f"not measured, but perhaps as large as the tenth largest (95 %): at most {few}")
+    return effect
+
+
 def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
     from circuits import agreement
 
-    frame = agreement(scores, effect)
-    names = [s.rules for s in scores]
-    rows = []
-    for kind in dict.fromkeys(frame["kind"]):
-        of = frame[frame["kind"] == kind].set_index("rules")
-        measured = of[["pearson", "relative_error"]]
-        cells = (
-            f"{_or_dash(r, '.3f')} ({_or_dash(e, '.2f')})" for r, e in measured.loc[names].values
+    frame = agreement(scores, effect).sort_values("kind", key=_as_met, kind="stable")
+    rows = [
+        [
+            *(row.kind, row.rules),
+            _or_dash(row.pearson, ".3f") + "*" * int(row.hangs),
+            _or_dash(row.pearson_rest, ".3f"),
+            *(_or_dash(v, ".2f") for v in (row.spearman, row.signs, row.relative_error)),
+            _or_dash(row.overlap, ".2f"),
+            f"{row.cells:,}",
+        ]
+        for row in frame.itertuples()
+    ]
+    title = "agreement with exact patching, mean over pairs"
+    headers = ["kind", "rules", "r", "without largest", "ρ", "signs", "error", "overlap", "cells"]
+    _print_table(title, headers, rows, blocks=True)
+    _say(
+        "r: Pearson's, over all cells, and without the one of the largest effect; ρ (Spearman's) "
+        "and share of right signs: over the cells with effects above rounding and 1 % of the gap"
+    )
+    if frame["hangs"].any():
+        _say(
+            "*: one cell decides r: it has more than half of the squared effects, or r moves by "
+            "more than 0.1 without it"
         )
-        rows.append([kind, *cells])
-    title = "agreement with exact patching: Pearson r per pair (relative error)"
-    _print_table(title, ["kind", *names], rows)
+
+
+def _as_met(kinds: Any) -> Any:
+    """Sorts rows of the same kind together, in the order in which kinds first come."""
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    return kinds.map(order)
 
 
 def _or_dash(value: float, form: str) -> str:

@@ -136,6 +136,10 @@ class Scores(ABC):
     resolution: float = 0.0
     """Changes of the metric up to this are rounding, no effect: of measured ones, the last place
     of the metric in the model's precision (mean over pairs); 0 for estimates."""
+    strata: Int[Tensor, "*cell"] | None = None
+    """Of effects of which some were drawn at random (`circuits.verify`): the number of the stratum
+    that each component at a position, or each edge, was drawn from; -1 where there is none. None if
+    what is measured stands for itself alone."""
     remainder: Mapping[str, float] = field(default_factory=dict)
     """Module and operation -> what scores cannot explain, because a router (or another choice)
     goes different ways in the two runs; mean over pairs, in the unit of the metric. Only rules that
@@ -244,12 +248,40 @@ class Scores(ABC):
         return replace(self, **change)
 
     @property
+    def sampling_weights(self) -> Float[Tensor, "*cell"] | None:
+        """How many cells each measured one stands for: of its stratum, all by those measured.
+
+        The inverse of the probability with which it was drawn; 0 for what is not measured. None if
+        nothing was drawn. Shape: that of `strata`.
+        """
+        if self.strata is None:
+            return None
+        numbers = (self.strata + 1).flatten().cpu()
+        measured = self._measured().flatten().cpu() & (numbers > 0)
+        seen, last = numbers[measured], int(numbers.max()) + 1
+        size = torch.bincount(numbers).double() / torch.bincount(seen, minlength=last)
+        found = size.new_zeros(len(numbers))
+        found[measured] = size[seen]
+        return found.reshape(self.strata.shape)
+
+    @abstractmethod
+    def _measured(self) -> Tensor:
+        """Where the table, without pairs, holds numbers."""
+
+    def _check_strata(self, shape: torch.Size) -> None:
+        if self.strata is not None and self.strata.shape != shape:
+            raise ValueError(
+                f"`strata` must be {list(shape)}, one number for each cell of the table; got "
+                f"{list(self.strata.shape)}; leave it out where cells were summed or left out"
+            )
+
+    @property
     def unresolved(self) -> float:
         """Share of the nodes or edges that are up to `resolution`, of those that are not 0.
 
         Exact zeros do not count: most are where nothing changes (`agreement` can tell).
         """
-        sizes = self.table[self.table != 0].abs()
+        sizes = self.table[(self.table != 0) & ~self.table.isnan()].abs()
         return float((sizes <= self.resolution).float().mean()) if len(sizes) else 0.0
 
     @abstractmethod
@@ -326,6 +358,8 @@ class Scores(ABC):
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         # the format refuses tensors that share memory, as spans of one position may
         tensors |= {f"span.{k}": v.cpu().clone() for k, v in self.spans.items()}
+        if self.strata is not None:
+            tensors["strata"] = self.strata.cpu().contiguous()
         labels = {
             "type": type(self).__name__,
             "provenance": asdict(self.provenance),
@@ -365,6 +399,7 @@ class Scores(ABC):
             kind = _FORMS[labels.pop("type")]
             provenance = Provenance.of(labels.pop("provenance"))
             table = {f"{kind.level}s": tensors.pop(f"{kind.level}s")}
+            table["strata"] = tensors.pop("strata", None)
             spans = {k[5:]: tensors.pop(k) for k in list(tensors) if k.startswith("span.")}
             pairs = Pairs(spans=spans, tokens=tuple(labels.pop("tokens")), **tensors)
             table |= kind._named(labels)
@@ -400,6 +435,10 @@ class NodeScores(Scores):
                 f"`nodes` must be [pair, component, pos] with {len(self.components)} components; "
                 f"got {list(self.nodes.shape)}; name each of them once"
             )
+        self._check_strata(self.nodes.shape[1:])
+
+    def _measured(self) -> Tensor:
+        return ~self.nodes.isnan().all(0)
 
     @property
     def mean(self) -> Float[Tensor, "component pos"]:
@@ -441,12 +480,14 @@ class NodeScores(Scores):
         summed.scatter_add_(2, index[:, None].expand_as(nodes), nodes)
         lengths = torch.full_like(self.lengths, len(places))
         pairs = replace(self.pairs, lengths=lengths, tokens=places)
-        return replace(self, nodes=summed, pairs=pairs, places=places)
+        return replace(self, nodes=summed, pairs=pairs, places=places, strata=None)
 
     def together(self: N) -> N:
         """The scores summed over all positions, as effects of all positions at once are."""
         pairs = replace(self.pairs, tokens=ALL_POSITIONS)
-        return replace(self, nodes=self.nodes.sum(-1, keepdim=True), pairs=pairs)
+        nodes = self.nodes.sum(-1, keepdim=True)
+        strata = self.strata if self.is_together else None
+        return replace(self, nodes=nodes, pairs=pairs, strata=strata)
 
     @property
     def is_together(self) -> bool:
@@ -511,6 +552,10 @@ class EdgeScores(Scores):
                 f"`edges` must end in [writer {shape[0]}, reader {shape[1]}]; got "
                 f"{list(self.edges.shape)}; give scores and layout of one model"
             )
+        self._check_strata(self.edges.shape)
+
+    def _measured(self) -> Tensor:
+        return ~self.edges.isnan()
 
     @property
     def writers(self) -> tuple[str, ...]:

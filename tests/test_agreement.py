@@ -7,15 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import altered, made, random_task
+from scipy import stats
 from torch import Tensor
 
-from circuits import agreement, assemble, auroc, draw, patch, top
+from circuits import agreement, agreement_tests, assemble, auroc, draw, patch, top
 from circuits.cli import _print_agreement
 from circuits.graph import real_edges
 from circuits.judge.agreement import points
+from circuits.judge.measures import WITHIN, Cells
+from circuits.judge.resampling import holm, redrawn, resamples
 from relp import GRADIENT, RELP, EdgeEffects, Effects, Scores, attribute
 from relp.scores import ALL_POSITIONS
 
@@ -92,7 +96,8 @@ def test_noise_alone_agrees_with_nothing(capsys: pytest.CaptureFixture[str]) -> 
     assert np.isnan(row["pearson"]) and row["unresolved"] == 0 and row["relative_error"] == 1
     _print_agreement([scores], effect)
     said = [re.findall(r"[^\s│]+", line) for line in capsys.readouterr().out.splitlines()]
-    assert ["head", "–", "(–)"] in said and ["mlp", "–", "(0.00)"] in said
+    assert ["head", "r", *"––––––", "0"] in said
+    assert ["mlp", "r", *"–––", "1.00", "0.00", "1.00", "1"] in said
 
 
 def test_noise_is_no_effect_before_positions_are_summed_nor_in_figures() -> None:
@@ -274,3 +279,239 @@ def test_auroc_of_a_graph(tiny: Any, positions: bool) -> None:
     found = auroc(attribute(tiny, task), circuit).set_index("kind")
     heads = {u for u, _, _, _ in real_edges(circuit)} | {v for _, v, _, _ in real_edges(circuit)}
     assert found.loc["head", "known"] == sum("H" in name for name in heads)
+
+
+# -- each measure by a second implementation -------------------------------------------------------
+
+
+def several(seed: int = 0, **labels: Any) -> tuple[Scores, Scores]:
+    """Scores and effects of four pairs, some below a floor; 12 heads and the MLP."""
+    generator = np.random.default_rng(seed)
+    y = generator.standard_t(2, (4, 13)) * 0.1
+    x = y + 0.1 * generator.standard_normal(y.shape)
+    return nodes(x.tolist()), nodes(y.tolist(), **labels)
+
+
+def heads(scores: Any) -> np.ndarray:
+    return scores.of_kind("head")[1][..., 0].double().numpy()
+
+
+def test_each_measure_is_numpys_and_scipys() -> None:
+    scores, effect = several()
+    x, y = heads(scores), heads(effect)
+    row = agreement(scores, effect, floor=0.05).set_index("kind").loc["head"]
+    above = abs(y) > 0.05  # the gap of each pair is 1
+    assert 0 < above.sum() < above.size and row["cells"] == above.sum()
+    each = {
+        "pearson": [np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)],
+        "pearson_rest": [
+            np.corrcoef(np.delete(a, abs(b).argmax()), np.delete(b, abs(b).argmax()))[0, 1]
+            for a, b in zip(x, y, strict=True)
+        ],
+        "spearman": [
+            stats.spearmanr(a[at], b[at])[0] for a, b, at in zip(x, y, above, strict=True)
+        ],
+        "signs": [((a > 0) == (b > 0))[at].mean() for a, b, at in zip(x, y, above, strict=True)],
+        "peak": [(b**2).max() / (b**2).sum() for b in y],
+    }
+    for name, values in each.items():
+        assert row[name] == pytest.approx(np.mean(values), abs=1e-9), name
+    assert row["pearson_pooled"] == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    assert row["spearman_pooled"] == pytest.approx(stats.spearmanr(x[above], y[above])[0])
+    everything = agreement(scores, effect, floor=0.0).set_index("kind").loc["head"]
+    assert everything["cells"] == y.size
+    assert everything["spearman_pooled"] == pytest.approx(stats.spearmanr(x.ravel(), y.ravel())[0])
+
+
+def test_one_cell_that_decides_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    # a large one that every estimate finds, and noise that none does
+    y = [[10.0, 0.3, -0.2, 0.1, -0.3, 0.2, 1.0], [10.0, 0.1, 0.2, -0.2, 0.3, -0.1, 1.0]]
+    x = [[9.0, -0.2, 0.3, 0.2, -0.1, -0.1, 1.0], [8.0, 0.3, -0.2, 0.1, 0.1, 0.2, 1.0]]
+    row = agreement(nodes(x), nodes(y)).set_index("kind").loc["head"]
+    assert row["pearson"] > 0.99 and row["pearson_rest"] < 0.3 and row["peak"] > 0.99
+    assert row["hangs"]
+    even = [[1.0, -1.0, 1.1, -0.9, 1.2, -1.2, 1.0]]
+    row = agreement(nodes(even), nodes(even)).set_index("kind").loc["head"]
+    assert row["peak"] < 0.3 and not row["hangs"]
+    _print_agreement([nodes(x)], nodes(y))
+    said = capsys.readouterr().out
+    assert re.search(r"[01]\.\d{3}\* +│ +-?0\.\d+ ", said) and "*: one cell decides r" in said
+
+
+def test_the_floor_is_a_share_of_the_gap_and_never_below_rounding(tiny: Any) -> None:
+    effect = nodes([[0.5, -0.25, 0.125, 0.0625, 0.0, 9.0]], resolution=0.1)
+    scores = nodes([[0.5, 0.25, 0.125, -0.0625, 1.0, 9.0]])
+    for floor, cells, right in ((0.0, 3, 2 / 3), (0.2, 2, 1 / 2), (0.3, 1, 1)):
+        row = agreement(scores, effect, floor=floor).set_index("kind").loc["head"]
+        assert row["cells"] == cells and row["signs"] == pytest.approx(right)
+    edges = attribute(tiny, random_task(tiny, length=3), level="edge")
+    row = agreement(edges, edges, floor=0.01).set_index("kind").loc["edge"]
+    values = edges.edges[edges.layout.exists].abs()
+    assert row["cells"] == int((values > 0.01 * edges.gap.mean().abs()).sum()) > 0
+
+
+def test_intervals_are_those_of_pairs_drawn_again() -> None:
+    scores, effect = several()
+    x, y = heads(scores), heads(effect)
+    found = agreement(scores, effect, seed=3).set_index("kind").loc["head"]
+    expected: dict[str, list[float]] = {"pearson": [], "pearson_pooled": [], "relative_error": []}
+    for weights in resamples(4, 3):
+        drawn = np.repeat(np.arange(4), np.round(4 * weights).astype(int))
+        a, b = x[drawn], y[drawn]
+        expected["pearson"].append(np.mean([np.corrcoef(*v)[0, 1] for v in zip(a, b, strict=True)]))
+        expected["pearson_pooled"].append(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+        errors = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+        expected["relative_error"].append(errors.mean())
+    for name, samples in expected.items():
+        low, high = np.quantile(samples, [0.025, 0.975])
+        assert [found[f"{name}_low"], found[f"{name}_high"]] == pytest.approx([low, high]), name
+        assert low < found[name] < high
+
+
+def test_one_pair_and_edges_have_no_intervals(tiny: Any) -> None:
+    edges = attribute(tiny, random_task(tiny, length=3), level="edge")
+    one = nodes([[3.0, 1.0, -4.0, 2.0, 9.0]])
+    # the second pair has no correlation: one is left, of which nothing can be drawn
+    two = nodes([[4.0, -3.0, 2.0, 1.0, 9.0], [4.0, 0.0, 0.0, 0.0, 9.0]])
+    assert agreement(edges, edges).filter(regex="_(low|high)$").isna().all(axis=None)
+    assert agreement(one, one).filter(regex="_(low|high)$").isna().all(axis=None)
+    row = agreement(two, two).set_index("kind").loc["head"]
+    assert row["pairs"] == 1 and np.isnan(row["pearson_low"]) and row["signs_low"] == 1
+
+
+def test_layers_are_rows(tiny: Any) -> None:
+    task = random_task(tiny, length=3)
+    one, other = (attribute(tiny, task, rules=r) for r in (GRADIENT, RELP))
+    table = agreement(one, other, by_layer=True).set_index(["kind", "layer"])
+    assert list(table.loc["mlp"].index) == [0, 1, 2] and list(table.loc["embed"].index) == [-1]
+    names, x = one.of_kind("head")
+    at = [n.startswith("L1H") for n in names]
+    y = other.of_kind("head")[1][:, at].flatten(1).double().numpy()
+    each = [np.corrcoef(a, b)[0, 1] for a, b in zip(x[:, at].flatten(1).numpy(), y, strict=True)]
+    assert table.loc[("head", 1), "pearson"] == pytest.approx(np.mean(each), abs=1e-5)
+    edges = attribute(tiny, task, level="edge")
+    table = agreement(edges, edges, by_layer=True).set_index(["kind", "layer"])
+    assert list(table.loc["in"].index) == [-1, 0, 1, 2]  # the logits have no layer
+
+
+def test_nodes_that_were_not_measured_are_left_out() -> None:
+    scores, effect = several()
+    holes = effect.nodes.clone()
+    holes[:, [1, 4]] = torch.nan
+    keep = [i for i in range(13) if i not in (1, 4)]
+    fewer = [
+        replace(s, nodes=s.nodes[:, keep], components=tuple(s.components[i] for i in keep))
+        for s in (scores, effect)
+    ]
+    found, expected = agreement(scores, replace(effect, nodes=holes)), agreement(*fewer)
+    pd.testing.assert_frame_equal(found, expected)
+    shown = draw(scores, replace(effect, nodes=holes), kind="head").data[1]
+    assert len(shown.x) == 4 * 10
+    with pytest.raises(ValueError, match="effects were measured; 8 of 'r' are NaN; compute them"):
+        agreement(replace(scores, nodes=holes), effect)
+
+
+# -- samples of cells ------------------------------------------------------------------------------
+
+
+def test_a_cell_that_stands_for_three_counts_three_times() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((2, 9)).round(1)  # some are tied
+    times = generator.integers(1, 4, 9)
+    # in the draw that might have been made, each stands for itself
+    cells = Cells(x, y, times.astype(float), np.ones((1, (times > 1).sum())), floor=0.3)
+    none = np.empty((0, 0))
+    each = Cells(np.repeat(x, times), np.repeat(y, times), np.ones(times.sum()), none, floor=0.3)
+    plain = Cells(x, y, np.ones(9), none, floor=0.3)
+    for name, of in WITHIN.items():
+        if name != "pearson_rest":  # the largest is left out with all that it stands for
+            assert of(cells) == pytest.approx([of(each)[0], of(plain)[0]], abs=1e-12), name
+    at = abs(each.effect) > 0.3
+    assert WITHIN["spearman"](cells)[0] == pytest.approx(
+        stats.spearmanr(each.score[at], each.effect[at])[0]
+    )
+
+
+def test_cells_drawn_again_vary_as_the_sample_does() -> None:
+    """The variance of a total, as textbooks have it, in strata of which a part was drawn."""
+    generator = np.random.default_rng(0)
+    stratum = np.repeat([0, 1, 2], [3, 8, 20])
+    weight = np.repeat([1.0, 2.5, 4.0], [3, 8, 20])
+    values = generator.standard_normal(31)
+    totals = redrawn(weight, stratum, 0) @ values
+    assert len(totals) == 999
+    expected = 0.0
+    for number, size in ((1, 20), (2, 80)):
+        v = values[stratum == number]
+        expected += size**2 * (1 - len(v) / size) * v.var(ddof=1) / len(v)
+    assert totals.var() == pytest.approx(expected, rel=0.15)
+    assert totals.mean() == pytest.approx(weight @ values, abs=4 * np.sqrt(expected / 999))
+
+
+# -- tests -----------------------------------------------------------------------------------------
+
+
+def test_differences_are_tested_as_scipy_does() -> None:
+    scores, effect = several()
+    worse = replace(scores, nodes=scores.nodes + 0.2 * torch.randn(scores.nodes.shape,
+                    generator=torch.Generator().manual_seed(1))).renamed("worse")  # fmt: skip
+    table = agreement_tests([scores, worse], effect, measures=["relative_error", "pearson"])
+    row = table.set_index(["kind", "measure"]).loc[("head", "relative_error")]
+    x, z, y = heads(scores), heads(worse), heads(effect)
+    one, other = (np.linalg.norm(v - y, axis=1) / np.linalg.norm(y, axis=1) for v in (x, z))
+    expected = stats.permutation_test(
+        (one, other), lambda a, b, axis=-1: (a - b).mean(axis), permutation_type="samples",
+        vectorized=True, n_resamples=np.inf,
+    )  # fmt: skip
+    assert row["difference"] == pytest.approx(float(expected.statistic))
+    assert row["p_value"] == pytest.approx(expected.pvalue) and row["pairs"] == 4
+    assert row["low"] < row["difference"] < row["high"] < 0
+    # swapping all or none: the least of four pairs
+    assert row["p_value"] == 2 / 2**4
+    same = agreement_tests([scores, scores.renamed("again")], effect).set_index("kind").loc["head"]
+    assert (same["difference"] == 0).all() and (same["p_value"] == 1).all()
+
+
+def test_holm_by_hand() -> None:
+    found = holm(np.array([0.04, 0.01, np.nan, 0.03, 0.9]))
+    # .01 · 4, .03 · 3, then .04 · 2 = .08, raised to the .09 before it, and .9
+    assert found == pytest.approx([0.09, 0.04, np.nan, 0.09, 0.9], nan_ok=True)
+    assert len(holm(np.array([]))) == 0
+
+
+def test_which_sets_are_compared() -> None:
+    scores, effect = several()
+    many = [scores.renamed(n) for n in "abc"]
+    table = agreement_tests(many, effect, measures=["pearson"])
+    head = table[table["kind"] == "head"]
+    assert list(zip(head["one"], head["other"], strict=True)) == [
+        ("a", "b"), ("a", "c"), ("b", "c"),
+    ]  # fmt: skip
+    table = agreement_tests(many, effect, measures=["pearson"], baseline="b")
+    head = table[table["kind"] == "head"]
+    assert list(zip(head["one"], head["other"], strict=True)) == [("a", "b"), ("c", "b")]
+    assert table[table["kind"] == "mlp"]["p_value"].isna().all()
+    alone = [nodes([[3.0, 1.0, -4.0, 2.0, 9.0]]).renamed(n) for n in "ab"]
+    table = agreement_tests(alone, alone[0]).set_index("kind").loc["head"]
+    assert table[["low", "high", "p_value", "p_holm"]].isna().all(axis=None)
+
+
+def test_tests_that_cannot_be_made_are_refused(tiny: Any) -> None:
+    scores, effect = several()
+    two = [scores, scores.renamed("b")]
+    for many, options, message in (
+        ([scores], {}, r"need two sets of scores or more, each with its own name; got \['r'\]"),
+        ([scores, scores], {}, r"got \['r', 'r'\]; rename one with"),
+        (two, {"measures": ["pearson_pooled"]}, r"got \['pearson_pooled'\]; what is pooled has no"),
+        (two, {"measures": []}, "must be some of .* got none"),
+        (two, {"baseline": "GIM"}, r"`baseline` must be one of \['r', 'b'\]; got 'GIM'"),
+        (two, {"floor": -1.0}, "`floor` must be a share of the gap, 0 or more; got -1.0"),
+        (two, {"k": 0}, "`k` must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            agreement_tests(many, effect, **options)
+    edges = attribute(tiny, random_task(tiny, length=3), level="edge")
+    with pytest.raises(ValueError, match="edge scores are means over pairs already; call"):
+        agreement_tests([edges, edges.renamed("b")], edges)
+    with pytest.raises(ValueError, match="`floor` must be a share of the gap"):
+        agreement(scores, effect, floor=float("nan"))

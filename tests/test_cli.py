@@ -104,9 +104,10 @@ def test_discover_says_what_it_found(discovered: tuple[Result, Path]) -> None:
     assert re.search(r"^tiny on Task\('ioi', 2 pairs, \d+ tokens, .*'end'\]\)$", said, re.M)
     assert re.search(rf"^logit_difference: clean {NUMBER}, corrupt {NUMBER}; ", said, re.M)
     for kind in ("embed", "resid", "head", "attn", "mlp"):
-        (row,) = [line for line in said.splitlines() if re.search(rf"^\W*{kind}\b", line)]
-        assert len(re.findall(rf"(?:–|{NUMBER}) \(\d+\.\d\d\)", row)) == len(SHOWN) == 4
-    assert re.search(r"\W+".join(("kind", "GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")), said)
+        rows = [line for line in said.splitlines() if re.search(rf"^\W*{kind}\b", line)]
+        assert [re.findall(r"\w+", row)[1] for row in rows] == list(SHOWN)
+        for row in rows:  # r, r without the largest, ρ, signs, error, overlap, cells
+            assert len(re.findall(rf"–|{NUMBER}\*?|\b\d+\b", row.split(kind)[1])) >= 7
     circuit = load(out / "ioi.json")
     # 2 layers, 2 heads: q k v of 4 heads read 1 and 4 writers, the MLPs 3 and 6, logits 7
     assert re.search(
@@ -611,3 +612,15 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_counts_below_one_are_wrong_usage(option: str) -> None:
     result = relp("discover", option, 0)
     assert result.exit_code == 2 and option in plain(result.stderr) and files(Path.cwd()) == []
+
+
+def test_large_models_are_verified_within_a_budget(model: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "LARGE", 0)
+    monkeypatch.setattr("circuits.exact.verify.BUDGET", 20)
+    result = relp("compare", "--model", model, "--pairs", 2)
+    assert result.exit_code == 0, result.output
+    (said,) = [line for line in result.stdout.splitlines() if line.startswith("measured ")]
+    assert re.match(r"measured 20 of \d+ cells that change anything: for each kind half", said)
+    assert re.search(r"^not measured, but .* at most \d+ of \d+ \w+ cells", result.stdout, re.M)
+    whole = relp("compare", "--model", model, "--pairs", 2, "--exact")
+    assert whole.exit_code == 0 and "measured" not in whole.stdout

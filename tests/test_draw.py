@@ -11,6 +11,7 @@ import torch
 from conftest import altered, made
 from test_graph import make_scores
 
+from circuits import agreement
 from circuits.draw import draw
 from circuits.draw.layout import BOX, crossings, layout, routes
 from circuits.draw.paint import NEGATIVE, NEUTRAL, POSITIVE, ink, tint
@@ -94,7 +95,9 @@ def test_scores_of_zero_can_be_drawn():
     scores.nodes.zero_()
     assert draw(scores).data[0].zmax == 1.0
     (title, *_) = draw(scores, scores).layout.annotations
-    assert title.text == "embed · Pearson undefined · error undefined"
+    assert title.text == (
+        "embed<br><sup>r undefined · ρ undefined · signs undefined · error undefined</sup>"
+    )
 
 
 def test_tokens_label_positions_only_where_all_pairs_have_them():
@@ -152,19 +155,25 @@ def test_edges_are_writer_by_reader_and_blank_where_none_can_be():
 # -- score against effect -------------------------------------------------------------------------
 
 
-def test_scatter_has_a_panel_per_kind_with_pearsons_r():
+def test_scatter_has_a_panel_per_kind_with_all_measures():
     scores = make_nodes(pairs=2)
     noise = torch.randn(scores.nodes.shape, generator=torch.Generator().manual_seed(5))
     effect = make_nodes(Effects, pairs=2, nodes=scores.nodes + 0.5 * noise)
     figure = draw(scores, effect)
     titles = [annotation.text for annotation in figure.layout.annotations]
-    assert [title.split(" · ")[0] for title in titles] == ["embed", "resid", "attn", "head", "mlp"]
+    assert [title.split("<")[0] for title in titles] == ["embed", "resid", "attn", "head", "mlp"]
+    measures = agreement(scores, effect).set_index("kind")
+    assert "*: one point decides r" in figure.layout.title.text and measures["hangs"].any()
     for kind, title in zip(scores.kinds(), titles, strict=True):
         x, y = scores.of_kind(kind)[1], effect.of_kind(kind)[1]
         each = [np.corrcoef(x[p].flatten(), y[p].flatten())[0, 1] for p in range(2)]
         norms = [torch.linalg.norm(v.flatten(1), dim=1) for v in (x - y, y)]
         error = float((norms[0] / norms[1]).mean())
-        assert title == f"{kind} · Pearson {np.mean(each):.3f} · error {error:.2f}"
+        row = measures.loc[kind]
+        assert title == (
+            f"{kind}<br><sup>r {np.mean(each):.3f}{'*' if row['hangs'] else ''} · ρ "
+            f"{row['spearman']:.2f} · signs {row['signs']:.0%} · error {error:.2f}</sup>"
+        )
     line, points = figure.data[6:8]  # two traces per panel; heads are the fourth
     assert list(line.x) == list(line.y)
     np.testing.assert_allclose(points.x, effect.of_kind("head")[1].flatten())
@@ -191,7 +200,7 @@ def test_edges_can_be_compared_too():
     scores = make_scores()
     figure = draw(scores, make_scores(seed=1))
     titles = [annotation.text for annotation in figure.layout.annotations]
-    assert [title.split(" · ")[0] for title in titles] == ["q", "k", "v", "in"]
+    assert [title.split("<")[0] for title in titles] == ["q", "k", "v", "in"]
     assert sum(len(trace.x) for trace in figure.data[1::2]) == 46
 
 

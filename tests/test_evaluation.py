@@ -14,7 +14,8 @@ from scipy import stats
 
 from circuits import assemble, compare, evaluate, faithfulness, random, top
 from circuits.graph import size
-from circuits.judge.evaluation import SIZES, Evaluation, _interval
+from circuits.judge.evaluation import SIZES, Evaluation
+from circuits.judge.resampling import interval
 from relp import GRADIENT, RELP, attribute
 
 
@@ -96,7 +97,7 @@ def test_few_pairs_have_no_small_p_value(pairs: int) -> None:
     assert found["p_value"].iloc[-1] == pytest.approx(2.0 ** (1 - pairs), abs=0.02)
 
 
-def test_two_pairs_span_their_interval() -> None:
+def test_two_pairs_span_theirinterval() -> None:
     row = evaluation(torch.tensor([[[0.4, 1.2]]]), (1.0,)).to_dataframe().iloc[0]
     assert [row["low"], row["faithfulness"], row["high"]] == pytest.approx([0.2, 0.4, 0.6])
 
@@ -107,7 +108,7 @@ def test_no_p_value_is_below_the_number_of_draws() -> None:
     assert found["p_value"].iloc[-1] == 1 / 10_000
 
 
-def test_samples_without_a_gap_leave_no_interval() -> None:
+def test_samples_without_a_gap_leave_nointerval() -> None:
     found = evaluation(torch.ones(1, 1, 4), (1.0,), torch.tensor([3.0, -1.0, -1.0, 1.0]))
     row = found.to_dataframe().iloc[0]
     assert row["faithfulness"] == pytest.approx(2) and np.isnan([row["low"], row["high"]]).all()
@@ -176,7 +177,7 @@ def test_comparing_circuits(tiny: Any) -> None:
 def test_an_interval_leaves_a_fortieth_at_each_end() -> None:
     """Of samples that are spread evenly, and are no matter of the order they come in."""
     samples = np.linspace(0, 1, 1001)[::-1, None] * [1.0, -2.0]
-    low, high = _interval(samples)
+    low, high = interval(samples)
     assert low == pytest.approx([0.025, -1.95]) and high == pytest.approx([0.975, -0.05])
 
 

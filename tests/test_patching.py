@@ -380,7 +380,7 @@ def test_an_interrupted_sweep_goes_on(
     )
     with monkeypatch.context() as patched:
         interrupt(patched, after=1)
-        with pytest.raises(KeyboardInterrupt, match="nothing is kept; give patch"):
+        with pytest.raises(KeyboardInterrupt, match="nothing is kept; give `resume="):
             patch(tiny, task, **arguments)
     resumed = patch(tiny, task, resume=file, **arguments)
     name = f"{level}s"

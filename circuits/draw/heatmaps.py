@@ -93,7 +93,7 @@ def _by_head(scores: NodeScores, kind: str) -> _Table:
 def _by_place(scores: NodeScores, kind: str) -> _Table:
     """Component by position, or by span."""
     names, nodes = scores.of_kind(kind)
-    z = replace(scores, components=names, nodes=nodes).mean.double().numpy()
+    z = replace(scores, components=names, nodes=nodes, strata=None).mean.double().numpy()
     parsed = [Component.parse(name) for name in names]
     named = kind == "neuron" or parsed[0].layer < 0
     together = scores.tokens if scores.is_together else ()

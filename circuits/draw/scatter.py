@@ -24,10 +24,11 @@ def scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
     panels = _panels(scores, effects, kind)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
+    titles = _titles(scores, effects, list(panels))
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=_titles(scores, effects, list(panels)),
+        subplot_titles=titles,
         horizontal_spacing=0.08,
         vertical_spacing=0.3 / rows,
     )
@@ -38,12 +39,12 @@ def scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
     noun = scores.noun if scores.noun != effects.noun else f"{scores.noun}, {scores.rules}"
     figure.update_xaxes(title_text=plain(unit(effects)), zerolinecolor="#d0d7de")
     figure.update_yaxes(title_text=plain(f"{noun} ({scores.metric})"), zerolinecolor="#d0d7de")
-    means = (
-        "; Pearson's r and relative error are means over pairs" if scores.level == "node" else ""
-    )
+    notes = ["measures are means over pairs"] if scores.level == "node" else []
+    notes += ["*: one point decides r"] if any("*" in title for title in titles) else []
     figure.update_layout(
-        title_text=f"{plain(scores.title)}<br><sup>against {plain(effects.rules)} "
-        f"{plain(effects.noun)}s{means}</sup>",
+        title_text=f"{plain(scores.title)}<br><sup>"
+        + "; ".join([f"against {plain(effects.rules)} {plain(effects.noun)}s", *notes])
+        + "</sup>",
         template="plotly_white",
         showlegend=False,
         height=120 + 340 * rows,
@@ -72,9 +73,11 @@ def _titles(scores: Scores, effects: Scores, kinds: list[str]) -> list[str]:
     """What each panel shows, and how well the two agree."""
     measures = agreement(scores, effects).set_index("kind")
     return [
-        f"{name} · Pearson {_measured(r, '.3f')} · error {_measured(e, '.2f')}"
+        f"{name}<br><sup>r {_measured(row['pearson'], '.3f')}{'*' * int(row['hangs'])} · "
+        f"ρ {_measured(row['spearman'], '.2f')} · signs {_measured(row['signs'], '.0%')} · "
+        f"error {_measured(row['relative_error'], '.2f')}</sup>"
         for name in kinds
-        for r, e in [measures.loc[name, ["pearson", "relative_error"]]]
+        for row in [measures.loc[name]]
     ]
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from circuits.exact.cells import EVERYWHERE, Cell
 from circuits.exact.runs import Runs
+from circuits.exact.tables import edge_effects, node_effects
 from relp import Direction, EdgeEffects, Level, ModelLike, NodeEffects, TaskLike
-from relp.bridge import Sites, pairs_of, provenance, undisturbed
+from relp.bridge import Sites, provenance, undisturbed
 
 __all__ = ["patch"]
 
@@ -89,16 +86,10 @@ def patch(
     sweep = runs.measure(cells, resume=resume, batch_size=batch_size, progress=progress)
     rules = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
     source = provenance(sites, task, Direction(direction), rules)
-    about = pairs_of(sites, task, {"clean": sweep.clean, "corrupt": sweep.corrupt})
-    finest = float(sweep.resolution.mean())
-    effects = sweep.effects.unflatten(1, (len(named), len(places)))
     if level == "edge":
-        table = _tabled(sites, named, effects.mean(0).T)
-        return EdgeEffects(provenance=source, pairs=about, resolution=finest, layout=sites.layout,
-                           edges=table if by_position else table[0])  # fmt: skip
-    found = NodeEffects(provenance=source, pairs=about, resolution=finest,
-                        components=tuple(name for name, _ in named), nodes=effects)  # fmt: skip
-    return found if by_position else found.together()
+        return edge_effects(sites, task, source, sweep, by_position=by_position)
+    names = tuple(name for name, _ in named)
+    return node_effects(sites, task, source, sweep, names, by_position=by_position)
 
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
@@ -117,14 +108,3 @@ def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tupl
             "neurons that have edges in `neurons`"
         )
     return tuple((writer, reader) for writer, reader in chosen)
-
-
-def _tabled(
-    sites: Sites, edges: Sequence[tuple[str, str]], effects: Float[Tensor, "pos edge"]
-) -> Float[Tensor, "pos writer reader"]:
-    """Effects in the table of all edges: NaN where one is not measured, 0 where there is none."""
-    layout = sites.layout
-    table = torch.where(layout.exists, torch.nan, 0.0).repeat(len(effects), 1, 1)
-    rows, columns = torch.tensor([(layout.row[w], layout.column[r]) for w, r in edges]).T
-    table[:, rows, columns] = effects
-    return table

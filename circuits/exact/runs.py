@@ -135,6 +135,31 @@ class Runs:
 
         return swept(self.model)
 
+    def idle(self, cells: Sequence[Cell]) -> list[bool]:
+        """Which cells change nothing, in any pair: their effect is 0, and to measure them is free.
+
+        >>> from circuits.exact import Cell, Runs
+        >>> runs = Runs(model, task)
+        >>> runs.idle([Cell("L3H5", pos=0), Cell("L3H5", pos=15)])
+        [True, False]
+
+        Raises:
+            ValueError: the model has no such cell.
+        """
+        cells = tuple(cells)
+
+        @undisturbed
+        def looked_at(model: ModelLike) -> list[bool]:
+            made = self._renewed(Sites.of(model).splitting(self.neurons))
+            _must_exist(made.sites, self.task, cells)
+            found = [True] * len(cells)
+            for _, part in made.divided(cells, prompts_per_run(made.sites, self.task)):
+                for *_, number in part.plan(range(len(cells)))[1]:
+                    found[number] = False
+            return found
+
+        return looked_at(self.model)
+
     def _renewed(self, sites: Sites) -> _Made:
         """What was made of the model, or what will be, if it is another by now."""
         way = Direction(self.direction)

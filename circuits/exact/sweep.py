@@ -175,8 +175,8 @@ class Sweep:
         """What to say to whom has interrupted it: what is kept, and how to go on."""
         if path is None:
             return (
-                "interrupted: nothing is kept; give patch(..., resume='sweep.safetensors') to keep "
-                "what is finished and to go on from there"
+                "interrupted: nothing is kept; give `resume='sweep.safetensors'` to keep what is "
+                "finished and to go on from there"
             )
         done, all_ = int((~self.effects.isnan()).sum()), self.effects.numel()
         return (

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
+from circuits.judge.resampling import interval, p_value, resamples, swaps
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
@@ -34,9 +35,6 @@ __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the model's edges: the grid of MIB, arXiv:2504.13151."""
-
-RESAMPLES = 9999
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +67,8 @@ class Evaluation:
 
         `low` and `high` are NaN for a single pair.
         """
-        shares = _shares(self.metric, self.clean, self.corrupt, _resamples(len(self.clean), seed))
-        low, high = _interval(shares)
+        shares = _shares(self.metric, self.clean, self.corrupt, resamples(len(self.clean), seed))
+        low, high = interval(shares)
         return pd.DataFrame(
             {
                 "rules": np.repeat(self.rules, len(self.sizes)),
@@ -91,11 +89,11 @@ class Evaluation:
         (arXiv:2504.13151), whose tables take CPR from signed and CMD from absolute ranking. The
         intervals are NaN for a single pair.
         """
-        shares = _shares(self.metric, self.clean, self.corrupt, _resamples(len(self.clean), seed))
+        shares = _shares(self.metric, self.clean, self.corrupt, resamples(len(self.clean), seed))
         found = self._areas(self.faithfulness.double().numpy())
         table = {"rules": list(self.rules)}
         for i, name in enumerate(("CPR", "CMD")):
-            low, high = _interval(self._areas(shares)[..., i])
+            low, high = interval(self._areas(shares)[..., i])
             table[name] = found[..., i].tolist()
             table |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
         return pd.DataFrame(table)
@@ -295,14 +293,6 @@ def _best(
 # -- statistics over pairs -------------------------------------------------------------------------
 
 
-def _resamples(pairs: int, seed: int) -> Float[np.ndarray, "resample pair"]:
-    """Weight of each pair in each bootstrap sample; each row sums to 1. NaN for a single pair."""
-    if pairs < 2:
-        return np.full((RESAMPLES, pairs), np.nan)
-    counts = np.random.default_rng(seed).multinomial(pairs, [1 / pairs] * pairs, RESAMPLES)
-    return counts / pairs
-
-
 def _shares(
     metric: Tensor, clean: Tensor, corrupt: Tensor, weights: Float[np.ndarray, "resample pair"]
 ) -> np.ndarray:
@@ -315,12 +305,6 @@ def _shares(
     shape = (-1, *[1] * (means.ndim - 1))
     gap = np.where(high == low, np.nan, high - low)
     return (means - low.reshape(shape)) / gap.reshape(shape)
-
-
-def _interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval over the first axis."""
-    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return low, high
 
 
 def _paired(
@@ -336,21 +320,19 @@ def _paired(
     one, other = (lambda weights, m=m: _shares(m, clean, corrupt, weights) for m in metrics)
     even = np.full((1, pairs), 1 / pairs)
     apart = measures(one(even)) - measures(other(even))
-    weights = _resamples(pairs, seed)
-    low, high = _interval(measures(one(weights)) - measures(other(weights)))
+    weights = resamples(pairs, seed)
+    low, high = interval(measures(one(weights)) - measures(other(weights)))
     # under the null hypothesis it makes no difference which of the two a pair's value came from
-    swapped = np.random.default_rng(seed).random((RESAMPLES, pairs)) < 0.5
+    swapped = swaps(pairs, seed)
     gap = float(clean.double().mean() - corrupt.double().mean())
     moved = swapped @ (metrics[1] - metrics[0]).double().numpy().T / pairs / gap
     chance = measures(one(even) + moved) - measures(other(even) - moved)
-    extreme = (abs(chance) >= abs(apart) * (1 - 1e-9)).sum(0)
-    p_value = (extreme + 1) / (RESAMPLES + 1)
     return pd.DataFrame(
         {
             "measure": names,
             "difference": apart[0],
             "low": low,
             "high": high,
-            "p_value": p_value if pairs > 1 else np.nan,
+            "p_value": p_value(chance) if pairs > 1 else np.nan,
         }
     )
