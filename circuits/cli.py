@@ -32,12 +32,15 @@ from tasks.registry import TASKS, builder, check_task
 from tasks.zoo import shelf
 from tasks.zoo.boot import check_model
 
-SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT")
+SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT", "PARTWAY")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
-LARGE = 1e10
-"""Cells times weights from which on exact patching is of a sample; of GPT-2 small they are 4e11."""
+LARGE = 10e6
+"""Weights from which on exact patching is of a sample, and of fewer pairs."""
+PAIRS, STEPS = 32, 10
+UNABLE = "the model must be able to do the task"
+"""How the warning begins that shares of the gap would be shares of noise."""
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -57,6 +60,9 @@ Model = Annotated[
     ),
 ]
 Pairs = Annotated[int, typer.Option(min=1, help="Pairs of prompts.")]
+PairsBySize = Annotated[
+    int | None, typer.Option(min=1, help="Pairs of prompts; if not given, fewer for large models.")
+]
 Seed = Annotated[int, typer.Option(help="Which prompts are drawn.")]
 Exact = Annotated[
     bool,
@@ -78,7 +84,7 @@ def discover(
         float | None,
         typer.Option(help="acdc (exact, slow): what the cut of an edge that stays must cost."),
     ] = None,
-    pairs: Pairs = 32,
+    pairs: PairsBySize = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None,
@@ -97,7 +103,8 @@ def discover(
     with _one_line_errors():
         chosen = Preset(rules)
         folder = out or Path("runs") / _called(model)
-        asked = f"{task} --model {model} --pairs {pairs} --seed {seed}"
+        many = "" if pairs is None else f" --pairs {pairs}"
+        asked = f"{task} --model {model}{many} --seed {seed}"
         find = _search(search, edges, tau, folder / f"{task}.part.json", asked)
         make = _task(task)
         check_model(model)
@@ -108,17 +115,13 @@ def discover(
         from relp import PRESETS, attribute
 
         bridge = zoo.load(model)
-        prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
+        prompts = make(bridge.tokenizer, pairs=pairs or _many(bridge, PAIRS), seed=seed)
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
 
         scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
-        clean, corrupt = scores[0].clean, scores[0].corrupt
-        _say(
-            f"{prompts.metric.name}: clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f}; "
-            f"the answer is preferred in {(clean > 0).float().mean():.1%} of the clean prompts"
-        )
+        _say_able(prompts, scores[0])
         circuit = find(bridge, prompts, PRESETS[chosen])
         if size(circuit) == 0:
             raise ValueError(
@@ -199,37 +202,49 @@ def measure(
 def compare(
     task: TaskName = "ioi",
     model: Model = "ioi-gpt2",
-    pairs: Pairs = 16,
+    pairs: PairsBySize = None,
     seed: Seed = 0,
     exact: Exact = False,
+    circuits: Annotated[
+        bool | None,
+        typer.Option(
+            "--circuits/--no-circuits",
+            help="Whether to judge the circuits of each, too; if not given, of small models.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.html, a figure.")] = None,
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
+    started = perf_counter()
     with _one_line_errors():
         make = _task(task)
         check_model(model)
+        if out is not None:
+            _check_folder(out)
 
-        from circuits import evaluate
-        from relp import PRESETS, attribute
+        from circuits import agreement, draw
 
         bridge = zoo.load(model)
+        pairs = pairs or _many(bridge, PAIRS // 2)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
-        others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
-        scores = [attribute(bridge, prompts, rules=r) for r in PRESETS.values()]
-        _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
-        edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
-        found = evaluate(bridge, others, edges)
-        shown = [i for i, size in enumerate(found.sizes) if 0.002 <= size <= 0.05]
-        areas = found.areas().set_index("rules")
-        rows = []
-        for rules, row in zip(found.rules, found.faithfulness.tolist(), strict=True):
-            both = (f"{areas.loc[rules, name]:.3f}" for name in ("CPR", "CMD"))
-            rows.append([rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown)])
+        scores, seconds = _every_estimate(bridge, prompts)
+        _say_able(prompts, scores[0])
+        effect = _measured(bridge, prompts, scores, exact=exact)
+        _print_agreement(scores, effect)
         _print_table(
-            f"faithfulness by share of edges, on the pairs of seed {seed + 1}",
-            ["rules", "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown)],
-            rows,
+            "seconds for all nodes", list(seconds), [[f"{s:.1f}" for s in seconds.values()]]
         )
+        if out is not None:
+            figure = draw(agreement(scores, effect), title=f"{_shown(bridge)} · {task}")
+            with _written(out):
+                out.mkdir(parents=True, exist_ok=True)
+                figure.write_html(out / "compare.html", include_plotlyjs=True)
+            _say(f"wrote {escape(str(out / 'compare.html'))}")
+        if circuits or (circuits is None and not _is_large(bridge)):
+            others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
+            _print_circuits(bridge, prompts, others, seed + 1)
+    _say(f"done in {perf_counter() - started:.0f} s")
 
 
 @app.command()
@@ -364,21 +379,81 @@ def _print_table(
             _say(f"{escape(header):{width}} {escape(cell)}")
 
 
+def _every_estimate(bridge: Any, prompts: Any) -> tuple[list[Any], dict[str, float]]:
+    """Node scores by each of the rules, and by integrated gradients; the seconds that each took."""
+    from relp import GRADIENT, PRESETS, attribute
+
+    ways = [{"rules": rules} for rules in PRESETS.values()]
+    ways.append({"rules": GRADIENT, "steps": STEPS})
+    scores, seconds = [], {}
+    attribute(bridge, prompts.select([0]), rules=GRADIENT)  # the first run of a model sets it up
+    for way in ways:
+        begun = perf_counter()
+        scores.append(attribute(bridge, prompts, **way))
+        seconds[scores[-1].rules] = perf_counter() - begun
+    return scores, seconds
+
+
+def _print_circuits(bridge: Any, prompts: Any, others: Any, seed: int) -> None:
+    """How faithful the best edges of each are, on other pairs than they were scored on."""
+    from circuits import evaluate
+    from relp import PRESETS, attribute
+
+    edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", UNABLE)  # said above
+        found = evaluate(bridge, others, edges)
+    shown = [i for i, size in enumerate(found.sizes) if 0.002 <= size <= 0.05]
+    areas = found.areas().set_index("rules")
+    rows = []
+    for rules, row in zip(found.rules, found.faithfulness.tolist(), strict=True):
+        both = (f"{areas.loc[rules, name]:.3f}" for name in ("CPR", "CMD"))
+        rows.append([rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown)])
+    _print_table(
+        f"faithfulness by share of edges, on the pairs of seed {seed}",
+        ["rules", "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown)],
+        rows,
+    )
+
+
+def _say_able(prompts: Any, scores: Any) -> None:
+    """What the model does on the prompts, and a warning if it cannot do the task."""
+    from circuits.masked import doubt
+
+    clean, corrupt = scores.clean, scores.corrupt
+    _say(
+        f"{prompts.metric.name}: clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f}; "
+        f"the answer is preferred in {(clean > 0).float().mean():.1%} of the clean prompts"
+    )
+    if said := doubt(prompts, clean, corrupt):
+        warnings.warn(said, stacklevel=2)
+        warnings.filterwarnings("ignore", UNABLE)  # once is enough
+
+
+def _is_large(bridge: Any) -> bool:
+    """Whether patching all nodes of a few pairs takes more than a minute or so."""
+    return sum(p.numel() for p in bridge.parameters()) >= LARGE
+
+
+def _many(bridge: Any, pairs: int) -> int:
+    """Pairs of prompts, if nobody says how many."""
+    return pairs // 4 if _is_large(bridge) else pairs
+
+
 def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) -> Any:
     """Exact effects; of large models only some, and how much the others may hold is said."""
     from circuits import missed, patch, verify
     from circuits.exact.verify import BUDGET
 
-    cells = scores[0].nodes[0].numel()
-    size = cells * sum(p.numel() for p in bridge.parameters())
-    if exact or cells <= BUDGET or size < LARGE:
+    if exact or scores[0].nodes[0].numel() <= BUDGET or not _is_large(bridge):
         return patch(bridge, prompts)
     effect = verify(bridge, prompts, scores, budget=BUDGET)
     if effect.strata is None:
         return effect
     _say(
-        f"measured {effect.rules.removeprefix('exact (').rstrip(')')} that change anything: for each kind half "
-        "of them the strongest by any of the rules, half drawn from the rest (--exact: all)"
+        f"measured {effect.rules.removeprefix('exact (').rstrip(')')} that change anything: for "
+        "each kind half of them the strongest by any of the rules, half drawn from the rest "
+        "(--exact: all)"
     )
     rows = missed(effect).query("at_most > 0").itertuples()
     few = ", ".join(f"{r.at_most:,} of {r.cells - r.measured:,} {r.kind} cells" for r in rows)

@@ -44,7 +44,7 @@ from relp.bridge import (
     warn_caller,
 )
 
-__all__ = ["circuit_masks", "circuit_metrics", "circuit_sites", "endpoints"]
+__all__ = ["circuit_masks", "circuit_metrics", "circuit_sites", "doubt", "endpoints"]
 
 
 def endpoints(
@@ -86,12 +86,12 @@ def endpoints(
             "faithfulness needs a metric that differs between clean and corrupt prompts; both "
             f"average {float(clean.mean()):.4g}; use prompts whose answers differ"
         )
-    if doubt := _doubt(task, clean, corrupt):
-        warn_caller(doubt)
+    if said := doubt(task, clean, corrupt):
+        warn_caller(said)
     return clean, corrupt
 
 
-def _doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"]) -> str:
+def doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"]) -> str:
     """Why shares of the gap would be shares of noise, or nothing."""
     gap, pairs = (clean - corrupt).double(), len(clean)
     mean = float(gap.mean())

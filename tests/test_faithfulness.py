@@ -28,7 +28,7 @@ from circuits import (
     top,
 )
 from circuits.graph import real_edges, size
-from circuits.masked import _doubt, circuit_masks, circuit_metrics, endpoints
+from circuits.masked import circuit_masks, circuit_metrics, doubt, endpoints
 from relp import RELP, Component, attribute
 from relp.bridge.run import OURS
 from relp.bridge.sites import Sites
@@ -123,7 +123,7 @@ def doubt(clean: list[float], gap: list[float], metric: Any = "logit_difference"
         [[1, 1]] * pairs, [[0, 0]] * pairs, [0] * pairs, [1] * pairs, metric=metric
     )
     values = torch.tensor(clean, dtype=torch.float32)
-    return _doubt(task, values, values - torch.tensor(gap))
+    return doubt(task, values, values - torch.tensor(gap))
 
 
 def own(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     draw(scores)                  # layer x position (or span), or layer x head with kind="head"
     draw(scores, effect)          # one panel per kind, with Pearson's r and the relative error
+    draw(agreement(many, effect))  # r, ρ, signs and error of several sets of scores, side by side
     draw(edges)                   # writer x reader
     draw(circuit)                 # layered diagram, `embed` at the bottom, `logits` on top
 
@@ -13,6 +14,7 @@ pictures share both.
 from __future__ import annotations
 
 import networkx as nx
+import pandas as pd
 import plotly.graph_objects as go
 
 from relp import EdgeScores, NodeScores, Scores
@@ -21,23 +23,24 @@ __all__ = ["draw"]
 
 
 def draw(
-    what: Scores | nx.MultiDiGraph,
+    what: Scores | nx.MultiDiGraph | pd.DataFrame,
     against: Scores | None = None,
     *,
     kind: str | None = None,
     positions: bool = False,
     title: str | None = None,
 ) -> go.Figure:
-    """Draws node scores, edge scores, scores against measured effects, or a circuit.
+    """Draws node scores, edge scores, scores against measured effects, agreement, or a circuit.
 
     >>> draw(scores, kind="head")
     >>> draw(scores, against=effect)
+    >>> draw(agreement([scores], effect))
     >>> draw(circuit)
 
     Args:
         what: `Scores` or `Effects` of nodes (heatmap, mean over pairs; by position, or by span if
             the prompts have their spans at different positions) or edges (writer x reader, summed
-            over positions), or a circuit.
+            over positions), a table of `agreement`, or a circuit.
         against: `Effects` to compare `what` with: a scatter plot, one point per pair, component
             and position (edges: per edge), with the line y = x.
         kind: which components a heatmap of nodes shows; `resid` if there, else the first.
@@ -46,8 +49,8 @@ def draw(
 
     Raises:
         TypeError: `what` or `against` is of another type, or they do not go together.
-        ValueError: `kind` is not among the components, the circuit is empty, or the two results
-            were not made for the same model, task and direction.
+        ValueError: `kind` is not among the components, the circuit is empty, the table is not one
+            of `agreement`, or the two results were not made for the same model, task and direction.
     """
     figure = _figure(what, against, kind, positions)
     if title is not None:
@@ -71,12 +74,16 @@ def _figure(what: object, against: object, kind: str | None, positions: bool) ->
         from circuits.draw.heatmaps import lined_up, node_heatmap
 
         return node_heatmap(what if positions else lined_up(what), kind)
+    if isinstance(what, pd.DataFrame) and against is None:
+        from circuits.draw.measures import measures
+
+        return measures(what)
     if isinstance(what, nx.MultiDiGraph) and against is None:
         from circuits.draw.diagram import diagram
 
         return diagram(what)
     given = type(what).__name__ + (f" and {type(against).__name__}" if against is not None else "")
     raise TypeError(
-        "draw takes Scores, Effects, Scores with Effects, or a circuit "
+        "draw takes Scores, Effects, Scores with Effects, a table of agreement, or a circuit "
         f"(networkx.MultiDiGraph); got {given}; see help(draw)"
     )
