@@ -450,10 +450,10 @@ def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) 
     effect = verify(bridge, prompts, scores, budget=BUDGET)
     if effect.strata is None:
         return effect
+    some = effect.rules.removeprefix("exact (").removesuffix(")")
     _say(
-        f"measured {effect.rules.removeprefix('exact (').rstrip(')')} that change anything: for "
-        "each kind half of them the strongest by any of the rules, half drawn from the rest "
-        "(--exact: all)"
+        f"measured {some} that change anything: for each kind half of them the strongest by any of "
+        "the rules, half drawn from the rest (--exact: all)"
     )
     rows = missed(effect).query("at_most > 0").itertuples()
     few = ", ".join(f"{r.at_most:,} of {r.cells - r.measured:,} {r.kind} cells" for r in rows)

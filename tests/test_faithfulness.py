@@ -28,7 +28,8 @@ from circuits import (
     top,
 )
 from circuits.graph import real_edges, size
-from circuits.masked import circuit_masks, circuit_metrics, doubt, endpoints
+from circuits.masked import circuit_masks, circuit_metrics, endpoints
+from circuits.masked import doubt as doubt_of
 from relp import RELP, Component, attribute
 from relp.bridge.run import OURS
 from relp.bridge.sites import Sites
@@ -123,7 +124,7 @@ def doubt(clean: list[float], gap: list[float], metric: Any = "logit_difference"
         [[1, 1]] * pairs, [[0, 0]] * pairs, [0] * pairs, [1] * pairs, metric=metric
     )
     values = torch.tensor(clean, dtype=torch.float32)
-    return doubt(task, values, values - torch.tensor(gap))
+    return doubt_of(task, values, values - torch.tensor(gap))
 
 
 def own(logits: Tensor) -> Tensor:
@@ -139,6 +140,7 @@ def test_what_is_doubted_is_a_gap_of_noise_or_a_model_that_is_wrong() -> None:
     assert doubt([1, 1, -0.5, -0.5], [1, 1, 1, 1])  # half is what a coin gets right
     assert doubt([1, 1, 1, -4], [1, 1, 1, 1])  # the foil on average
     assert doubt([1, 1, 1, 0, 0, 0], [1] * 6)  # a tie is not right
+    assert doubt([-2] * 12, [3] * 12)  # the foil on all, however clear the gap
     assert doubt(right, [-1, -1, -1, -1]) and not doubt(right, [-1, -1, -1, -1], own)
     assert doubt(right, [-1, -1, -1, 1], own)
     assert not doubt([-1, -2], [1, 1], own) and not doubt([1], [0.1]) and doubt([-1], [0.1])
