@@ -383,13 +383,12 @@ def _every_estimate(bridge: Any, prompts: Any) -> tuple[list[Any], dict[str, flo
     """Node scores by each of the rules, and by integrated gradients; the seconds that each took."""
     from relp import GRADIENT, PRESETS, attribute
 
-    ways = [{"rules": rules} for rules in PRESETS.values()]
-    ways.append({"rules": GRADIENT, "steps": STEPS})
+    ways = [(rules, 1) for rules in PRESETS.values()] + [(GRADIENT, STEPS)]
     scores, seconds = [], {}
     attribute(bridge, prompts.select([0]), rules=GRADIENT)  # the first run of a model sets it up
-    for way in ways:
+    for rules, steps in ways:
         begun = perf_counter()
-        scores.append(attribute(bridge, prompts, **way))
+        scores.append(attribute(bridge, prompts, rules=rules, steps=steps))
         seconds[scores[-1].rules] = perf_counter() - begun
     return scores, seconds
 

@@ -45,6 +45,7 @@ def way(
     """The share φ of the way to the other run that each part moves the run: 0 to 1.
 
     >>> import torch
+    >>> from relp.partway import way
     >>> way(torch.tensor([[[0.5, 0.0]]]), torch.tensor([[[1.0, 3.0]]]))      # √(1/2 · 1/8)
     tensor([[[0.2500, 0.0000]]])
 
@@ -67,6 +68,7 @@ def weight_of_both(
     """The mean size of two scores of an edge, with the sign of their sum.
 
     >>> import torch
+    >>> from relp.partway import weight_of_both
     >>> weight_of_both(torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, 3.0]]))
     tensor([[2., 2.]])
     """

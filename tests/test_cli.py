@@ -274,7 +274,10 @@ def test_an_interruption_before_the_first_effect(model: Path, monkeypatch: Any) 
 
     for command, kept in (
         (SWEEP, "nothing was measured yet; run the same command again"),
-        (("compare",), "files that were said to be written are whole, nothing else is kept"),
+        (
+            ("compare", "--pairs", 2),
+            "files that were said to be written are whole, nothing else is kept",
+        ),
     ):
         monkeypatch.setattr(circuits, "patch", interrupted)
         result = relp(*command, "--model", model)
@@ -606,6 +609,28 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         warnings.warn("the model [a] must " + 30 * "be able ", stacklevel=2)
     assert capsys.readouterr().err == f"warning: the model [a] must {30 * 'be able '}\n"
     assert warnings.showwarning is shown
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_model_that_cannot_do_the_task_is_told_once_and_first(model: Path) -> None:
+    result = relp("compare", "--model", model, "--pairs", 16, "--circuits")
+    assert result.exit_code == 0, result.output
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert said.startswith(
+        "warning: the model must be able to do the task, or circuits explain noise; it is right on "
+        "8 of 16 clean prompts, and the gap in 'logit_difference'"
+    )
+    assert "filter_correct" in said
+
+
+def test_compare_draws_what_it_prints(model: Path) -> None:
+    result = relp("compare", "--model", model, "--pairs", 2, "--no-circuits", "--out", "pictures")
+    assert result.exit_code == 0, result.output
+    assert files(Path.cwd()) == ["pictures"] and "faithfulness" not in result.stdout
+    page = Path("pictures/compare.html").read_text()
+    assert "wrote pictures/compare.html" in result.stdout
+    for text in ("GRADIENT (10 steps)", "PARTWAY", "Spearman", "right signs", "tiny"):
+        assert text in page and (text in result.stdout or text in ("Spearman", "right signs"))
 
 
 @pytest.mark.parametrize("option", ["--edges", "--pairs"])

@@ -223,7 +223,7 @@ def test_what_does_not_belong_together_is_refused():
 
 def test_wrong_types_are_told_what_is_accepted():
     for wrong in (("scores",), (make_nodes(), make_circuit()), (make_circuit(), make_nodes())):
-        with pytest.raises(TypeError, match="draw takes Scores, Effects, Scores with Effects, or"):
+        with pytest.raises(TypeError, match="draw takes Scores, Effects, Scores with Effects, a table of"):
             inspect.unwrap(draw)(*wrong)  # without the tests' type checker
     with pytest.raises(TypeError, match="got DiGraph"):
         inspect.unwrap(draw)(nx.DiGraph())
