@@ -377,6 +377,10 @@ def test_one_pair_and_edges_have_no_intervals(tiny: Any) -> None:
     assert agreement(one, one).filter(regex="_(low|high)$").isna().all(axis=None)
     row = agreement(two, two).set_index("kind").loc["head"]
     assert row["pairs"] == 1 and np.isnan(row["pearson_low"]) and row["signs_low"] == 1
+    # nor if all that is pooled is of one pair
+    two = nodes([[4.0, -3.0, 2.0, 1.0, 9.0], [0.0, 0.0, 0.0, 0.0, 9.0]])
+    row = agreement(two, two).set_index("kind").loc["head"]
+    assert row["spearman_pooled"] == pytest.approx(1) and np.isnan(row["spearman_pooled_low"])
 
 
 def test_layers_are_rows(tiny: Any) -> None:

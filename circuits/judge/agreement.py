@@ -65,9 +65,12 @@ def agreement(
       most their `resolution`, which is rounding, leaving out those that are 0 as their score is,
       where nothing changes; 0 for effects that state none.
     - `…_low`, `…_high`: 95 % bootstrap intervals of the measures over pairs, and over the cells of
-      each stratum if those were drawn. NaN for a single pair, and for edges, which are means over
-      pairs already. A large effect that the lot missed is in no interval: `missed` says how many
-      there may be.
+      each stratum if those were drawn (`spearman_pooled` with the ranks of all pairs, not ranked
+      anew). NaN for a single pair, and for edges, which are means over pairs already. A large
+      effect that the lot missed is in no interval: `missed` says how many there may be. Few pairs
+      know little of others: of heads of `ioi-gpt2`, intervals of 8 pairs held the value of 64 in 87
+      to 93 of 100 draws (16 pairs: 90 to 98); where rare pairs decide it they held it less often,
+      and signs that are right on all pairs have the interval [1, 1].
 
     Where fewer than three effects are not 0 there is no correlation worth the name: if one token
     differs, the embedding has a single effect, and any estimate of the right sign would get 1. Nor

@@ -211,9 +211,11 @@ class Measures:
 
         Pairs are drawn from those that are `chosen`, by default from all that have the measure.
         """
-        table = self.pooled[name] if name in self.pooled else self.within[name]
-        if name in self.within:
-            table = table[:, self.has(name) if chosen is None else chosen]
+        if name in self.pooled:
+            table = self.pooled[name]
+            table = table[:, table[0, :, 0] > 0]  # the number of cells
+        else:
+            table = self.within[name][:, self.has(name) if chosen is None else chosen]
         drawn = table[1:] if len(table) > 1 else table
         weights = resamples(table.shape[1], seed)
         weights = weights[: len(drawn)] if len(drawn) > 1 else weights
