@@ -38,7 +38,10 @@ EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
 LARGE = 10e6
 """Weights from which on exact patching is of a sample, and of fewer pairs."""
-PAIRS, STEPS = 32, 10
+FEW = 8
+"""Pairs of prompts for large models, if nobody says how many."""
+STEPS = 10
+"""Of the integrated gradients that `compare` shows beside the presets."""
 UNABLE = "the model must be able to do the task"
 """How the warning begins that shares of the gap would be shares of noise."""
 
@@ -115,7 +118,7 @@ def discover(
         from relp import PRESETS, attribute
 
         bridge = zoo.load(model)
-        prompts = make(bridge.tokenizer, pairs=pairs or _many(bridge, PAIRS), seed=seed)
+        prompts = make(bridge.tokenizer, pairs=pairs or _many(bridge, 32), seed=seed)
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
@@ -225,7 +228,7 @@ def compare(
         from circuits import agreement, draw
 
         bridge = zoo.load(model)
-        pairs = pairs or _many(bridge, PAIRS // 2)
+        pairs = pairs or _many(bridge, 16)
         prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
         scores, seconds = _every_estimate(bridge, prompts)
@@ -436,7 +439,7 @@ def _is_large(bridge: Any) -> bool:
 
 def _many(bridge: Any, pairs: int) -> int:
     """Pairs of prompts, if nobody says how many."""
-    return pairs // 4 if _is_large(bridge) else pairs
+    return FEW if _is_large(bridge) else pairs
 
 
 def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) -> Any:
@@ -465,23 +468,26 @@ def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
     from circuits import agreement
 
     frame = agreement(scores, effect).sort_values("kind", key=_as_met, kind="stable")
+    # of a sample nobody knows the largest (of one effect there is no choice)
+    overlaps = bool(frame["overlap"][frame["pearson"].notna()].notna().any())
     rows = [
         [
             *(row.kind, row.rules),
             _or_dash(row.pearson, ".3f") + "*" * int(row.hangs),
             _or_dash(row.pearson_rest, ".3f"),
             *(_or_dash(v, ".2f") for v in (row.spearman, row.signs, row.relative_error)),
-            _or_dash(row.overlap, ".2f"),
+            *([_or_dash(row.overlap, ".2f")] if overlaps else []),
             f"{row.cells:,}",
         ]
         for row in frame.itertuples()
     ]
     title = "agreement with exact patching, mean over pairs"
-    headers = ["kind", "rules", "r", "without largest", "ρ", "signs", "error", "overlap", "cells"]
+    headers = ["kind", "rules", "r", "r rest", "ρ", "signs", "error"]
+    headers += ["overlap"] * overlaps + ["cells"]
     _print_table(title, headers, rows, blocks=True)
     _say(
-        "r: Pearson's, over all cells, and without the one of the largest effect; ρ (Spearman's) "
-        "and share of right signs: over the cells with effects above rounding and 1 % of the gap"
+        "r: Pearson's, over all cells; r rest: without the one of the largest effect; ρ "
+        "(Spearman's) and share of right signs: over effects above rounding and 1 % of the gap"
     )
     if frame["hangs"].any():
         _say(

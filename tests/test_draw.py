@@ -223,7 +223,9 @@ def test_what_does_not_belong_together_is_refused():
 
 def test_wrong_types_are_told_what_is_accepted():
     for wrong in (("scores",), (make_nodes(), make_circuit()), (make_circuit(), make_nodes())):
-        with pytest.raises(TypeError, match="draw takes Scores, Effects, Scores with Effects, a table of"):
+        with pytest.raises(
+            TypeError, match="draw takes Scores, Effects, Scores with Effects, a table of"
+        ):
             inspect.unwrap(draw)(*wrong)  # without the tests' type checker
     with pytest.raises(TypeError, match="got DiGraph"):
         inspect.unwrap(draw)(nx.DiGraph())
@@ -402,3 +404,32 @@ def test_the_circuit_is_left_alone():
     before = circuit.copy()
     draw(circuit)
     assert nx.utils.graphs_equal(circuit, before)
+
+
+def test_agreement_is_drawn_by_measure() -> None:
+    effect = make_nodes(Effects)
+    noisy = [make_nodes(rules=r, nodes=effect.nodes + size * make_nodes(seed=1).nodes)
+             for r, size in (("RELP", 0.3), ("GRADIENT", 1.0))]  # fmt: skip
+    table = agreement(noisy, effect)
+    table.loc[table["kind"] == "embed", "pearson"] = math.nan
+    figure = draw(table)
+    assert [a.text for a in figure.layout.annotations[:4]] == [
+        "Pearson's r", "Spearman's ρ", "right signs", "relative error",
+    ]  # fmt: skip
+    marks = {(t.name, t.xaxis): t for t in figure.data}
+    assert len(marks) == len(figure.data) == 8
+    # what has no correlation has no row
+    kinds = [k for k in dict.fromkeys(table["kind"]) if k != "embed"]
+    assert list(figure.layout.yaxis.ticktext) == kinds
+    of = table[(table["rules"] == "GRADIENT") & (table["kind"] != "embed")]
+    drawn = marks["GRADIENT", "x4"]
+    assert list(drawn.x) == pytest.approx(of["relative_error"].tolist())
+    assert list(drawn.error_x.array) == pytest.approx(
+        (of["relative_error_high"] - of["relative_error"]).tolist()
+    )
+    # what lies outside is at the edge, with its number
+    table.loc[table["rules"] == "GRADIENT", "pearson"] = -0.8
+    edge = next(t for t in draw(table).data if t.name == "GRADIENT" and t.xaxis == "x")
+    assert set(edge.x) == {-0.25} and set(edge.text) == {"-0.80"}
+    with pytest.raises(ValueError, match=r"one of circuits\.agreement; it has no column 'kind'"):
+        draw(table[["rules"]])

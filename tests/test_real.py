@@ -20,7 +20,8 @@ from conftest import warm
 from test_cli import refused, relp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relp import DEEPLIFT, RELP, attribute
+from circuits import agreement, missed, patch, verify
+from relp import DEEPLIFT, GRADIENT, PARTWAY, RELP, attribute
 from relp.bridge import quantization
 from tasks import Task, ioi, zoo
 from tasks.zoo.downloads import DOWNLOADS, cache, kept
@@ -124,6 +125,32 @@ def test_scores_of_a_cut_sum_to_the_gap(model: Any, task: Task) -> None:
     torch.testing.assert_close(streams.sum(-1), gap, rtol=2e-3, atol=2e-3)
     read = edges.edges[:, edges.readers.index("logits.in")].sum()
     torch.testing.assert_close(read, edges.gap.mean(), rtol=2e-3, atol=2e-3)
+
+
+def test_what_is_small_and_what_is_large(model: Any, task: Task) -> None:
+    """MLP outputs: the gradient is right for the many small effects, the secant for the few large.
+
+    One cell decides r, so that ρ and signs are looked at as well; PARTWAY is right by all.
+    """
+    effect = patch(model, task, components=["mlp"], progress=False)
+    many = [attribute(model, task, rules=r, components=["mlp"])
+            for r in (GRADIENT, RELP, DEEPLIFT, PARTWAY)]  # fmt: skip
+    table = agreement(many, effect).set_index("rules")
+    assert table["hangs"].all()
+    r, rho, signs = (table[m] for m in ("pearson", "spearman", "signs"))
+    assert r["GRADIENT"] < 0.7 < r["RELP"] < r["PARTWAY"] and r["PARTWAY"] > 0.95, table
+    assert rho["DEEPLIFT"] < 0.8 < rho["RELP"] and rho["PARTWAY"] > 0.9 < rho["GRADIENT"] + 0.05
+    assert signs["DEEPLIFT"] < 0.85 and signs["PARTWAY"] > 0.95
+    assert table["relative_error"].idxmin() == "PARTWAY"
+
+
+def test_a_sample_is_enough_to_tell(model: Any, task: Task) -> None:
+    many = [attribute(model, task, rules=r) for r in (GRADIENT, PARTWAY)]
+    effect = verify(model, task, many, budget=60, progress=False)
+    assert effect.provenance.quantization == LABEL and effect.rules.startswith("exact (60 of ")
+    r = agreement(many, effect).pivot(index="kind", columns="rules", values="pearson")
+    assert (r["PARTWAY"] > r["GRADIENT"])[["resid", "mlp"]].all()
+    assert {"resid", "attn", "head", "mlp"} <= set(missed(effect)["kind"])
 
 
 def test_the_command_takes_it_by_name(folder: Path) -> None:
