@@ -226,6 +226,7 @@ def compare(
             _check_folder(out)
 
         from circuits import agreement, draw
+        from relp import written_whole
 
         bridge = zoo.load(model)
         pairs = pairs or _many(bridge, 16)
@@ -235,15 +236,17 @@ def compare(
         _say_able(prompts, scores[0])
         effect = _measured(bridge, prompts, scores, exact=exact)
         _print_agreement(scores, effect)
-        _print_table(
-            "seconds for all nodes", list(seconds), [[f"{s:.1f}" for s in seconds.values()]]
-        )
+        took = ", ".join(f"{rules} {s:.1f}" for rules, s in seconds.items())
+        _say(f"seconds for the scores of all nodes: {took}")
         if out is not None:
-            figure = draw(agreement(scores, effect), title=f"{_shown(bridge)} · {task}")
+            title = f"{_shown(bridge)} · {task} · agreement with exact effects, {pairs} pairs"
+            figure = draw(agreement(scores, effect), title=title)
+            page = out / "compare.html"
             with _written(out):
                 out.mkdir(parents=True, exist_ok=True)
-                figure.write_html(out / "compare.html", include_plotlyjs=True)
-            _say(f"wrote {escape(str(out / 'compare.html'))}")
+                with written_whole(page) as temporary:
+                    figure.write_html(temporary, include_plotlyjs=True)
+            _say(f"wrote {escape(str(page))}")
         if circuits or (circuits is None and not _is_large(bridge)):
             others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
             _print_circuits(bridge, prompts, others, seed + 1)

@@ -32,6 +32,8 @@ SWEPT = (0, 6, 11)
 """Layers of the patching sweep: cells cost less the later they start, and these are their mean."""
 SWEEP_SPEEDUP = 5.0
 PEAK_GB = 1.5
+TWO_BACKWARDS = {"node": 1.7, "edge": 4.5}
+"""Of PARTWAY; for edges half of what EAP-IG takes with five steps."""
 
 
 def main(rounds: int = 3, peers: bool = False, growth: bool = False) -> None:
@@ -80,7 +82,8 @@ def attribution(model: Any, task: Task, base: Any, rounds: int) -> pd.DataFrame:
     for level, budget in (("node", 1.15), ("edge", 1.5)):
         for rules in PRESETS.values():
             calls[f"{level}s {rules.name}"] = attribution_of(model, task, rules, level)
-            budgets[f"{level}s {rules.name}"] = 2.0 if rules is DEEPLIFT else budget
+            two = TWO_BACKWARDS[level] if rules.partway else 2.0
+            budgets[f"{level}s {rules.name}"] = two if rules.needs_reference else budget
     return judged(in_turn(base, calls, rounds=rounds), budgets)
 
 

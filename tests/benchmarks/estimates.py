@@ -65,7 +65,7 @@ def main(
         task = TASKS[name](bridge.tokenizer, pairs=pairs, seed=seed)
         if edges:
             other = TASKS[name](bridge.tokenizer, pairs=pairs, seed=seed + 1)
-            table = circuits(bridge, task, other, direction)
+            table = circuits(bridge, task, other, direction, budget)
         else:
             table = nodes(bridge, task, direction, budget)
             rows.append(not_worse(table))
@@ -102,13 +102,18 @@ def not_worse(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(good).rename("not worse").droplevel(1).to_frame()
 
 
-def circuits(model: Any, task: Task, other: Task, direction: str) -> pd.DataFrame:
-    found = evaluate(model, other, estimates(model, task, direction, "edge"))
+def circuits(model: Any, task: Task, other: Task, direction: str, budget: int) -> pd.DataFrame:
+    """CMD of circuits on other pairs, and beside it what the scores say of single edges."""
+    scores = estimates(model, task, direction, "edge")
+    effect = verify(model, task, scores, budget=budget or 1000)
+    single = agreement(scores, effect).query("kind == 'edge'").set_index("rules")
+    found = evaluate(model, other, scores)
     best = f"GRADIENT ({STEPS['edge']} steps)"
     table = found.areas()[["rules", "CPR", "CMD", "CMD_low", "CMD_high"]]
     tests = {r: found.compare(r, best).set_index("measure").loc["CMD", "p_value"]
              for r in found.rules if r != best}  # fmt: skip
-    return table.assign(p=table["rules"].map(tests))
+    table = table.assign(p=table["rules"].map(tests))
+    return table.join(single[list(MEASURES)], on="rules")
 
 
 if __name__ == "__main__":
