@@ -143,7 +143,7 @@ class Scores(ABC):
     remainder: Mapping[str, float] = field(default_factory=dict)
     """Module and operation -> what scores cannot explain, because a router (or another choice)
     goes different ways in the two runs; mean over pairs, in the unit of the metric. Only rules that
-    compare two runs know it: with it, their scores sum to the gap."""
+    compare two runs know it: with it, scores under DEEPLIFT sum to the gap."""
 
     noun: ClassVar[str] = "score"
     level: ClassVar[Level]
