@@ -27,8 +27,13 @@ between the first of them (G, a score g) and the average over the way (m, a scor
 differ in sign, and then their mean would call an edge nothing that is large by both. So an edge's
 score has the mean *size* (|g| + |s|) / 2, and the sign of g + s.
 
-Neither the steady slope nor the mean of a and b is more than a model of what happens; how good one
-is shows in docs/estimates.md, on tasks and models that it was and was not made on.
+Neither the steady slope nor the mean of a and b is more than a model of what happens. On two real
+language models, three tasks and both directions (docs/estimates.md, which a script under
+tests/benchmarks prints) scores by it are not worse than integrated gradients with ten steps, at a
+fifth of the time, in 43 of 48 comparisons by Pearson's r, 47 by Spearman's ρ, 46 by right signs and
+44 by the relative error. They are worse where the slopes rise at once: in a run that is changed
+away from an answer of which it is certain (`noise`, where much differs), and in small models that
+are trained on the task alone.
 """
 
 from __future__ import annotations
