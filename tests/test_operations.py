@@ -150,7 +150,10 @@ def test_values_are_torchs_and_differences_exact(name: str) -> None:
         assert torch.equal(y, plain)
         frame = report.to_dataframe()
         assert len(frame) and not frame["kind"].isin(["unknown", "opaque"]).any()
-        if rules is DEEPLIFT:
+        if rules.needs_reference:
+            with report.with_itself():
+                (c,) = torch.autograd.grad(y, x, g, retain_graph=True)
+            torch.testing.assert_close(c, derivative)
             with report.reference():
                 after = function(other)
         if not y.requires_grad:  # all of it is constant
