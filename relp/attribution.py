@@ -163,7 +163,7 @@ def _check(rules: Rules, level: Level, steps: int, path: str, positions: bool | 
     if steps > 1 and rules.needs_reference:
         raise ValueError(
             f"`steps` must be 1 for rules that compare two runs; got {steps} with {rules.name}; "
-            "those rules are exact between the runs already"
+            "those rules know the whole way between the runs already"
         )
     if positions not in (False, True, "spans"):
         raise ValueError(

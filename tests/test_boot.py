@@ -251,3 +251,5 @@ def test_an_unknown_name_lists_those_that_are_known(monkeypatch: pytest.MonkeyPa
         "be fetched (We couldn't connect to the hub.); check the spelling and the connection, or "
         "give the path of a folder"
     )
+    with pytest.raises(ValueError, match="got an empty name; for the folder you are in give '.'"):
+        zoo.load("")

@@ -433,3 +433,5 @@ def test_agreement_is_drawn_by_measure() -> None:
     assert set(edge.x) == {-0.25} and set(edge.text) == {"-0.80"}
     with pytest.raises(ValueError, match=r"one of circuits\.agreement; it has no column 'kind'"):
         draw(table[["rules"]])
+    with pytest.raises(ValueError, match="must have rows with a correlation; this one has none"):
+        draw(table.assign(pearson=math.nan))

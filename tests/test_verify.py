@@ -115,6 +115,25 @@ def test_the_bound_by_hand() -> None:
     assert (row.measured, row.drawn, row.at_most, row.share) == (100, 0, 0, 0)
 
 
+def test_what_changes_nothing_sets_no_size_that_counts() -> None:
+    idle = np.arange(100) < 30
+    found = sampled(np.arange(100.0), np.zeros(100, dtype=int), 12, idle=idle)
+    y = np.where(idle, 0.0, np.arange(100.0))
+    (row,) = missed(effects(y, found)).itertuples()
+    assert row.smallest == 94  # the smallest of six, which are less than ten
+    (row,) = missed(effects(np.zeros(100), found)).itertuples()
+    assert (row.smallest, row.found) == (0, 0)
+
+
+def test_the_bound_is_all_where_all_but_one_of_those_drawn_are_large() -> None:
+    # chances of 1 and 1/2 in two strata give three of four more often than their mean does
+    found = sampled(np.arange(2008.0), np.zeros(2008, dtype=int), 8)
+    y = np.where(found.stratum == CERTAIN, 1.0, 2.0)
+    y[np.flatnonzero(found.measured & (found.stratum == 2))[0]] = 0.5
+    (row,) = missed(effects(y, found), smallest=1.5).itertuples()
+    assert (row.drawn, row.found, row.at_most) == (4, 3, row.cells - row.measured)
+
+
 def test_what_cannot_be_bounded_is_refused() -> None:
     found = sampled(np.arange(100.0), np.zeros(100, dtype=int), 20)
     effect = effects(np.arange(100.0), found)

@@ -50,7 +50,8 @@ def draw(
     Raises:
         TypeError: `what` or `against` is of another type, or they do not go together.
         ValueError: `kind` is not among the components, the circuit is empty, the table is not one
-            of `agreement`, or the two results were not made for the same model, task and direction.
+            of `agreement` or has no correlation, or the two results were not made for the same
+            model, task and direction.
     """
     figure = _figure(what, against, kind, positions)
     if title is not None:

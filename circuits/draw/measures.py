@@ -30,7 +30,7 @@ def measures(table: pd.DataFrame) -> go.Figure:
     """A row for each kind, a mark for each set of scores, with its bootstrap interval.
 
     Raises:
-        ValueError: the table is not one of `agreement`.
+        ValueError: the table is not one of `agreement`, or no row has a correlation.
     """
     needed = {"rules", "kind", *SHOWN}
     if lacking := sorted(needed - set(table.columns)):
@@ -39,6 +39,11 @@ def measures(table: pd.DataFrame) -> go.Figure:
             "give draw(agreement(scores, effect))"
         )
     table = table[table["pearson"].notna()]
+    if table.empty:
+        raise ValueError(
+            "a table to draw must have rows with a correlation; this one has none, as no kind has "
+            "three effects that are not 0; look at the table itself"
+        )
     kinds, rules = (list(dict.fromkeys(table[name])) for name in ("kind", "rules"))
     figure = make_subplots(
         rows=1, cols=len(SHOWN), shared_yaxes=True, horizontal_spacing=0.03,

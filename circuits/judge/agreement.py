@@ -213,7 +213,8 @@ def auroc(
     measure: Conmy et al. 2023, arXiv:2304.14997.
 
     Raises:
-        ValueError: a component or edge of the circuit is not one of the scores.
+        ValueError: a component or edge of the circuit is not one of the scores, or scores are NaN,
+            as effects are that were not measured.
         TypeError: the graph is no circuit.
     """
     rows = []
@@ -222,6 +223,11 @@ def auroc(
             values, inside, kinds = _edge_labels(s, known)
         else:
             values, inside, kinds = _component_labels(s, known)
+        if unknown := int(np.isnan(values).sum()):
+            raise ValueError(
+                f"all scores must be numbers to be ranked; {unknown} of {s.rules!r} are NaN, or "
+                "not measured; compute them again, or measure all with patch"
+            )
         for kind in dict.fromkeys(kinds):
             at = np.array([k == kind for k in kinds])
             ranks, found = stats.rankdata(values[at]), inside[at]

@@ -37,7 +37,8 @@ def missed(effect: Scores, *, smallest: float | None = None, k: int = 10) -> pd.
         effect: what `verify` gave.
         smallest: the least |effect| that counts, in the unit of the metric; by default the `k`th
             largest of each kind among the cells that were measured for the strength of their
-            scores, so that `at_most` says how many of the k largest may be others.
+            scores, so that `at_most` says how many of the k largest may be others. If fewer than
+            `k` of those have an effect, the smallest that they have; 0, any effect, if none has.
         k: see `smallest`.
 
     Raises:
@@ -56,7 +57,7 @@ def missed(effect: Scores, *, smallest: float | None = None, k: int = 10) -> pd.
         size, weight = values[inside], weights[inside]
         left = int(np.isnan(size).sum())
         certain, lot = (size[(weight > 0) & ((weight > 1) == drawn)] for drawn in (False, True))
-        least = np.sort(certain)[-k:].min(initial=np.inf) if smallest is None else smallest
+        least = _least(certain, k) if smallest is None else smallest
         found = int(((lot >= least) & (lot > 0)).sum())
         at_most = min(left, _bound(found, len(lot), weight.max(initial=0)) - found)
         rows.append((kind, len(size), len(size) - left, len(lot), least, found, at_most,
@@ -65,9 +66,15 @@ def missed(effect: Scores, *, smallest: float | None = None, k: int = 10) -> pd.
     return pd.DataFrame(rows, columns=columns)
 
 
+def _least(certain: Float[np.ndarray, " cell"], k: int) -> float:
+    """The kth largest; the smallest of fewer. What is 0 counts not: most of it changes nothing."""
+    some = np.sort(certain[certain > 0])[-k:]
+    return float(some[0]) if len(some) else 0.0
+
+
 def _bound(found: int, drawn: int, weight: float) -> int:
     """How many there are at most in all strata, if so many of those drawn are."""
-    if found == drawn:  # none were drawn, or all are
+    if found >= drawn - 1:  # so close to all, the binomial bound holds for equal chances alone
         return int(drawn * weight)
     test = stats.binomtest(found, drawn, alternative="less")
     chance = test.proportion_ci(CONFIDENCE, method="exact").high

@@ -57,7 +57,7 @@ def redrawn(
     return drawn
 
 
-def interval(samples: Float[np.ndarray, resample * rest]) -> tuple[np.ndarray, np.ndarray]:
+def interval(samples: Float[np.ndarray, "resample ..."]) -> tuple[np.ndarray, np.ndarray]:
     """The percentile interval over the first axis."""
     low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high

@@ -36,6 +36,8 @@ def check_model(name: str) -> None:
         return
     if name in DOWNLOADS:
         return None if kept(DOWNLOADS[name]) else check_fetchable(DOWNLOADS[name])
+    if not name:  # as a path it would be the folder that one is in
+        raise ValueError(f"{_wanted()}; got an empty name; for the folder you are in give '.'")
     path = Path(name).expanduser()
     if path.is_dir():
         _check_folder(name, path)

@@ -36,7 +36,7 @@ PLACES = ("cabinet", "shelf", "wall", "desk", "garden", "kitchen", "hall", "room
 
 
 def verb_agreement(tokenizer: Any, pairs: int, seed: int) -> Task:
-    """ "The keys near the wall of the old house" -> " are": noun and determiner differ."""
+    """ "These keys near the wall here" -> " are": noun and determiner differ."""
     chosen = [(NOUNS[(i + seed) % len(NOUNS)], PLACES[(3 * i + seed) % len(PLACES)])
               for i in range(pairs)]  # fmt: skip
     many = [f"These {noun}s near the {place} here" for noun, place in chosen]
