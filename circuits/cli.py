@@ -225,7 +225,7 @@ def compare(
         if out is not None:
             _check_folder(out)
 
-        from circuits import agreement, draw
+        from circuits import draw
         from relp import written_whole
 
         bridge = zoo.load(model)
@@ -235,12 +235,12 @@ def compare(
         scores, seconds = _every_estimate(bridge, prompts)
         _say_able(prompts, scores[0])
         effect = _measured(bridge, prompts, scores, exact=exact)
-        _print_agreement(scores, effect)
+        frame = _print_agreement(scores, effect)
         took = ", ".join(f"{rules} {s:.1f}" for rules, s in seconds.items())
         _say(f"seconds for the scores of all nodes: {took}")
         if out is not None:
             title = f"{_shown(bridge)} · {task} · agreement with exact effects, {pairs} pairs"
-            figure = draw(agreement(scores, effect), title=title)
+            figure = draw(frame, title=title)
             page = out / "compare.html"
             with _written(out):
                 out.mkdir(parents=True, exist_ok=True)
@@ -467,7 +467,8 @@ def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) 
     return effect
 
 
-def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
+def _print_agreement(scores: Sequence[Any], effect: Any) -> Any:
+    """Prints the table, and gives it."""
     from circuits import agreement
 
     frame = agreement(scores, effect).sort_values("kind", key=_as_met, kind="stable")
@@ -497,6 +498,7 @@ def _print_agreement(scores: Sequence[Any], effect: Any) -> None:
             "*: one cell decides r: it has more than half of the squared effects, or r moves by "
             "more than 0.1 without it"
         )
+    return frame
 
 
 def _as_met(kinds: Any) -> Any:

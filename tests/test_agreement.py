@@ -523,3 +523,10 @@ def test_tests_that_cannot_be_made_are_refused(tiny: Any) -> None:
         agreement_tests([edges, edges.renamed("b")], edges)
     with pytest.raises(ValueError, match="`floor` must be a share of the gap"):
         agreement(scores, effect, floor=float("nan"))
+
+
+def test_there_must_be_scores_to_judge() -> None:
+    effect = nodes([[4.0, -3.0, 2.0, 1.0]])
+    for verb in (agreement, lambda s, e: agreement_tests(s, e)):
+        with pytest.raises(ValueError, match="`scores` must be one set or more; got none|two sets"):
+            verb([], effect)

@@ -294,3 +294,11 @@ def test_scores_that_do_not_belong_are_refused(tiny: Any) -> None:
         verify(tiny, task, scores, budget=19)
     with pytest.raises(ValueError, match=r"`strata` must be \[\d+, 3\], one number for each cell"):
         replace(scores, strata=torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+def test_what_is_no_set_of_scores_is_told(tiny: Any) -> None:
+    task = random_task(tiny, pairs=2)
+    for wrong in ("RELP", [attribute(tiny, task), "RELP"]):
+        with pytest.raises(TypeError, match="`scores` must be Scores, one set or more; got a str"):
+            verify(tiny, task, wrong)

@@ -200,6 +200,11 @@ def _form(scores: Scores) -> tuple[object, ...]:
 def _must_be_alike(many: Sequence[Scores]) -> None:
     if not many:
         raise ValueError("`scores` must be one set or more; got none; call attribute(model, task)")
+    if strange := next((s for s in many if not isinstance(s, Scores)), None):
+        raise TypeError(
+            f"`scores` must be Scores, one set or more; got a {type(strange).__name__}; call "
+            "attribute(model, task, rules=...)"
+        )
     one = many[0]
     for s in many:
         if _form(s) != _form(one):

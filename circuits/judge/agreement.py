@@ -402,7 +402,12 @@ def _must_know(wanted: Collection[object], names: Sequence[object], scores: Scor
 
 
 def _several(scores: Scores | Sequence[Scores]) -> list[Scores]:
-    return [scores] if isinstance(scores, Scores) else list(scores)
+    many = [scores] if isinstance(scores, Scores) else list(scores)
+    if not many:
+        raise ValueError(
+            "`scores` must be one set or more; got none; call attribute(model, task, rules=...)"
+        )
+    return many
 
 
 def _check_options(k: int, floor: float) -> None:

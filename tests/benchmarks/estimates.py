@@ -2,7 +2,7 @@
 
 python tests/benchmarks/estimates.py smollm2-135m            # three tasks, both directions
 python tests/benchmarks/estimates.py model.gguf --budget 0   # everything patched, not a sample
-python tests/benchmarks/estimates.py smollm2-135m --edges    # circuits of the best edges instead
+python tests/benchmarks/estimates.py smollm2-135m --edges    # edges, and circuits of the best
 
 PARTWAY was made on `flip` and `abc` of ioi-gpt2, ioi-llama and smollm2-135m, pairs of seed 0. What
 it is worth elsewhere is seen on other seeds, on `agreement` (several words differ), and on models
@@ -105,7 +105,7 @@ def not_worse(table: pd.DataFrame) -> pd.DataFrame:
 def circuits(model: Any, task: Task, other: Task, direction: str, budget: int) -> pd.DataFrame:
     """CMD of circuits on other pairs, and beside it what the scores say of single edges."""
     scores = estimates(model, task, direction, "edge")
-    effect = verify(model, task, scores, budget=budget or 1000)
+    effect = verify(model, task, scores, budget=budget)
     single = agreement(scores, effect).query("kind == 'edge'").set_index("rules")
     found = evaluate(model, other, scores)
     best = f"GRADIENT ({STEPS['edge']} steps)"
