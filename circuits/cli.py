@@ -77,7 +77,10 @@ Exact = Annotated[
 def discover(
     task: TaskName = "ioi",
     model: Model = "ioi-gpt2",
-    rules: Annotated[str, typer.Option(help="Rules that score the edges.")] = "RELP",
+    rules: Annotated[
+        str | None,
+        typer.Option(help="top, greedy: rules that score the edges; RELP if not given."),
+    ] = None,
     search: Annotated[str, typer.Option(help="How edges are chosen: top, greedy or acdc.")] = "top",
     edges: Annotated[
         int | None,
@@ -104,7 +107,12 @@ def discover(
     """
     started = perf_counter()
     with _one_line_errors():
-        chosen = Preset(rules)
+        chosen = Preset(rules or Preset.RELP)
+        if search == "acdc" and rules is not None:
+            raise ValueError(
+                "`--rules` must go with a search that ranks scores; --search acdc measures each "
+                f"edge; got --rules {chosen}; leave it out, or give --search top"
+            )
         folder = out or Path("runs") / _called(model)
         many = "" if pairs is None else f" --pairs {pairs}"
         asked = f"{task} --model {model}{many} --seed {seed}"

@@ -48,7 +48,7 @@ import networkx as nx
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from relp import EdgeScores, Scores
+from relp import EdgeEffects, EdgeScores, Scores
 
 __all__ = [
     "assemble",
@@ -195,6 +195,12 @@ def check_edges(scores: object) -> EdgeScores:
         )
     if not bool(scores.edges.isfinite().all()):
         bad = int((~scores.edges.isfinite()).sum())
+        if isinstance(scores, EdgeEffects) and bad == int(scores.edges.isnan().sum()):
+            raise ValueError(
+                f"a circuit is chosen among all edges; {bad} of {scores.edges.numel()} of these "
+                "effects were not measured; give the scores of attribute(level='edge'), or measure "
+                "all with patch(level='edge')"
+            )
         raise ValueError(
             f"edge scores must be finite; {bad} of {scores.edges.numel()} are NaN or infinite; "
             "look for half-precision overflow or a metric that divides by zero"

@@ -611,6 +611,13 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert warnings.showwarning is shown
 
 
+def test_a_search_that_measures_has_no_rules() -> None:
+    assert refused("discover", "--search", "acdc", "--tau", 1, "--rules", "gim") == (
+        "`--rules` must go with a search that ranks scores; --search acdc measures each edge; got "
+        "--rules GIM; leave it out, or give --search top"
+    )
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_model_that_cannot_do_the_task_is_told_once_and_first(model: Path) -> None:
     result = relp("compare", "--model", model, "--pairs", 16, "--circuits")

@@ -12,7 +12,7 @@ from conftest import made, precedes
 from circuits.graph import EDGE, GRAPH, NODE, assemble, real_edges, size
 from circuits.search.prune import connect, threshold, top
 from relp.layout import Component, Layout
-from relp.scores import Scores
+from relp.scores import EdgeEffects, Scores
 
 
 def make_scores(layers=2, heads=2, kv_heads=None, positions=None, seed=0, **labels) -> Scores:
@@ -356,3 +356,15 @@ def test_a_large_graph_is_pruned_quickly():
     kept = top(graph, edges=200)
     assert time.process_time() - start < 6  # 0.4 s without the tests' type checker
     assert 150 < size(kept) <= 200
+
+
+def test_effects_of_some_edges_make_no_circuit() -> None:
+    scores = make_scores()
+    some = scores.edges.clone()
+    some[0] = float("nan")
+    effect = EdgeEffects(
+        provenance=scores.provenance, pairs=scores.pairs, layout=scores.layout, edges=some
+    )
+    for choose in (assemble, lambda e: top(e, edges=1)):
+        with pytest.raises(ValueError, match=r"of these effects were not measured; give the score"):
+            choose(effect)
