@@ -42,8 +42,6 @@ FEW = 8
 """Pairs of prompts for large models, if nobody says how many."""
 STEPS = 10
 """Of the integrated gradients that `compare` shows beside the presets."""
-UNABLE = "the model must be able to do the task"
-"""How the warning begins that shares of the gap would be shares of noise."""
 
 app = typer.Typer(
     help="Find circuits in transformers with relevance patching, and check them.",
@@ -410,6 +408,7 @@ def _every_estimate(bridge: Any, prompts: Any) -> tuple[list[Any], dict[str, flo
 def _print_circuits(bridge: Any, prompts: Any, others: Any, seed: int) -> None:
     """How faithful the best edges of each are, on other pairs than they were scored on."""
     from circuits import evaluate
+    from circuits.masked import UNABLE
     from relp import PRESETS, attribute
 
     edges = [attribute(bridge, prompts, rules=r, level="edge") for r in PRESETS.values()]
@@ -431,7 +430,7 @@ def _print_circuits(bridge: Any, prompts: Any, others: Any, seed: int) -> None:
 
 def _say_able(prompts: Any, scores: Any) -> None:
     """What the model does on the prompts, and a warning if it cannot do the task."""
-    from circuits.masked import doubt
+    from circuits.masked import UNABLE, doubt
 
     clean, corrupt = scores.clean, scores.corrupt
     _say(

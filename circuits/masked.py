@@ -44,7 +44,10 @@ from relp.bridge import (
     warn_caller,
 )
 
-__all__ = ["circuit_masks", "circuit_metrics", "circuit_sites", "doubt", "endpoints"]
+__all__ = ["UNABLE", "circuit_masks", "circuit_metrics", "circuit_sites", "doubt", "endpoints"]
+
+UNABLE = "the model must be able to do the task"
+"""How the warning begins that shares of the gap would be shares of noise."""
 
 
 def endpoints(
@@ -106,7 +109,7 @@ def doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, 
     able = f"it is right on {right} of {pairs} clean prompts, and " * task.metric.compares_answers
     spread = f" ± {error:.2g} (standard error over pairs)" if pairs > 1 else ""
     return (
-        f"the model must be able to do the task, or circuits explain noise; {able}the gap in "
+        f"{UNABLE}, or circuits explain noise; {able}the gap in "
         f"{task.metric.name!r} between clean and corrupt prompts is {mean:.3g}{spread}; use "
         "task.filter_correct(model), or a model that can do the task"
     )
