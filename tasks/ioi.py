@@ -9,20 +9,14 @@ same token wherever it stands.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.task import Task, answer_id, encode, must_be_tokenizer, must_know
+from tasks.prompts import Drawn, Text, chosen, drawn_task, fill, known, whole_words, words
+from tasks.task import Task
 
-__all__ = ["ioi"]
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words of a text, split at spaces."""
-    return tuple(text.split())
-
+__all__ = ["ioi", "known_circuit"]
 
 # {A} and {B} are the two names of the first clause, {S} the subject of the second.
 TEMPLATES = (
@@ -70,8 +64,21 @@ OBJECTS = words(
     "book drink ring letter basket ball key computer camera bag picture map flower lamp ticket hat"
 )
 
+CORRUPTIONS = {"flip": "swaps who gives", "abc": "replaces all names"}
 NAMES_NEEDED = 5  # two in a prompt and three fresh ones for "abc"
-POOL = 512  # prompts that decide which token length is the commonest
+
+KNOWN = {
+    "gpt2": {
+        "name mover": "L9H9 L10H0 L9H6",
+        "backup name mover": "L10H10 L10H6 L10H2 L10H1 L11H2 L9H7 L9H0 L11H9",
+        "negative name mover": "L10H7 L11H10",
+        "S-inhibition": "L7H3 L7H9 L8H6 L8H10",
+        "induction": "L5H5 L5H8 L5H9 L6H9",
+        "duplicate token": "L0H1 L0H10 L3H0",
+        "previous token": "L2H2 L4H11",
+    }
+}
+"""Wang et al. 2022, arXiv:2211.00593, figure 2."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Prompt:
     object: str
     fresh: tuple[str, str, str]
 
-    def text(self, corruption: str | None = None) -> str:
+    def filled(self, corruption: str | None = None) -> Text:
         """The prompt, up to and without the answer; `None` is the clean one."""
         first, second = (self.io, self.s) if self.abba else (self.s, self.io)
         subject = self.s
@@ -94,9 +101,23 @@ class Prompt:
             subject = self.io
         elif corruption == "abc":
             first, second, subject = self.fresh
-        return TEMPLATES[self.template].format(
-            A=first, B=second, S=subject, place=self.place, object=self.object
-        )
+        return fill(
+            TEMPLATES[self.template], A=first, B=second, S=subject, place=self.place,
+            object=self.object,
+        )  # fmt: skip
+
+    def text(self) -> str:
+        """The clean prompt."""
+        return self.filled().text
+
+    def pair(self, corruption: str) -> Drawn:
+        """The clean prompt beside its corruption."""
+        io, s1 = ("A", "B") if self.abba else ("B", "A")
+        return Drawn(
+            self.filled(), self.filled(corruption), [f" {self.io}"], [f" {self.s}"],
+            changed=("S",) if corruption == "flip" else (io, s1, "S"),
+            spans={"IO": io, "S1": s1, "S2": "S"},
+        )  # fmt: skip
 
 
 def draw(rng: random.Random, names: Sequence[str], *, abba: bool) -> Prompt:
@@ -141,109 +162,25 @@ def ioi(
             five names whole, does not know a word or does not keep the prompts of a pair aligned.
         TypeError: `tokenizer` is none.
     """
-    must_be_tokenizer(tokenizer)
-    if not isinstance(pairs, int) or pairs < 1:
-        raise ValueError(
-            f"`pairs` must be a whole number of at least 1; got {pairs!r}; "
-            "ask for 32 pairs to start with"
-        )
-    if corruption not in ("flip", "abc"):
-        raise ValueError(
-            f"`corruption` must be 'flip' or 'abc'; got {corruption!r}; 'flip' swaps who gives, "
-            "'abc' replaces all names"
-        )
-    names = whole_names(tokenizer)
-    rng = random.Random(f"ioi {seed}")
-    if mixed_lengths:
-        prompts = [draw(rng, names, abba=i % 2 == 0) for i in range(pairs)]
-    else:
-        prompts = _of_one_length(tokenizer, names, pairs, rng)
-    return build(tokenizer, prompts, corruption=corruption, prepend_bos=prepend_bos)
+    names = whole_words(tokenizer, NAMES, least=NAMES_NEEDED, what="common names")
+    kind = chosen(corruption, CORRUPTIONS)
+    return drawn_task(
+        tokenizer, lambda rng, i: draw(rng, names, abba=i % 2 == 0).pair(kind), name="ioi",
+        pairs=pairs, seed=seed, mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
+    )  # fmt: skip
 
 
-def whole_names(tokenizer: Any) -> list[str]:
-    """The names that are one token each after a space.
+def known_circuit(model_name: str) -> dict[str, tuple[str, ...]]:
+    """The circuit published for a model: what each head does.
+
+    >>> from tasks.ioi import known_circuit
+    >>> known_circuit("gpt2")["name mover"]
+    ('L9H9', 'L10H0', 'L9H6')
+
+    Source: Wang et al. 2022, arXiv:2211.00593. Negative name movers work against the answer, and
+    backup name movers act mainly when the name movers are knocked out.
 
     Raises:
-        ValueError: fewer than five are.
+        ValueError: none is known of this model.
     """
-    base = encode(tokenizer, "Then", prepend_bos=False)
-    names = []
-    for name in NAMES:
-        row = encode(tokenizer, f"Then {name}", prepend_bos=False)
-        # Decoding refuses the unknown token and lone bytes, which are one token as well.
-        if row[:-1] == base and tokenizer.decode(row[-1:]).strip() == name:
-            names.append(name)
-    if len(names) < NAMES_NEEDED:
-        raise ValueError(
-            f"the tokenizer must keep at least {NAMES_NEEDED} of {len(NAMES)} common names as one "
-            f"token after a space; got {len(names)} ({', '.join(names) or 'none'}); use a "
-            "tokenizer with a larger vocabulary, or build the pairs with Task.from_prompts"
-        )
-    return names
-
-
-def build(
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    corruption: str = "flip",
-    prepend_bos: bool = True,
-) -> Task:
-    """The task made of these prompts, with every position and answer checked token by token.
-
-    Raises:
-        ValueError: the tokenizer does not know a word, a name is not one token in its prompt, or
-            the two prompts of a pair differ elsewhere than at the names.
-    """
-    clean, corrupt, answers, foils = [], [], [], []
-    spans: dict[str, list[int]] = {"IO": [], "S1": [], "S2": [], "end": []}
-    for i, prompt in enumerate(prompts):
-        text, other_text = prompt.text(), prompt.text(corruption)
-        must_know(tokenizer, text, f"pair {i} of `clean`")
-        must_know(tokenizer, other_text, f"pair {i} of `corrupt`")
-        row = encode(tokenizer, text, prepend_bos=prepend_bos)
-        other = encode(tokenizer, other_text, prepend_bos=prepend_bos)
-        answer = answer_id(tokenizer, text, f" {prompt.io}")
-        foil = answer_id(tokenizer, text, f" {prompt.s}")
-        io = [at for at, token in enumerate(row) if token == answer]
-        s = [at for at, token in enumerate(row) if token == foil]
-        if len(io) != 1 or len(s) != 2:
-            raise ValueError(
-                f"a prompt must hold IO once and S twice, as one token each; got {len(io)} and "
-                f"{len(s)} in {text!r}; use a tokenizer that keeps names whole after a space"
-            )
-        names = {s[1]} if corruption == "flip" else {*io, *s}
-        changed = {at for at, (a, b) in enumerate(zip(row, other, strict=False)) if a != b}
-        if len(row) != len(other) or changed != names:
-            raise ValueError(
-                f"`clean` and `corrupt` must differ at the names only: pair {i} has {len(row)} and "
-                f"{len(other)} tokens, with differences at {sorted(changed)} and names at "
-                f"{sorted(names)} ({text!r} / {other_text!r}); use a tokenizer that keeps names "
-                "whole after a space"
-            )
-        clean.append(row)
-        corrupt.append(other)
-        answers.append(answer)
-        foils.append(foil)
-        for label, at in zip(spans, (io[0], s[0], s[1], len(row) - 1), strict=True):
-            spans[label].append(at)
-    return Task.from_tokens(clean, corrupt, answers, foils, spans=spans, name="ioi")
-
-
-def _of_one_length(
-    tokenizer: Any, names: Sequence[str], pairs: int, rng: random.Random
-) -> list[Prompt]:
-    """Prompts of the commonest token length, ABBA and BABA in turn."""
-
-    def length(prompt: Prompt) -> int:
-        return len(encode(tokenizer, prompt.text(), prepend_bos=False))
-
-    pool = Counter(length(draw(rng, names, abba=i % 2 == 0)) for i in range(POOL))
-    ((wanted, _),) = pool.most_common(1)
-    prompts: list[Prompt] = []
-    while len(prompts) < pairs:  # ends: the commonest of a few dozen lengths is never rare
-        prompt = draw(rng, names, abba=len(prompts) % 2 == 0)
-        if length(prompt) == wanted:
-            prompts.append(prompt)
-    return prompts
+    return known(KNOWN, model_name)

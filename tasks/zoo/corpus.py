@@ -12,7 +12,8 @@ import random
 import zlib
 from collections.abc import Callable
 
-from tasks.ioi import MEN, NAMES, OBJECTS, PLACES, TEMPLATES, WOMEN, Prompt, draw, words
+from tasks.ioi import MEN, NAMES, OBJECTS, PLACES, TEMPLATES, WOMEN, Prompt, draw
+from tasks.prompts import words
 
 __all__ = ["document", "held_out", "held_out_prompts", "vocabulary_text"]
 
