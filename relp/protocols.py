@@ -56,12 +56,12 @@ class TaskLike(Protocol):
         """Token ids of the same lengths."""
 
     @property
-    def answers(self) -> Int[Tensor, " pair"]:
-        """The token that the clean prompt asks for."""
+    def answers(self) -> Int[Tensor, " pair *answer"]:
+        """The token that the clean prompt asks for, or sets of them, filled up with -1."""
 
     @property
-    def foils(self) -> Int[Tensor, " pair"]:
-        """The token that the corrupt prompt asks for."""
+    def foils(self) -> Int[Tensor, " pair *foil"]:
+        """The token that the corrupt prompt asks for, or sets of them."""
 
     @property
     def lengths(self) -> Int[Tensor, " pair"]:

@@ -9,16 +9,30 @@ from tasks import zoo
 
 if TYPE_CHECKING:
     from tasks.ioi import ioi
-    from tasks.metrics import KLDivergence, logit_difference, probability_difference
+    from tasks.metrics import (
+        KLDivergence,
+        logit_difference,
+        mean_logit_difference,
+        probability_difference,
+    )
     from tasks.task import Task
 
-__all__ = ["KLDivergence", "Task", "ioi", "logit_difference", "probability_difference", "zoo"]
+__all__ = [
+    "KLDivergence",
+    "Task",
+    "ioi",
+    "logit_difference",
+    "mean_logit_difference",
+    "probability_difference",
+    "zoo",
+]
 
 _HOME = {
     "KLDivergence": "metrics",
     "Task": "task",
     "ioi": "ioi",
     "logit_difference": "metrics",
+    "mean_logit_difference": "metrics",
     "probability_difference": "metrics",
 }
 

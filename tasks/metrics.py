@@ -19,7 +19,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tasks.task import Task
 
-__all__ = ["KLDivergence", "Metric", "logit_difference", "probability_difference"]
+__all__ = [
+    "KLDivergence",
+    "Metric",
+    "logit_difference",
+    "mean_logit_difference",
+    "probability_difference",
+]
 
 
 def logit_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
@@ -27,20 +33,66 @@ def logit_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
 
     >>> logit_difference(model(task.clean), task)    # what `task.metric` is by default
     tensor([3.9..., 7.9..., 6.5..., 4.9...], grad_fn=<SubBackward0>)
+
+    Of several answers or foils it is the logarithm of their summed odds (`logsumexp`): the metric
+    is above 0 just where the answers together are more probable than the foils together.
     """
     last = task.answer_logits(logits)
-    rows = torch.arange(len(last), device=last.device)
-    return last[rows, task.answers.to(last.device)] - last[rows, task.foils.to(last.device)]
+    lowest = torch.finfo(last.dtype).min  # not -inf: two runs of it have no difference
+    return _taken(last, task.answers, _logsumexp, lowest) - _taken(
+        last, task.foils, _logsumexp, lowest
+    )
+
+
+def mean_logit_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
+    """Mean logit of the answers minus mean logit of the foils at the answer position, in logits.
+
+    >>> attribute(model, task.with_metric("mean_logit_difference"))
+
+    Of one answer and one foil it is `logit_difference`.
+    """
+    last = task.answer_logits(logits)
+    return _taken(last, task.answers, _mean) - _taken(last, task.foils, _mean)
 
 
 def probability_difference(logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
-    """Probability of the answer minus that of the foil at the answer position, in [-1, 1].
+    """Probability of the answers minus that of the foils at the answer position, in [-1, 1].
 
     >>> attribute(model, task.with_metric("probability_difference"))
     """
     last = task.answer_logits(logits).softmax(-1)
-    rows = torch.arange(len(last), device=last.device)
-    return last[rows, task.answers.to(last.device)] - last[rows, task.foils.to(last.device)]
+    return _taken(last, task.answers, _sum) - _taken(last, task.foils, _sum)
+
+
+def _taken(
+    values: Float[Tensor, "pair d_vocab"],
+    ids: Int[Tensor, " pair *token"],
+    together: Callable[[Tensor, Tensor], Tensor],
+    filling: float = 0.0,
+) -> Float[Tensor, " pair"]:
+    """What stands at each pair's token, or at its set of tokens together.
+
+    A set that is smaller than the largest is filled up with -1, where `filling` stands.
+    """
+    ids, rows = ids.to(values.device), torch.arange(len(values), device=values.device)
+    if ids.dim() == 1:
+        return values[rows, ids]
+    found = values[rows[:, None], ids.clamp(min=0)].masked_fill(ids < 0, filling)
+    return together(found, (ids >= 0).sum(-1))
+
+
+def _logsumexp(found: Float[Tensor, "pair token"], _: Tensor) -> Float[Tensor, " pair"]:
+    return found.logsumexp(-1)
+
+
+def _mean(
+    found: Float[Tensor, "pair token"], count: Int[Tensor, " pair"]
+) -> Float[Tensor, " pair"]:
+    return found.sum(-1) / count
+
+
+def _sum(found: Float[Tensor, "pair token"], _: Tensor) -> Float[Tensor, " pair"]:
+    return found.sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +122,7 @@ class KLDivergence:
             ValueError: the model is in train mode, or has not the task's tokens or positions.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(task)
-        for index, logits in clean_answers(model, task):
+        for index, _, logits in clean_answers(model, task):
             for row, values in zip(index.tolist(), logits.float().log_softmax(-1), strict=True):
                 rows[row] = values
         return cls(torch.stack(rows))
@@ -94,8 +146,8 @@ class KLDivergence:
 
 def clean_answers(
     model: Any, task: Task
-) -> Iterator[tuple[Int[Tensor, " row"], Float[Tensor, "row d_vocab"]]]:
-    """Runs the clean prompts: which pairs, and the logits at their answer positions.
+) -> Iterator[tuple[Int[Tensor, " row"], Task, Float[Tensor, "row d_vocab"]]]:
+    """Runs the clean prompts: which pairs, their task, and the logits at their answer positions.
 
     Raises:
         ValueError: the model is in train mode, or has not the task's tokens or positions.
@@ -111,11 +163,12 @@ def clean_answers(
     for index, bucket in task.buckets():
         with torch.no_grad():  # not around the loop: what a generator sets holds for its caller
             logits = model(bucket.clean)
-        yield index, bucket.answer_logits(logits)
+        yield index, bucket, bucket.answer_logits(logits)
 
 
 BUILT_IN: dict[str, Callable[..., Tensor]] = {
     "logit_difference": logit_difference,
+    "mean_logit_difference": mean_logit_difference,
     "probability_difference": probability_difference,
 }
 
@@ -134,7 +187,7 @@ class Metric:
 
     @property
     def compares_answers(self) -> bool:
-        """True for the metrics that are above 0 just where the answer is preferred to the foil."""
+        """True for metrics that are above 0 just where the answers are preferred to the foils."""
         return self.function in BUILT_IN.values()
 
     @property

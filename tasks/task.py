@@ -14,10 +14,10 @@ from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tasks.metrics import BUILT_IN, Metric, clean_answers
+from tasks.metrics import BUILT_IN, Metric, clean_answers, logit_difference
 
 __all__ = ["Task"]
 
@@ -45,15 +45,18 @@ class Task:
 
     Raises:
         ValueError: shapes do not agree, a row of `corrupt` has not the length of its row of
-            `clean` or is the same, a token id is negative, a span points outside its prompt, or an
-            answer is its own foil and the metric their difference.
+            `clean` or is the same, a token id is negative, a span points outside its prompt, a
+            pair has no answer or one twice, or an answer is its own foil and the metric their
+            difference.
         TypeError: token ids or positions are not whole numbers, or the metric is none.
     """
 
     clean: Int[Tensor, "pair pos"]
     corrupt: Int[Tensor, "pair pos"]
-    answers: Int[Tensor, " pair"]
-    foils: Int[Tensor, " pair"]
+    answers: Int[Tensor, " pair *answer"]
+    """The right token of each pair; or `[pair, answer]`, sets of them, filled up with -1."""
+    foils: Int[Tensor, " pair *foil"]
+    """The wrong token of each pair, or sets of them, as `answers`."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     """Named positions, one per pair: for IOI `IO`, `S1`, `S2`, `end`. `end` always exists."""
     metric: Any = "logit_difference"
@@ -73,17 +76,7 @@ class Task:
                 "use Task.from_prompts or Task.from_tokens to build them"
             )
         for label, ids in (("answers", self.answers), ("foils", self.foils)):
-            if ids.shape != (pairs,):
-                raise ValueError(
-                    f"`{label}` must hold one token id per pair, shape [{pairs}]; "
-                    f"got {list(ids.shape)}; give one answer token for every prompt"
-                )
-            if bool((ids < 0).any()):
-                i = int((ids < 0).nonzero()[0])
-                raise ValueError(
-                    f"`{label}` must hold token ids, 0 or more; pair {i} has {int(ids[i])}; "
-                    "use the ids that the tokenizer gives"
-                )
+            _must_be_sets(label, ids, pairs)
         misaligned = ((self.clean == PAD) != (self.corrupt == PAD)).any(1).nonzero().flatten()
         if len(misaligned):
             i = int(misaligned[0])
@@ -132,14 +125,8 @@ class Task:
                 f"`metric` must be one of {sorted(BUILT_IN)} or a callable; got "
                 f"{type(function).__name__}; pass a function logits -> [pair]"
             )
-        same = (self.answers == self.foils).nonzero().flatten()
-        if function in BUILT_IN.values() and len(same):
-            i = int(same[0])
-            raise ValueError(
-                f"an answer must differ from its foil, or their difference is always 0: pair {i} "
-                f"has token {int(self.answers[i])} for both; choose another foil, or give a metric "
-                "that reads none"
-            )
+        if function in BUILT_IN.values():
+            _must_be_disjoint(self.answers, self.foils)
         object.__setattr__(self, "metric", Metric(function, self))
 
     # a copy, and what another process gets, has spans of its own that are as read-only as these
@@ -156,8 +143,8 @@ class Task:
         cls,
         clean: Iterable[Iterable[SupportsIndex]],
         corrupt: Iterable[Iterable[SupportsIndex]],
-        answers: Iterable[SupportsIndex],
-        foils: Iterable[SupportsIndex],
+        answers: Iterable[SupportsIndex | Iterable[SupportsIndex]],
+        foils: Iterable[SupportsIndex | Iterable[SupportsIndex]],
         *,
         spans: Mapping[str, Iterable[SupportsIndex]] | None = None,
         metric: str | Callable[..., Tensor] = "logit_difference",
@@ -165,7 +152,8 @@ class Task:
     ) -> Task:
         """From token ids: `[pair, pos]` tensors, or lists of rows when lengths differ.
 
-        A list may be anything that holds its entries in order: an array, a column of a table.
+        A list may be anything that holds its entries in order: an array, a column of a table. An
+        answer or foil is one token id, or a list of those that are equally right or wrong.
 
         Raises:
             ValueError: a pair's two prompts have different lengths or are the same, or a token id
@@ -192,8 +180,8 @@ class Task:
         return cls(
             clean=_stack(rows),
             corrupt=_stack(others),
-            answers=whole_numbers(answers, "`answers`"),
-            foils=whole_numbers(foils, "`foils`"),
+            answers=_sets(answers, "`answers`"),
+            foils=_sets(foils, "`foils`"),
             spans={k: whole_numbers(v, f"span {k!r}") for k, v in (spans or {}).items()},
             metric=metric,
             name=name,
@@ -205,14 +193,16 @@ class Task:
         tokenizer: Any,
         clean: Iterable[str],
         corrupt: Iterable[str],
-        answers: Iterable[str],
-        foils: Iterable[str],
+        answers: Iterable[str | Iterable[str]],
+        foils: Iterable[str | Iterable[str]],
         *,
         metric: str | Callable[..., Tensor] = "logit_difference",
         name: str = "task",
         prepend_bos: bool = True,
     ) -> Task:
         """From text. An answer is what follows its prompt, such as `" Mary"`, and is one token.
+
+        Several right answers, or foils, of a pair are a list: `[" Mary", " Ann"]`.
 
         A list may be anything that holds its texts in order: a tuple, an array, a column of a
         table. `prepend_bos` puts the tokenizer's beginning-of-sequence token first, as
@@ -226,16 +216,18 @@ class Task:
         """
         must_be_tokenizer(tokenizer)
         clean = _texts(clean, "clean")
-        corrupt, answers, foils = (
-            _texts(texts, label, len(clean))
-            for label, texts in (("corrupt", corrupt), ("answers", answers), ("foils", foils))
+        corrupt = _texts(corrupt, "corrupt", len(clean))
+        answers, foils = (
+            _text_sets(sets, label, len(clean))
+            for label, sets in (("answers", answers), ("foils", foils))
         )
-        answered = [p + a for p, a in zip(clean, answers, strict=True)]
-        foiled = [p + f for p, f in zip(clean, foils, strict=True)]
-        whole = {"clean": clean, "corrupt": corrupt, "answers": answered, "foils": foiled}
-        for label, texts in whole.items():
+        for label, texts in (("clean", clean), ("corrupt", corrupt)):
             for i, text in enumerate(texts):
                 must_know(tokenizer, text, f"pair {i} of `{label}`")
+        for label, sets in (("answers", answers), ("foils", foils)):
+            for i, (prompt, given) in enumerate(zip(clean, sets, strict=True)):
+                for text in given if isinstance(given, list) else [given]:
+                    must_know(tokenizer, prompt + text, f"pair {i} of `{label}`")
         rows = [encode(tokenizer, text, prepend_bos=prepend_bos) for text in clean]
         others = [encode(tokenizer, text, prepend_bos=prepend_bos) for text in corrupt]
         for i, (row, other) in enumerate(zip(rows, others, strict=True)):
@@ -248,8 +240,10 @@ class Task:
         return cls.from_tokens(
             rows,
             others,
-            [answer_id(tokenizer, p, a) for p, a in zip(clean, answers, strict=True)],
-            [answer_id(tokenizer, p, f) for p, f in zip(clean, foils, strict=True)],
+            *(
+                [_answer_ids(tokenizer, p, texts) for p, texts in zip(clean, sets, strict=True)]
+                for sets in (answers, foils)
+            ),
             metric=metric,
             name=name,
         )
@@ -366,23 +360,92 @@ class Task:
         """The same pairs, another read-out."""
         return replace(self, metric=metric)
 
+    def preferred(self, model: Any) -> Bool[Tensor, " pair"]:
+        """Which pairs `model` answers rightly: it prefers the answers to the foils when clean.
+
+        >>> task.preferred(model)
+        tensor([True, True, True, True])
+
+        That is where the metric is above 0 if it compares answers with foils, else where
+        `logit_difference` is.
+
+        Raises:
+            ValueError: the model is in train mode, or has not the task's tokens or positions.
+        """
+        right = torch.zeros(len(self), dtype=torch.bool, device="cpu")
+        for index, bucket, logits in clean_answers(model, self):
+            compares = bucket.metric.compares_answers
+            metric = bucket.metric if compares else Metric(logit_difference, bucket)
+            right[index] = metric(logits[:, None]).cpu() > 0
+        return right
+
     def filter_correct(self, model: Any) -> Task:
         """Only the pairs where `model` prefers the answer to the foil on the clean prompt.
+
+        >>> len(task.filter_correct(model))
+        4
+
+        `preferred` says which these are.
 
         Raises:
             ValueError: the model is right on no pair, in train mode, or has not the task's tokens
                 or positions.
         """
-        right = torch.zeros_like(self.answers, dtype=torch.bool)
-        for index, logits in clean_answers(model, self):
-            last, rows = logits.cpu(), torch.arange(len(index), device="cpu")
-            right[index] = last[rows, self.answers[index]] > last[rows, self.foils[index]]
+        right = self.preferred(model)
         if not bool(right.any()):
             raise ValueError(
                 f"at least one pair must be answered correctly; the model prefers the foil on all "
                 f"{len(self)} pairs of task {self.name!r}; use a model that can do the task"
             )
-        return self.select(right.nonzero().flatten())
+        return self.select(right)
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def _must_be_sets(label: str, ids: Tensor, pairs: int) -> None:
+    """Checks that each pair has a token, or a set of tokens that holds each once."""
+    if ids.dim() not in (1, 2) or len(ids) != pairs:
+        raise ValueError(
+            f"`{label}` must hold one token id per pair, shape [{pairs}], or a set of them, "
+            f"[{pairs}, set]; got {list(ids.shape)}; give one answer token, or one list of "
+            "several, for every prompt"
+        )
+    sets = ids.reshape(pairs, -1)
+    lowest = PAD if ids.dim() == 2 else 0
+    if bool((wrong := (sets < lowest).any(-1)).any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"`{label}` must hold token ids, 0 or more; pair {i} has {int(sets[i].min())}; "
+            "use the ids that the tokenizer gives"
+        )
+    if bool((empty := (sets == PAD).all(-1)).any()):
+        raise ValueError(
+            f"`{label}` must hold at least one token per pair; pair {int(empty.nonzero()[0])} has "
+            "none; give it one, or leave that pair out"
+        )
+    ordered = sets.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PAD)
+    if bool(twice.any()):
+        i = int(twice.any(-1).nonzero()[0])
+        raise ValueError(
+            f"`{label}` must hold each token of a pair once; pair {i} has "
+            f"{int(ordered[i, 1:][twice[i]][0])} twice in {sets[i].tolist()}; leave one out (two "
+            "words may share their first token)"
+        )
+
+
+def _must_be_disjoint(answers: Tensor, foils: Tensor) -> None:
+    """Checks that no token is among a pair's answers and its foils."""
+    for foil in foils.reshape(len(foils), -1).T:
+        same = (answers.reshape(len(answers), -1) == foil[:, None]).any(-1) & (foil != PAD)
+        if bool(same.any()):
+            i = int(same.nonzero()[0])
+            raise ValueError(
+                "an answer must differ from its foil, or their difference is always 0: pair "
+                f"{i} has token {int(foil[i])} for both; choose another foil, or give a metric "
+                "that reads none"
+            )
 
 
 # -- text ------------------------------------------------------------------------------------------
@@ -454,6 +517,13 @@ def answer_id(tokenizer: Any, prompt: str, answer: str) -> int:
     return int(after[-1])
 
 
+def _answer_ids(tokenizer: Any, prompt: str, texts: str | list[str]) -> int | list[int]:
+    """The token of an answer, or those of a list of answers."""
+    if isinstance(texts, str):
+        return answer_id(tokenizer, prompt, texts)
+    return [answer_id(tokenizer, prompt, text) for text in texts]
+
+
 # -- lists -----------------------------------------------------------------------------------------
 
 
@@ -474,6 +544,25 @@ def whole_numbers(values: Any, what: str) -> Tensor:
             f"{what} must hold whole numbers; got {got}; give integers, and lists of one length"
         )
     return made.to("cpu", torch.long, copy=True)
+
+
+def _sets(values: Any, what: str) -> Tensor:
+    """Token ids, one per pair, or a row for each where some pair has a list of them."""
+    given = values if isinstance(values, Tensor) or not _is_list(values) else _entries(values)
+    if isinstance(given, Tensor) or not any(map(_is_list, given)):
+        return whole_numbers(given, what)
+    return _stack(
+        [
+            whole_numbers(entry if _is_list(entry) else [entry], f"pair {i} of {what}").flatten()
+            for i, entry in enumerate(given)
+        ]
+    )
+
+
+def _is_list(value: Any) -> bool:
+    """True for what holds several entries in order."""
+    texts_or_unordered = isinstance(value, (str, bytes, Mapping, Set))
+    return isinstance(value, Iterable) and not texts_or_unordered and getattr(value, "ndim", 1) > 0
 
 
 def _tensor(values: Any) -> Tensor:
@@ -513,6 +602,25 @@ def _rows(values: Any, label: str) -> list[Tensor]:
                 f"{list(row.shape)}; give one row per prompt"
             )
     return [row.flatten() for row in rows]
+
+
+def _text_sets(values: Any, label: str, count: int) -> list[str | list[str]]:
+    """As many texts, or lists of texts, as there are pairs."""
+    if not _is_list(values) or getattr(values, "ndim", 1) != 1:
+        return list(_texts(values, label, count))
+    given = _entries(values)
+    if not any(map(_is_list, given)):
+        return list(_texts(given, label, count))
+    _texts(["" if _is_list(entry) else entry for entry in given], label, count)
+    sets: list[str | list[str]] = [list(entry) if _is_list(entry) else entry for entry in given]
+    for i, entry in enumerate(sets):
+        for text in entry if isinstance(entry, list) else ():
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"`{label}` must hold texts only; pair {i} has {reprlib.repr(text)}, of type "
+                    f"{type(text).__name__}, in its list; give texts"
+                )
+    return sets
 
 
 def _texts(values: Any, label: str, count: int | None = None) -> list[str]:

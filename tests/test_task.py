@@ -358,13 +358,13 @@ def rows(*lengths: int) -> list[Tensor]:
         ),
         (
             (rows(2, 2), rows(2, 2), [0], [1, 1]),
-            "`answers` must hold one token id per pair, shape [2]; got [1]; "
-            "give one answer token for every prompt",
+            "`answers` must hold one token id per pair, shape [2], or a set of them, [2, set]; got "
+            "[1]; give one answer token, or one list of several, for every prompt",
         ),
         (
             (rows(2, 2), rows(2, 2), [0, 0], [[1, 1]]),
-            "`foils` must hold one token id per pair, shape [2]; got [1, 2]; "
-            "give one answer token for every prompt",
+            "`foils` must hold one token id per pair, shape [2], or a set of them, [2, set]; got "
+            "[1, 2]; give one answer token, or one list of several, for every prompt",
         ),
         (
             (rows(2, 2), rows(2, 2), [0, -1], [1, 1]),
@@ -444,12 +444,12 @@ def test_an_answer_that_is_its_own_foil_measures_nothing() -> None:
 
 def test_a_metric_is_a_known_name_or_a_callable() -> None:
     assert full_message(lambda: two().with_metric("accuracy")) == (
-        "`metric` must be one of ['logit_difference', 'probability_difference'] or a callable; "
-        "got 'accuracy'; pass a function logits -> [pair]"
+        "`metric` must be one of ['logit_difference', 'mean_logit_difference', "
+        "'probability_difference'] or a callable; got 'accuracy'; pass a function logits -> [pair]"
     )
     assert full_message(lambda: replace(two(), metric=3), TypeError) == (
-        "`metric` must be one of ['logit_difference', 'probability_difference'] or a callable; "
-        "got int; pass a function logits -> [pair]"
+        "`metric` must be one of ['logit_difference', 'mean_logit_difference', "
+        "'probability_difference'] or a callable; got int; pass a function logits -> [pair]"
     )
 
 
@@ -799,7 +799,8 @@ def test_token_ids_and_positions_are_whole_numbers() -> None:
         ("foils", [True, False], "`foils`", "torch.bool"),
         ("foils", [1j, 0], "`foils`", "torch.complex64"),
         ("foils", {0: 1, 1: 2}, "`foils`", "{0: 1, 1: 2}"),
-        ("foils", [[1], [1, 2]], "`foils`", "[[1], [1, 2]]"),
+        ("foils", [[1], [1, 0.5]], "pair 1 of `foils`", "torch.float32"),
+        ("foils", [[1], "ab"], "pair 1 of `foils`", "['ab']"),
         ("spans", {"S1": [0.5, 1]}, "span 'S1'", "torch.float32"),
     ):
         made = given | {label: value}

@@ -300,8 +300,11 @@ def _is_pointwise(rerun: Rerun) -> bool:
 
 def _tokens_read(task: TaskLike) -> Int[Tensor, " token"] | None:
     """The tokens of which a metric reads the logits: answers and foils; None if it may be all."""
-    built_in = task.metric.reads_answer_only and task.metric.name == "logit_difference"
-    return torch.cat([task.answers, task.foils]).unique() if built_in else None
+    differences = ("logit_difference", "mean_logit_difference")
+    if not task.metric.reads_answer_only or task.metric.name not in differences:
+        return None
+    tokens = torch.cat([task.answers.flatten(), task.foils.flatten()]).unique()
+    return tokens[tokens >= 0]  # smaller sets are filled up
 
 
 def _is_sparse(rerun: Rerun) -> bool:
