@@ -1,6 +1,6 @@
 """Colored objects: of several things on a table, the color of the one that is asked for.
 
-"On the table there are a red pen, a blue cup and a green book. The color of the cup is" -> " blue".
+"My pen is red, my cup is blue and my book is green. So the cup is" -> " blue", not " red".
 After the task of that name in BIG-bench (arXiv:2206.04615) and Merullo et al. 2023
 (arXiv:2310.08744), who show that it shares a circuit with IOI; words are our own.
 """
@@ -15,11 +15,8 @@ from tasks.task import Task
 
 __all__ = ["colored_objects"]
 
-TEMPLATES = (
-    "On the {place} there is a {c1} {o1}, a {c2} {o2} and a {c3} {o3}. The color of the {asked} is",
-    "I see a {c1} {o1}, a {c2} {o2} and a {c3} {o3} on the {place}. The color of the {asked} is",
-)
-PLACES = words("table floor desk bed shelf counter")
+TEMPLATE = "{Whose} {o1} is {c1}, {whose} {o2} is {c2} and {whose2} {o3} is {c3}. So the {asked} is"
+OWNERS = words("my his her our their your")
 COLORS = words("red blue green yellow black white brown pink gray purple")
 OBJECTS = words("pen cup book ball hat bag shirt plate box chair lamp bottle phone key toy")
 CORRUPTIONS = {
@@ -57,7 +54,7 @@ def colored_objects(
     objects = whole_words(tokenizer, OBJECTS, least=5, what="objects")
 
     def draw(rng: random.Random, _: int) -> Drawn:
-        template, place = rng.choice(TEMPLATES), rng.choice(PLACES)
+        owner = rng.choice(OWNERS)
         things, shades = rng.sample(objects, 3), rng.sample(colors, 3)
         asked, other = rng.sample(range(3), 2)
         swapped = list(shades)
@@ -66,13 +63,13 @@ def colored_objects(
 
         def slots(shades: list[str], thing: str) -> dict[str, str]:
             listed = {f"o{i}": o for i, o in enumerate(things, 1)}
-            return {"place": place, "asked": thing, **listed} | {
-                f"c{i}": c for i, c in enumerate(shades, 1)
-            }
+            whose = {"Whose": owner.title(), "whose": owner, "whose2": owner}
+            colors = {f"c{i}": c for i, c in enumerate(shades, 1)}
+            return {"asked": thing, **whose, **listed, **colors}
 
         return Drawn(
-            fill(template, **slots(shades, things[asked])),
-            fill(template, **slots(shades if flip else swapped, things[other if flip else asked])),
+            fill(TEMPLATE, **slots(shades, things[asked])),
+            fill(TEMPLATE, **slots(shades if flip else swapped, things[other if flip else asked])),
             [f" {shades[asked]}"], [f" {shades[other]}"],
             ("asked",) if flip else (f"c{asked + 1}", f"c{other + 1}"),
             {"color": f"c{asked + 1}", "object": f"o{asked + 1}", "other color": f"c{other + 1}",

@@ -138,6 +138,7 @@ def nearest(tokenizer: Any, split: Sequence[str]) -> str:
             word,
             [w for w in every if abs(len(w) - len(word)) < SHOWN and w[:1] == word[:1]],
             n=SHOWN,
+            cutoff=0.7,
         )
         for word in split
     }

@@ -52,7 +52,7 @@ def subject_verb(
     >>> task = subject_verb(model.tokenizer, pairs=4, structure="relative")
 
     Structures: `"simple"` (The old keys), `"prepositional"` (The keys near the cabinet) and
-    `"relative"` (The keys that the man saw), whose second noun is of the other number. Singular and
+    `"relative"` (The keys that the man saw), whose second noun is of either number. Singular and
     plural in turn. Answers and foils are the verbs is, was, has and are, were, have; the metric
     weighs them together. Corruptions: `"flip"` changes the number of the subject alone; `"noun"`
     takes another subject, of the other number. Spans: `subject`, `other` (but for `"simple"`),
@@ -81,7 +81,9 @@ def subject_verb(
         subject, second = rng.sample(people, 2)
         changed = subject if corruption == "flip" else second
         slots = {
-            "other": rng.choice([o for o in others if o not in (subject, changed)])[1 - number],
+            "other": rng.choice([o for o in others if o not in (subject, changed)])[
+                rng.randrange(2)
+            ],
             "adjective": rng.choice(ADJECTIVES),
             "preposition": rng.choice(PREPOSITIONS),
             "verb": rng.choice(VERBS),
