@@ -1,9 +1,9 @@
-'''Docstrings: which argument of a Python function is described next.
+"""Docstrings: which argument of a Python function is described next.
 
 "def port(self, load, size, file, last): … :param load: … :param size: … :param" -> " file".
 Heimersheim and Janiak 2023, "A circuit for Python docstrings in a 4-layer attention-only
 transformer"; words are our own.
-'''
+"""
 
 from __future__ import annotations
 

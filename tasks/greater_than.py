@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.prompts import Drawn, chosen, drawn_task, fill, known, words
@@ -102,29 +102,36 @@ def split_years(
         whole = both[: len(first)] == first and tokenizer.decode(both[len(first) :]) == year
         return (len(both) - len(first)) * whole
 
-    lengths = {
-        (c, y): behind(c, y) for c in CENTURIES for y in [f"{n:02}" for n in range(1, 100)]
-    }
-    for tokens, last in ((1, "98"), (2, "89")):
-        whole = [key for key, length in lengths.items() if length == tokens]
-        starts = {c for c, y in whole if y == "01"}  # the corrupt year must be split in the same way
+    tokens = {(c, y): behind(c, y) for c in CENTURIES for y in [f"{n:02}" for n in range(1, 100)]}
+    for digits in (False, True):
         found = {}
-        for century in sorted(starts):
-            after = [y for c, y in whole if c == century]
-            if tokens == 2:
-                after = sorted({y[0] for y in after})
-            for c, year in whole:
-                at = year if tokens == 1 else year[0]
-                if c == century and after[0] < at and year <= last:
-                    found[century, year] = ([y for y in after if y > at],
-                                            [y for y in after if (y <= at if tokens == 1 else y < at)])  # fmt: skip
+        for century in CENTURIES:
+            years = [y for c, y in tokens if c == century and tokens[c, y] == 1 + digits]
+            if "01" in years:  # the corrupt year must be split in the same way
+                found |= {(century, year): sides for year, sides in _sides(years, digits)}
         if len(found) >= YEARS_NEEDED:
-            return found, tokens == 2
+            return found, digits
     raise ValueError(
         f"the tokenizer must split at least {YEARS_NEEDED} years behind the century, as 17|43 or "
-        f"17|4|3; got {sum(map(bool, lengths.values()))} of {len(lengths)}; use another model, or "
+        f"17|4|3; got {sum(map(bool, tokens.values()))} of {len(tokens)}; use another model, or "
         "build the pairs with Task.from_prompts"
     )
+
+
+def _sides(years: Sequence[str], digits: bool) -> Iterator[tuple[str, tuple[list[str], list[str]]]]:
+    """Each year that leaves some on both sides, with what is later and what is not.
+
+    By digits these are tens, of which a year's own are neither.
+    """
+    for year in years:
+        if digits:
+            tens = sorted({y[0] for y in years})
+            later = [ten for ten in tens if ten > year[0]]
+            earlier = [ten for ten in tens if ten < year[0]]
+        else:
+            later, earlier = [y for y in years if y > year], [y for y in years if y <= year]
+        if later and earlier and year != "01":
+            yield year, (later, earlier)
 
 
 def known_circuit(model_name: str) -> dict[str, tuple[str, ...]]:

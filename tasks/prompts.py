@@ -197,21 +197,25 @@ def _different(
     *,
     one_length: bool,
 ) -> Iterator[Drawn]:
-    """Pairs no two of which are alike, all of the commonest token length if `one_length`."""
+    """Pairs no two of which are alike, all of the commonest token length if `one_length`.
 
-    def length(drawn: Drawn) -> int:
-        return len(encode(tokenizer, drawn.clean.text, prepend_bos=False))
+    Those whose two prompts are of different lengths for this tokenizer are drawn in vain.
+    """
+
+    def length(text: Text) -> int:
+        return len(encode(tokenizer, text.text, prepend_bos=False))
 
     wanted = None
     if one_length:
-        pool = Counter(length(draw(rng, i)) for i in range(POOL))
+        pool = Counter(length(draw(rng, i).clean) for i in range(POOL))
         ((wanted, _),) = pool.most_common(1)
     seen: set[tuple[str, str]] = set()
     vain = 0
     while len(seen) < pairs:
         drawn = draw(rng, len(seen))
         both = drawn.clean.text, drawn.corrupt.text
-        if both in seen or (wanted is not None and length(drawn) != wanted):
+        tokens = length(drawn.clean)
+        if both in seen or wanted not in (None, tokens) or length(drawn.corrupt) != tokens:
             vain += 1
             if vain == PATIENCE:
                 raise ValueError(
@@ -239,7 +243,9 @@ def build(
         ValueError: the tokenizer does not know a word, an answer is not one token after its prompt,
             or the two prompts of a pair differ elsewhere than in what was changed.
     """
-    clean, corrupt, answers, foils = [], [], [], []
+    clean, corrupt = [], []
+    answers: list[list[int]] = []
+    foils: list[list[int]] = []
     spans: dict[str, list[int]] = {}
     for i, pair in enumerate(drawn):
         for label, side in (("clean", pair.clean), ("corrupt", pair.corrupt)):

@@ -25,12 +25,13 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from tasks import ioi
-from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, build, draw
+from tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, draw
+from tasks.prompts import build
 from tasks.zoo.shelf import HERE
 
 rng = random.Random(0)
 TEXTS = [
-    f"{p.text(c)} {p.io}."
+    f"{p.filled(c)} {p.io}."
     for i in range(1500)
     for p in [draw(rng, NAMES, abba=i % 2 == 0)]
     for c in (None, "abc")
@@ -252,7 +253,7 @@ def test_equal_arguments_give_equal_tasks_and_leave_global_randomness_alone(
     # The type checker of the tests draws from `random` itself, so its state proves nothing:
     # leave the module only the class of local generators.
     only_local = SimpleNamespace(Random=random.Random)
-    monkeypatch.setattr(import_module("tasks.ioi"), "random", only_local)
+    monkeypatch.setattr(import_module("tasks.prompts"), "random", only_local)
     torch_state = torch.get_rng_state()
     one, same, other = ioi(tokenizer, 16, 3), ioi(tokenizer, 16, 3), ioi(tokenizer, 16, 4)
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -340,19 +341,19 @@ def test_one_length_is_the_commonest() -> None:
 @pytest.mark.parametrize("corruption", ["flip", "abc"])
 def test_prompts_are_checked_token_by_token(corruption: str) -> None:
     prompt = draw(random.Random(0), NAMES, abba=True)
+    pair = prompt.pair(corruption)
+    with pytest.raises(ValueError, match="must differ from its foil"):
+        build(gpt2(), [replace(pair, foils=pair.answers)], name="ioi")
+    split = replace(pair, answers=[f" {prompt.io} {prompt.s}"])
+    with pytest.raises(ValueError, match="an answer must be exactly one token after its prompt"):
+        build(gpt2(), [split], name="ioi")
+    longer = replace(prompt, place="old farm").filled(corruption)  # a word that should not differ
     with pytest.raises(ValueError) as error:
-        build(gpt2(), [replace(prompt, s=prompt.io)], corruption=corruption)
+        build(gpt2(), [pair, replace(pair, corrupt=longer)], name="ioi")
+    names = "S" if corruption == "flip" else "A, B, S"
     assert str(error.value).startswith(
-        "a prompt must hold IO once and S twice, as one token each; got 3 and 3 in '"
+        f"`clean` and `corrupt` must differ at {names} only: pair 1 has "
     )
-    if corruption == "abc":  # one name stays, or is of two tokens
-        for first in (prompt.io, f"{prompt.io} {prompt.s}"):
-            strange = replace(prompt, fresh=(first, *prompt.fresh[1:]))
-            with pytest.raises(ValueError) as error:
-                build(gpt2(), [prompt, strange], corruption=corruption)
-            assert str(error.value).startswith(
-                "`clean` and `corrupt` must differ at the names only: pair 1 has "
-            )
 
 
 @pytest.mark.parametrize("corruption", ["flip", "abc"])
@@ -373,4 +374,6 @@ def test_prompts_hold_no_unknown_words(corruption: str) -> None:
     prompt = draw(random.Random(0), NAMES[:9], abba=True)
     strange = replace(prompt, fresh=("Zebra", *prompt.fresh[1:]))
     with pytest.raises(ValueError, match="pair 1 of `corrupt` must be of words .*; 'Zebra' in '"):
-        build(whole_words([*used, *NAMES[:9]]), [prompt, strange], corruption="abc")
+        build(
+            whole_words([*used, *NAMES[:9]]), [prompt.pair("abc"), strange.pair("abc")], name="ioi"
+        )

@@ -9,7 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from tasks import Task, ioi, zoo
-from tasks.ioi import NAMES, build
+from tasks.ioi import NAMES
+from tasks.prompts import build
 from tasks.zoo.corpus import (
     HELD_OUT_PERCENT,
     document,
@@ -80,7 +81,7 @@ def test_a_folder_is_small(model: Any) -> None:
 def test_unseen_combinations_are_answered(model: Any) -> None:
     prompts = held_out_prompts(256)
     assert all(held_out(p.template, p.io, p.s) for p in prompts)
-    task = build(model.tokenizer, prompts)
+    task = build(model.tokenizer, [p.pair("flip") for p in prompts], name="ioi")
     clean, corrupt, first = measure(model, task)
     assert float((clean > 0).float().mean()) >= 0.99
     assert float((first == task.answers).float().mean()) >= 0.99
