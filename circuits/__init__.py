@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from circuits.files.formats import load, save
     from circuits.files.mib import from_mib, to_mib
     from circuits.graph import assemble
-    from circuits.judge.agreement import agreement, agreement_tests, auroc
+    from circuits.judge.agreement import agreement, agreement_tests
     from circuits.judge.evaluation import compare, evaluate
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
+    from circuits.judge.known import auroc
     from circuits.judge.missed import missed
     from circuits.search.acdc import acdc
     from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
@@ -50,7 +51,7 @@ lazy.lazily(
     __name__,
     {
         "search.acdc": "acdc",
-        "judge.agreement": "agreement agreement_tests auroc",
+        "judge.agreement": "agreement agreement_tests",
         "draw": "draw",
         "judge.evaluation": "compare evaluate",
         "files.formats": "load save",
@@ -59,6 +60,7 @@ lazy.lazily(
         "files.mib": "from_mib to_mib",
         "exact.patch": "patch",
         "exact.verify": "verify",
+        "judge.known": "auroc",
         "judge.missed": "missed",
         "search.prune": "between connect greedy random threshold top top_nodes",
     },

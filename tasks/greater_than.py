@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tasks.prompts import Drawn, chosen, drawn_task, fill, known, words
@@ -23,6 +23,9 @@ NOUNS = words(
 CENTURIES = tuple(map(str, range(11, 18)))
 CORRUPTIONS = {"01": "makes every later year right"}
 YEARS_NEEDED = 20
+
+Years = dict[tuple[str, str], tuple[list[str], list[str]]]
+"""Century and year, and what is later and earlier."""
 
 KNOWN = {
     "gpt2": {
@@ -82,9 +85,7 @@ def greater_than(
     )  # fmt: skip
 
 
-def split_years(
-    tokenizer: Any,
-) -> tuple[Mapping[tuple[str, str], tuple[list[str], list[str]]], bool]:
+def split_years(tokenizer: Any) -> tuple[Years, bool]:
     """The years whose century is whole tokens, with what comes later and earlier; if by digits.
 
     Raises:
@@ -104,7 +105,7 @@ def split_years(
 
     tokens = {(c, y): behind(c, y) for c in CENTURIES for y in [f"{n:02}" for n in range(1, 100)]}
     for digits in (False, True):
-        found = {}
+        found: Years = {}
         for century in CENTURIES:
             years = [y for c, y in tokens if c == century and tokens[c, y] == 1 + digits]
             if "01" in years:  # the corrupt year must be split in the same way

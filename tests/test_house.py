@@ -72,7 +72,8 @@ ORDER = {
     "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked exact search judge draw files __init__ cli",
-    "tasks": "metrics task ioi registry zoo __init__",
+    "tasks": "metrics task prompts ioi greater_than gendered_pronoun subject_verb induction "
+    "docstring colored_objects capital_country arithmetic multiple_choice registry zoo __init__",
 }
 """The modules and folders of each room: what stands later may import what stands before."""
 

@@ -1,25 +1,22 @@
-"""How well scores agree with exact effects, with other scores, and with a known circuit."""
+"""How well scores agree with exact effects, or with other scores."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
-from scipy import stats
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.graph import check_circuit, real_edges
 from circuits.judge.measures import MEASURES, WITHIN, Cells, Measures, percentiles
 from circuits.judge.resampling import holm, p_value, redrawn, swaps
 from relp import Component, EdgeScores, NodeScores, Scores
 
-__all__ = ["agreement", "agreement_tests", "auroc"]
+__all__ = ["agreement", "agreement_tests", "by_pair"]
 
 PEAK, CHANGE = 0.5, 0.1
 """One cell decides Pearson's r if it has more of the squared effects, or r moves by more."""
@@ -92,7 +89,7 @@ def agreement(
     _check_options(k, floor)
     rows = [
         {"rules": s.rules, **_row(s, effect, group, k, seed, by_layer=by_layer)}
-        for s in _several(scores)
+        for s in several(scores)
         for group in _groups(s, effect, floor, seed, by_layer=by_layer)
     ]
     return pd.DataFrame(rows)
@@ -157,7 +154,7 @@ def agreement_tests(
             scores are of edges, which are means over pairs already; or as for `agreement`.
     """
     _check_options(k, floor)
-    many = _several(scores)
+    many = several(scores)
     _check_tests(many, measures, baseline)
     found = [
         {g.kind: Measures.of(g.pairs, k) for g in _groups(s, effect, floor, seed)} for s in many
@@ -195,48 +192,20 @@ def _test(
     return float(apart.mean()), *percentiles(samples), pairs, found
 
 
-def auroc(
-    scores: Scores | Sequence[Scores], known: nx.MultiDiGraph | Collection[str]
-) -> pd.DataFrame:
-    """How well |score| tells a known circuit from the rest: area under the ROC curve, by kind.
+def by_pair(
+    scores: Scores, effect: Scores, *, floor: float = 0.01
+) -> dict[str, Mapping[str, Float[np.ndarray, " pair"]]]:
+    """The measures of agreement that a single pair has, of each: by kind and measure.
 
-    >>> auroc(scores, ["L1H1", "L1H3", "L1H7"])
-
-    1 if all that is in the circuit has larger scores than all that is not, 0.5 by chance; ties
-    count half, and effects within their `resolution` are ties at 0. Columns: `rules`, `kind`,
-    `auroc`, `known` (how many are in the circuit), `others`. Kinds of which the circuit holds
-    nothing or everything are left out: there is nothing to tell.
-
-    Names of components are looked for among node scores summed over positions, or among writers
-    with their edge scores summed; kinds are those of components. A graph is compared edge by edge
-    with edge scores (kind `edge`), and as the names of its nodes with node scores. Source of the
-    measure: Conmy et al. 2023, arXiv:2304.14997.
+    NaN where a pair has none.
 
     Raises:
-        ValueError: a component or edge of the circuit is not one of the scores, or scores are NaN,
-            as effects are that were not measured.
-        TypeError: the graph is no circuit.
+        ValueError: as `agreement`.
     """
-    rows = []
-    for s in (s.resolved() for s in _several(scores)):
-        if isinstance(s, EdgeScores) and isinstance(known, nx.Graph):
-            values, inside, kinds = _edge_labels(s, known)
-        else:
-            values, inside, kinds = _component_labels(s, known)
-        if unknown := int(np.isnan(values).sum()):
-            raise ValueError(
-                f"all scores must be numbers to be ranked; {unknown} of {s.rules!r} are NaN, or "
-                "not measured; compute them again, or measure all with patch"
-            )
-        for kind in dict.fromkeys(kinds):
-            at = np.array([k == kind for k in kinds])
-            ranks, found = stats.rankdata(values[at]), inside[at]
-            n, m = int(found.sum()), int((~found).sum())
-            if n and m:
-                # Mann and Whitney: how often one inside outranks one outside
-                area = (ranks[found].sum() - n * (n + 1) / 2) / (n * m)
-                rows.append((s.rules, kind, float(area), n, m))
-    return pd.DataFrame(rows, columns=["rules", "kind", "auroc", "known", "others"])
+    groups = {g.kind: Measures.of(g.pairs, k=1) for g in _groups(scores, effect, floor, 0)}
+    return {
+        kind: {name: found.within[name][0] for name in WITHIN} for kind, found in groups.items()
+    }
 
 
 def points(scores: Scores, effect: Scores) -> Iterator[tuple[str, list[Points]]]:
@@ -361,47 +330,12 @@ def _flat(values: Tensor) -> np.ndarray:
     return values.flatten().double().cpu().numpy()
 
 
-Labels = tuple[np.ndarray, np.ndarray, list[str]]
-"""|score|, whether it is in the known circuit, and kind, of each component or edge."""
+def several(scores: Scores | Sequence[Scores]) -> list[Scores]:
+    """One set of scores or more, as a list.
 
-
-def _component_labels(scores: Scores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
-    components, total = scores.by_component()
-    kinds = [Component.parse(c).kind for c in components]
-    if isinstance(known, nx.Graph):
-        names = {n for n, d in check_circuit(known).nodes(data=True) if d["kind"] in kinds}
-    else:
-        names = set(known)
-    _must_know(names, components, scores)
-    inside = np.array([c in names for c in components])
-    return abs(_flat(total)), inside, kinds
-
-
-def _edge_labels(scores: EdgeScores, known: nx.MultiDiGraph) -> Labels:
-    table = scores.by_position
-    edges = {(d["pos"], u, d["reader"]) for u, _, _, d in real_edges(check_circuit(known))}
-    exists = scores.layout.exists.expand(table.shape)
-    # circuits know positions, but no spans: those have names that match none
-    places = scores.places or scores.positions
-    names = [
-        (places[p], scores.writers[w], scores.readers[r]) for p, w, r in exists.nonzero().tolist()
-    ]
-    _must_know(edges, names, scores)
-    inside = np.array([name in edges for name in names])
-    return abs(_flat(table[exists])), inside, ["edge"] * len(names)
-
-
-def _must_know(wanted: Collection[object], names: Sequence[object], scores: Scores) -> None:
-    unknown = sorted(map(str, set(wanted) - set(names)))
-    if unknown:
-        raise ValueError(
-            f"all of the known circuit must be among the scores; {unknown[0]} is not one of "
-            f"{scores.model!r} at {scores.level} level ({len(unknown)} in all); check the names, "
-            "or `positions` of the scores"
-        )
-
-
-def _several(scores: Scores | Sequence[Scores]) -> list[Scores]:
+    Raises:
+        ValueError: there is none.
+    """
     many = [scores] if isinstance(scores, Scores) else list(scores)
     if not many:
         raise ValueError(

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from circuits.judge.resampling import interval, p_value, resamples, swaps
+from circuits.judge.resampling import interval, p_value, random_swaps, resamples, swaps
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
@@ -123,6 +123,21 @@ class Evaluation:
 
         names = ["CPR", "CMD", *(f"faithfulness at {s:.1%}" for s in self.sizes)]
         return _paired(names, metrics, self.clean, self.corrupt, measures, seed)
+
+    def area_samples(self, seed: int) -> Float[np.ndarray, "sample rules area"]:
+        """CPR and CMD, and behind them what they are in bootstrap samples of the pairs."""
+        pairs = len(self.clean)
+        weights = np.concatenate([np.full((1, pairs), 1 / pairs), resamples(pairs, seed)])
+        return self._areas(_shares(self.metric, self.clean, self.corrupt, weights))
+
+    def swapped_areas(self, other: Evaluation, seed: int) -> Float[np.ndarray, "swap area"]:
+        """What CPR and CMD of the first rules here are above those there, on the same pairs.
+
+        Behind it what that is when the two are swapped within random pairs.
+        """
+        swapped = random_swaps(len(self.clean), seed)
+        both = [self.metric[0], other.metric[0]]
+        return _swapped(both, self.clean, self.corrupt, self._areas, swapped)
 
     def _areas(self, shares: np.ndarray) -> np.ndarray:
         """`[..., size]` -> `[..., 2]`: CPR and CMD."""
@@ -318,21 +333,33 @@ def _paired(
     """Difference of two in each measure of `[..., circuit]` shares, its interval and p-value."""
     pairs = len(clean)
     one, other = (lambda weights, m=m: _shares(m, clean, corrupt, weights) for m in metrics)
-    even = np.full((1, pairs), 1 / pairs)
-    apart = measures(one(even)) - measures(other(even))
     weights = resamples(pairs, seed)
     low, high = interval(measures(one(weights)) - measures(other(weights)))
-    # under the null hypothesis it makes no difference which of the two a pair's value came from
-    swapped = swaps(pairs, seed)
-    gap = float(clean.double().mean() - corrupt.double().mean())
-    moved = swapped @ (metrics[1] - metrics[0]).double().numpy().T / pairs / gap
-    chance = measures(one(even) + moved) - measures(other(even) - moved)
+    chance = _swapped(metrics, clean, corrupt, measures, swaps(pairs, seed))
     return pd.DataFrame(
         {
             "measure": names,
-            "difference": apart[0],
+            "difference": chance[0],
             "low": low,
             "high": high,
             "p_value": p_value(chance) if pairs > 1 else np.nan,
         }
     )
+
+
+def _swapped(
+    metrics: Sequence[Float[Tensor, "circuit pair"]],
+    clean: Tensor,
+    corrupt: Tensor,
+    measures: Any,
+    swapped: Bool[np.ndarray, "swap pair"],
+) -> np.ndarray:
+    """The difference of two in each measure, when some pairs' values are swapped.
+
+    Under the null hypothesis it makes no difference which of the two a pair's value came from.
+    """
+    even = np.full((1, len(clean)), 1 / len(clean))
+    one, other = (_shares(m, clean, corrupt, even) for m in metrics)
+    gap = float(clean.double().mean() - corrupt.double().mean())
+    moved = swapped @ (metrics[1] - metrics[0]).double().numpy().T / len(clean) / gap
+    return measures(one + moved) - measures(other - moved)

@@ -14,6 +14,7 @@ __all__ = [
     "holm",
     "interval",
     "p_value",
+    "random_swaps",
     "redrawn",
     "resamples",
     "swaps",
@@ -70,6 +71,11 @@ def swaps(pairs: int, seed: int) -> Bool[np.ndarray, "swap pair"]:
     """
     if 2**pairs <= RESAMPLES + 1:
         return np.array(list(product([False, True], repeat=pairs)))
+    return random_swaps(pairs, seed)
+
+
+def random_swaps(pairs: int, seed: int) -> Bool[np.ndarray, "swap pair"]:
+    """Random ways, as many whatever the pairs are, so that those of several cases can be joined."""
     drawn = np.random.default_rng(seed).random((RESAMPLES + 1, pairs)) < 0.5
     drawn[0] = False
     return drawn

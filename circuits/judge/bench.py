@@ -1,0 +1,401 @@
+"""A benchmark: every method on every case, each by what is known of it, kept as it is done.
+
+    found = bench(cases, METHODS, folder="runs/bench")
+    found.summary()                 # a row for each method: means over cases, with intervals
+    found.tests(baseline="RELP")    # which differ by more than the choice of pairs
+    found.table()                   # a row for each case, method and measure
+
+A case is a model with a task. Where its circuit is known (planted circuits), scores of edges are
+judged by how well they find it; on every case, scores of nodes are judged by exact effects, and
+scores of edges by the faithfulness of their best edges on other pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from circuits.exact.patch import patch
+from circuits.exact.verify import BUDGET, verify
+from circuits.judge.agreement import by_pair
+from circuits.judge.cost import floor, seconds
+from circuits.judge.evaluation import Evaluation, evaluate
+from circuits.judge.known import areas, labels
+from circuits.judge.measures import percentiles
+from circuits.judge.methods import METHODS, Method
+from circuits.judge.resampling import RESAMPLES, holm, p_value, random_swaps, resamples
+from relp import ModelLike, Scores, TaskLike, written_whole
+
+__all__ = ["MEASURES", "Bench", "Case", "Loaded", "bench"]
+
+AGREEMENT = ("pearson", "spearman", "signs", "relative_error")
+MEASURES = {
+    "auroc": "known",
+    "average_precision": "known",
+    **dict.fromkeys(AGREEMENT, "agreement"),
+    "CPR": "circuits",
+    "CMD": "circuits",
+    "node cost": "cost",
+    "edge cost": "cost",
+}
+"""What is measured, and by what."""
+LOWER = ("relative_error", "CMD", "node cost", "edge cost")
+"""The measures of which less is better."""
+EFFECTS = "effects.safetensors"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a case is made of."""
+
+    model: ModelLike
+    task: TaskLike
+    others: TaskLike
+    """Other pairs of the same task, on which circuits are judged."""
+    direction: str = "denoise"
+    edges: frozenset[str] | None = None
+    """The true circuit as names `writer->reader`, if it is known."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a task, loaded when it is needed."""
+
+    name: str
+    group: str
+    """What it is averaged with."""
+    load: Callable[[], Loaded]
+    large: bool = False
+    """Whether exact effects are measured of a sample of nodes, and of no edges."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is known of one method on one case; each list has an entry for each pair."""
+
+    case: str
+    group: str
+    method: str
+    cost: dict[str, float]
+    """Seconds of scoring nodes and edges, as multiples of the floor."""
+    known: dict[str, list[float]] = field(default_factory=dict)
+    agreement: dict[str, list[float]] = field(default_factory=dict)
+    sizes: list[float] = field(default_factory=list)
+    metric: list[list[float]] = field(default_factory=list)
+    clean: list[float] = field(default_factory=list)
+    corrupt: list[float] = field(default_factory=list)
+
+    @cached_property
+    def circuits(self) -> Evaluation:
+        """The metric of its circuits, by size and pair."""
+        return Evaluation(
+            model=self.case, task=self.case, rules=(self.method,), sizes=tuple(self.sizes),
+            edges=torch.zeros(1, len(self.sizes), dtype=torch.long),
+            metric=torch.tensor(self.metric)[None], clean=torch.tensor(self.clean),
+            corrupt=torch.tensor(self.corrupt), signed=False,
+        )  # fmt: skip
+
+    def has(self, measure: str) -> bool:
+        """Whether the measure was taken here."""
+        of = MEASURES[measure]
+        return bool(self.metric) if of == "circuits" else measure in getattr(self, of)
+
+    def samples(self, measure: str, seed: int) -> Float[np.ndarray, " sample"]:
+        """The measure, and behind it what it is in bootstrap samples of the pairs."""
+        if MEASURES[measure] == "cost":
+            return np.full(1 + RESAMPLES, self.cost[measure])
+        if MEASURES[measure] == "circuits":
+            both = self.circuits.area_samples(seed)[:, 0]
+            return both[:, ("CPR", "CMD").index(measure)]
+        values = np.array(getattr(self, MEASURES[measure])[measure])
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return np.full(1 + RESAMPLES, np.nan)
+        return np.append(values.mean(), resamples(len(values), seed) @ values)
+
+    def apart(self, other: Cell, measure: str, seed: int) -> Float[np.ndarray, " swap"]:
+        """The difference from another method, and behind it what it is when pairs are swapped."""
+        if MEASURES[measure] == "circuits":
+            both = self.circuits.swapped_areas(other.circuits, seed)
+            return both[:, ("CPR", "CMD").index(measure)]
+        one, two = (np.array(getattr(cell, MEASURES[measure])[measure]) for cell in (self, other))
+        differences = (one - two)[~np.isnan(one - two)]
+        if not len(differences):
+            return np.full(1 + RESAMPLES, np.nan)
+        signs = 1 - 2.0 * random_swaps(len(differences), seed)
+        return signs @ differences / len(differences)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The cells of a grid of methods and cases."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order in which they ran."""
+        return list(dict.fromkeys(cell.method for cell in self.cells))
+
+    @property
+    def groups(self) -> list[str]:
+        """Of cases."""
+        return list(dict.fromkeys(cell.group for cell in self.cells))
+
+    def table(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per case, method and measure: its value and 95 % interval over pairs."""
+        rows = []
+        for cell in self.cells:
+            for measure in filter(cell.has, MEASURES):
+                samples = cell.samples(measure, seed)
+                low, high = percentiles(samples[1:])
+                rows.append((cell.group, cell.case, cell.method, measure, samples[0], low, high))
+        columns = ["group", "case", "method", "measure", "value", "low", "high"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def summary(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row per group, method and measure: the mean over cases, with its 95 % interval.
+
+        Pairs are drawn again in each case; the cases stay. Cases without the measure, or where a
+        method has none, are left out: `cases` says how many there are.
+        """
+        rows = []
+        for group, method, measure in self._grid():
+            cells = self._cells(group, method, measure)
+            each = [cell.samples(measure, seed + i) for i, cell in enumerate(cells)]
+            each = [samples for samples in each if not np.isnan(samples[0])]
+            if each:
+                samples = np.mean(each, axis=0)
+                low, high = percentiles(samples[1:])
+                rows.append((group, method, measure, samples[0], low, high, len(each)))
+        columns = ["group", "method", "measure", "value", "low", "high", "cases"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def tests(self, *, baseline: str = "GRADIENT", seed: int = 0) -> pd.DataFrame:
+        """Whether methods differ from a baseline by more than the choice of pairs.
+
+        One row per group, method and measure (cost has no pairs): `difference` of the means over
+        the cases that both have, two-sided `p_value` of the permutation test that swaps the two
+        within random pairs of every case (9,999 times), and `p_holm`, corrected by Holm's method
+        for all tests of the table. The cases stay as they are.
+
+        Raises:
+            ValueError: the baseline is none of the methods.
+        """
+        if baseline not in self.methods:
+            raise ValueError(
+                f"`baseline` must be one of {self.methods}; got {baseline!r}; see `methods`"
+            )
+        rows = []
+        for group, method, measure in self._grid():
+            if method == baseline or MEASURES[measure] == "cost":
+                continue
+            theirs = {cell.case: cell for cell in self._cells(group, baseline, measure)}
+            each = [
+                cell.apart(theirs[cell.case], measure, seed + i)
+                for i, cell in enumerate(self._cells(group, method, measure))
+                if cell.case in theirs
+            ]
+            each = [apart for apart in each if not np.isnan(apart[0])]
+            if each:
+                apart = np.mean(each, axis=0)
+                p = float(p_value(apart[:, None])[0])
+                rows.append((group, method, baseline, measure, apart[0], len(each), p))
+        columns = ["group", "method", "baseline", "measure", "difference", "cases", "p_value"]
+        found = pd.DataFrame(rows, columns=columns)
+        found["p_holm"] = holm(found["p_value"].to_numpy(dtype=float))
+        return found
+
+    def by_case(self, measure: str) -> pd.DataFrame:
+        """One row per method, one column per case that has the measure.
+
+        Raises:
+            ValueError: there is no such measure.
+        """
+        if measure not in MEASURES:
+            raise ValueError(
+                f"the measure must be one of {', '.join(MEASURES)}; got {measure!r}; see `table`"
+            )
+        table = self.table().query("measure == @measure")
+        wide = table.pivot(index="method", columns="case", values="value")
+        cases = list(dict.fromkeys(table["case"]))
+        return wide.reindex(index=[m for m in self.methods if m in wide.index], columns=cases)
+
+    def _grid(self) -> Iterator[tuple[str, str, str]]:
+        for group in self.groups:
+            for measure in MEASURES:
+                for method in self.methods:
+                    yield group, method, measure
+
+    def _cells(self, group: str, method: str, measure: str) -> list[Cell]:
+        return [
+            cell
+            for cell in self.cells
+            if (cell.group, cell.method) == (group, method) and cell.has(measure)
+        ]
+
+
+def bench(
+    cases: Sequence[Case],
+    methods: Mapping[str, Method] = METHODS,
+    *,
+    folder: str | Path,
+    options: Mapping[str, object] | None = None,
+    progress: bool = True,
+) -> Bench:
+    """Judges every method on every case, and keeps what is done.
+
+    >>> found = bench(cases, {"RELP": METHODS["RELP"]}, folder="runs/bench")
+
+    Args:
+        cases: what the methods are judged on.
+        methods: by name; a method that measures every edge is left out where the model is large.
+        folder: where each cell is kept as a file; what is there is not done again.
+        options: what the cases were made with; a folder holds cells of one set of options.
+        progress: show a bar over the cells that are to do.
+
+    Raises:
+        ValueError: the folder holds cells of other options, or a method gives other scores than it
+            was asked for.
+        OSError: the folder cannot be written.
+    """
+    home = Path(folder)
+    _must_be_ours(home, dict(options or {}))
+    todo = {
+        case.name: [
+            m for m in methods.values()
+            if not (m.measures and case.large) and not _file(home, case, m).exists()
+        ]
+        for case in cases
+    }  # fmt: skip
+    with tqdm(total=sum(map(len, todo.values())), unit="cell", disable=not progress) as bar:
+        for case in cases:
+            if todo[case.name]:
+                bar.set_description(case.name)
+                _fill(home, case, todo[case.name], bar)
+    cells = [
+        Cell(**json.loads(_file(home, case, method).read_text(encoding="utf-8")))
+        for case in cases
+        for method in methods.values()
+        if _file(home, case, method).exists()
+    ]
+    return Bench(tuple(cells))
+
+
+def _fill(home: Path, case: Case, methods: Sequence[Method], bar: Any) -> None:
+    """The cells of one case: all scores first, as the sample of effects depends on them."""
+    it = case.load()
+    (home / case.name).mkdir(parents=True, exist_ok=True)
+    it.model(it.task.select([0]).clean)  # the first run of a model sets it up
+    least = floor(it.model, it.task)
+    nodes = {m.name: _scored(m, it, "node") for m in methods if m.nodes}
+    effect = _effects(home / case.name / EFFECTS, case, it, [s for s, _ in nodes.values()])
+    for method in methods:
+        edges, took = _scored(method, it, "edge")
+        cost = {"edge cost": took / least}
+        agreement: dict[str, list[float]] = {}
+        if method.name in nodes:
+            scores, of_nodes = nodes[method.name]
+            cost["node cost"] = of_nodes / least
+            agreement = _agreement(scores, effect)
+        found = evaluate(it.model, it.others, edges, random=0, progress=False)
+        cell = Cell(
+            case.name, case.group, method.name, cost, _known(method, it), agreement,
+            list(found.sizes), found.metric[0].tolist(), found.clean.tolist(),
+            found.corrupt.tolist(),
+        )  # fmt: skip
+        with written_whole(_file(home, case, method)) as temporary:
+            temporary.write_text(json.dumps(asdict(cell)), encoding="utf-8")
+        bar.update()
+
+
+def _scored(method: Method, it: Loaded, level: str) -> tuple[Scores, float]:
+    """What a method gives, and the seconds it takes."""
+    found, took = seconds(lambda: method.scores(it.model, it.task, level, it.direction))
+    if not isinstance(found, Scores) or found.level != level:
+        raise ValueError(
+            f"a method must give Scores of the level that it is asked for; {method.name!r} gave "
+            f"{type(found).__name__} for {level!r}; return attribute(model, task, level=level, …)"
+        )
+    return found, took
+
+
+def _effects(path: Path, case: Case, it: Loaded, scores: Sequence[Scores]) -> Scores | None:
+    """The exact effects of nodes, of a sample of them in a large model; kept in a file."""
+    if not scores:
+        return None
+    if path.exists():
+        return Scores.load(path)
+    if case.large:
+        effect: Scores = verify(it.model, it.task, scores, budget=BUDGET, progress=False)
+    else:
+        effect = patch(it.model, it.task, direction=it.direction, progress=False)
+    effect.save(path)
+    return effect
+
+
+def _agreement(scores: Scores, effect: Scores | None) -> dict[str, list[float]]:
+    """The measures of each pair, mean over kinds of components; the embedding has one effect."""
+    if effect is None:
+        return {}
+    kinds = [of for kind, of in by_pair(scores, effect).items() if kind != "embed"]
+    return {name: _mean([of[name] for of in kinds]).tolist() for name in AGREEMENT}
+
+
+def _known(method: Method, it: Loaded) -> dict[str, list[float]]:
+    """How well the scores of each pair by itself find the true edges."""
+    if it.edges is None:
+        return {}
+    each = []
+    for i in range(len(it.task)):
+        scores = method.scores(it.model, it.task.select([i]), "edge", it.direction).resolved()
+        found = labels(scores, it.edges)
+        each.append(areas(found.size, found.inside))
+    roc, precision = zip(*each, strict=True)
+    return {"auroc": list(roc), "average_precision": list(precision)}
+
+
+def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Over kinds that have it; NaN where none has."""
+    table = np.stack(values)
+    known = ~np.isnan(table)
+    many = known.sum(0)
+    return np.where(many, np.nansum(table, axis=0) / np.maximum(many, 1), np.nan)
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def _file(home: Path, case: Case, method: Method) -> Path:
+    name = "".join(c if c.isalnum() else "_" for c in method.name)
+    return home / case.name / f"{name}.json"
+
+
+def _must_be_ours(home: Path, options: Mapping[str, object]) -> None:
+    kept = home / "bench.json"
+    if kept.exists():
+        theirs = json.loads(kept.read_text(encoding="utf-8"))
+        if theirs != options:
+            differ = ", ".join(
+                f"{k} {theirs.get(k)!r} there and {options.get(k)!r} now"
+                for k in sorted({*theirs, *options})
+                if theirs.get(k) != options.get(k)
+            )
+            raise ValueError(
+                f"`folder` must hold cells of the same options; {str(home)!r} has {differ}; give "
+                "the options of then, another folder, or delete it"
+            )
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    with written_whole(kept) as temporary:
+        temporary.write_text(json.dumps(options), encoding="utf-8")
