@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,24 @@ from circuits.exact.verify import BUDGET, verify
 from circuits.judge.agreement import by_pair
 from circuits.judge.cost import floor, seconds
 from circuits.judge.evaluation import Evaluation, evaluate
-from circuits.judge.known import areas, labels
+from circuits.judge.known import areas, edge_labels
 from circuits.judge.measures import percentiles
 from circuits.judge.methods import METHODS, Method
-from circuits.judge.resampling import RESAMPLES, holm, p_value, random_swaps, resamples
-from relp import ModelLike, Scores, TaskLike, written_whole
+from circuits.judge.resampling import holm, p_value, random_swaps, resamples
+from relp import EdgeScores, ModelLike, Scores, TaskLike, written_whole
 
 __all__ = ["MEASURES", "Bench", "Case", "Loaded", "bench"]
 
+Samples = Float[np.ndarray, " sample"]
 AGREEMENT = ("pearson", "spearman", "signs", "relative_error")
-MEASURES = {
-    "auroc": "known",
-    "average_precision": "known",
-    **dict.fromkeys(AGREEMENT, "agreement"),
-    "CPR": "circuits",
-    "CMD": "circuits",
-    "node cost": "cost",
-    "edge cost": "cost",
-}
-"""What is measured, and by what."""
+KNOWN, CIRCUITS, COST = ("auroc", "average_precision"), ("CPR", "CMD"), ("node cost", "edge cost")
+MEASURES = (*KNOWN, *AGREEMENT, *CIRCUITS, *COST)
+"""What is measured: of true edges, of exact effects, of circuits, and of seconds."""
 LOWER = ("relative_error", "CMD", "node cost", "edge cost")
 """The measures of which less is better."""
 EFFECTS = "effects.safetensors"
+DRAWS = 999
+"""Samples of pairs for areas over edges, which are ranked anew in each."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +75,63 @@ class Case:
     """Whether exact effects are measured of a sample of nodes, and of no edges."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
-    """What is known of one method on one case; each list has an entry for each pair."""
+    """What is known of one method on one case; lists have an entry for each pair."""
 
     case: str
     group: str
     method: str
     cost: dict[str, float]
     """Seconds of scoring nodes and edges, as multiples of the floor."""
-    known: dict[str, list[float]] = field(default_factory=dict)
+    scores: list[list[float]] = field(default_factory=list)
+    """Of edges, where the true ones are known; a single row if the method knows no single pair."""
+    true: list[bool] = field(default_factory=list)
+    """Which of the edges are."""
     agreement: dict[str, list[float]] = field(default_factory=dict)
     sizes: list[float] = field(default_factory=list)
     metric: list[list[float]] = field(default_factory=list)
     clean: list[float] = field(default_factory=list)
     corrupt: list[float] = field(default_factory=list)
 
+    def has(self, measure: str) -> bool:
+        """Whether the measure was taken here."""
+        if measure in KNOWN:
+            return bool(self.true)
+        if measure in CIRCUITS:
+            return bool(self.metric)
+        return measure in (self.cost if measure in COST else self.agreement)
+
+    def samples(self, measure: str, seed: int) -> Samples:
+        """The measure, and behind it what it is in bootstrap samples of the pairs."""
+        if measure in COST:
+            return np.array([self.cost[measure]])
+        if measure in KNOWN:
+            return _recovery(self, seed)[:, KNOWN.index(measure)]
+        if measure in CIRCUITS:
+            return self.evaluation.area_samples(seed)[:, 0, CIRCUITS.index(measure)]
+        values = np.array(self.agreement[measure])
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return np.array([np.nan])
+        return np.append(values.mean(), resamples(len(values), seed) @ values)
+
+    def apart(self, other: Cell, measure: str, seed: int) -> Samples:
+        """The difference from another method, and behind it what it is when pairs are swapped."""
+        if measure in KNOWN:
+            return _recovery_apart(self, other, seed)[:, KNOWN.index(measure)]
+        if measure in CIRCUITS:
+            both = self.evaluation.swapped_areas(other.evaluation, seed)
+            return both[:, CIRCUITS.index(measure)]
+        one, two = (np.array(cell.agreement[measure]) for cell in (self, other))
+        differences = (one - two)[~np.isnan(one - two)]
+        if not len(differences):
+            return np.array([np.nan])
+        signs = 1 - 2.0 * random_swaps(len(differences), seed)
+        return signs @ differences / len(differences)
+
     @cached_property
-    def circuits(self) -> Evaluation:
+    def evaluation(self) -> Evaluation:
         """The metric of its circuits, by size and pair."""
         return Evaluation(
             model=self.case, task=self.case, rules=(self.method,), sizes=tuple(self.sizes),
@@ -105,35 +140,37 @@ class Cell:
             corrupt=torch.tensor(self.corrupt), signed=False,
         )  # fmt: skip
 
-    def has(self, measure: str) -> bool:
-        """Whether the measure was taken here."""
-        of = MEASURES[measure]
-        return bool(self.metric) if of == "circuits" else measure in getattr(self, of)
 
-    def samples(self, measure: str, seed: int) -> Float[np.ndarray, " sample"]:
-        """The measure, and behind it what it is in bootstrap samples of the pairs."""
-        if MEASURES[measure] == "cost":
-            return np.full(1 + RESAMPLES, self.cost[measure])
-        if MEASURES[measure] == "circuits":
-            both = self.circuits.area_samples(seed)[:, 0]
-            return both[:, ("CPR", "CMD").index(measure)]
-        values = np.array(getattr(self, MEASURES[measure])[measure])
-        values = values[~np.isnan(values)]
-        if not len(values):
-            return np.full(1 + RESAMPLES, np.nan)
-        return np.append(values.mean(), resamples(len(values), seed) @ values)
+@cache
+def _recovery(cell: Cell, seed: int) -> Float[np.ndarray, "sample area"]:
+    """Areas of the mean scores of all pairs, and of those of samples of pairs."""
+    table = np.array(cell.scores)
+    even = np.full((1, len(table)), 1 / len(table))
+    return _areas(np.concatenate([even, resamples(len(table), seed)[:DRAWS]]) @ table, cell.true)
 
-    def apart(self, other: Cell, measure: str, seed: int) -> Float[np.ndarray, " swap"]:
-        """The difference from another method, and behind it what it is when pairs are swapped."""
-        if MEASURES[measure] == "circuits":
-            both = self.circuits.swapped_areas(other.circuits, seed)
-            return both[:, ("CPR", "CMD").index(measure)]
-        one, two = (np.array(getattr(cell, MEASURES[measure])[measure]) for cell in (self, other))
-        differences = (one - two)[~np.isnan(one - two)]
-        if not len(differences):
-            return np.full(1 + RESAMPLES, np.nan)
-        signs = 1 - 2.0 * random_swaps(len(differences), seed)
-        return signs @ differences / len(differences)
+
+def _recovery_apart(one: Cell, other: Cell, seed: int) -> Float[np.ndarray, "swap area"]:
+    """Differences of the areas, the two methods' scores swapped within random pairs.
+
+    Scores of both are brought to one scale first, as methods differ in theirs.
+    """
+    tables = [np.array(cell.scores) / (abs(np.array(cell.scores)).mean() or 1)
+              for cell in (one, other)]  # fmt: skip
+    if len({table.shape for table in tables}) > 1:
+        return np.full((1, len(KNOWN)), np.nan)
+    swapped = random_swaps(len(tables[0]), seed)[: 1 + DRAWS].astype(float)
+    moved = swapped @ (tables[1] - tables[0])
+    first, second = (
+        _areas(table.sum(0) + sign * moved, one.true)
+        for table, sign in zip(tables, (1, -1), strict=True)
+    )
+    return first - second
+
+
+def _areas(scores: Float[np.ndarray, "row edge"], true: Sequence[bool]) -> np.ndarray:
+    inside = np.array(true)
+    found = [areas(row, inside) for row in abs(scores)]
+    return np.where(np.isnan(scores).any(1)[:, None], np.nan, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +212,7 @@ class Bench:
             each = [cell.samples(measure, seed + i) for i, cell in enumerate(cells)]
             each = [samples for samples in each if not np.isnan(samples[0])]
             if each:
-                samples = np.mean(each, axis=0)
+                samples = _mean_over_cases(each)
                 low, high = percentiles(samples[1:])
                 rows.append((group, method, measure, samples[0], low, high, len(each)))
         columns = ["group", "method", "measure", "value", "low", "high", "cases"]
@@ -198,7 +235,7 @@ class Bench:
             )
         rows = []
         for group, method, measure in self._grid():
-            if method == baseline or MEASURES[measure] == "cost":
+            if method == baseline or measure in COST:
                 continue
             theirs = {cell.case: cell for cell in self._cells(group, baseline, measure)}
             each = [
@@ -208,8 +245,8 @@ class Bench:
             ]
             each = [apart for apart in each if not np.isnan(apart[0])]
             if each:
-                apart = np.mean(each, axis=0)
-                p = float(p_value(apart[:, None])[0])
+                apart = _mean_over_cases(each)
+                p = float(p_value(apart[:, None])[0]) if len(apart) > 1 else np.nan
                 rows.append((group, method, baseline, measure, apart[0], len(each), p))
         columns = ["group", "method", "baseline", "measure", "difference", "cases", "p_value"]
         found = pd.DataFrame(rows, columns=columns)
@@ -243,6 +280,12 @@ class Bench:
             for cell in self.cells
             if (cell.group, cell.method) == (group, method) and cell.has(measure)
         ]
+
+
+def _mean_over_cases(each: Sequence[Samples]) -> Samples:
+    """As many samples as all have: one alone if some case has no more."""
+    many = min(map(len, each))
+    return np.mean([samples[:many] for samples in each], axis=0)
 
 
 def bench(
@@ -310,7 +353,7 @@ def _fill(home: Path, case: Case, methods: Sequence[Method], bar: Any) -> None:
             agreement = _agreement(scores, effect)
         found = evaluate(it.model, it.others, edges, random=0, progress=False)
         cell = Cell(
-            case.name, case.group, method.name, cost, _known(method, it), agreement,
+            case.name, case.group, method.name, cost, *_known(method, it, edges), agreement,
             list(found.sizes), found.metric[0].tolist(), found.clean.tolist(),
             found.corrupt.tolist(),
         )  # fmt: skip
@@ -352,17 +395,18 @@ def _agreement(scores: Scores, effect: Scores | None) -> dict[str, list[float]]:
     return {name: _mean([of[name] for of in kinds]).tolist() for name in AGREEMENT}
 
 
-def _known(method: Method, it: Loaded) -> dict[str, list[float]]:
-    """How well the scores of each pair by itself find the true edges."""
+def _known(method: Method, it: Loaded, scores: Scores) -> tuple[list[list[float]], list[bool]]:
+    """The scores of each pair by itself, and which edges are true; nothing if that is not known."""
     if it.edges is None:
-        return {}
-    each = []
-    for i in range(len(it.task)):
-        scores = method.scores(it.model, it.task.select([i]), "edge", it.direction).resolved()
-        found = labels(scores, it.edges)
-        each.append(areas(found.size, found.inside))
-    roc, precision = zip(*each, strict=True)
-    return {"auroc": list(roc), "average_precision": list(precision)}
+        return [], []
+    each = [scores]
+    if method.averages:
+        each = [
+            method.scores(it.model, it.task.select([i]), "edge", it.direction)
+            for i in range(len(it.task))
+        ]
+    found = [edge_labels(s.resolved(), it.edges) for s in each if isinstance(s, EdgeScores)]
+    return [of.score.tolist() for of in found], found[0].inside.tolist()
 
 
 def _mean(values: Sequence[np.ndarray]) -> np.ndarray:

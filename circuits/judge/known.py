@@ -9,7 +9,6 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy import stats
 
 from circuits.graph import check_circuit, real_edges
 from circuits.judge.agreement import several
@@ -50,15 +49,15 @@ def auroc(
     """
     rows = []
     for s in (s.resolved() for s in several(scores)):
-        found = labels(s, known)
-        if unknown := int(np.isnan(found.size).sum()):
+        found = _labels(s, known)
+        if unknown := int(np.isnan(found.score).sum()):
             raise ValueError(
                 f"all scores must be numbers to be ranked; {unknown} of {s.rules!r} are NaN, or "
                 "not measured; compute them again, or measure all with patch"
             )
         for kind in dict.fromkeys(found.kinds):
             at = np.array([k == kind for k in found.kinds])
-            size, inside = found.size[at], found.inside[at]
+            size, inside = abs(found.score[at]), found.inside[at]
             if inside.any() and not inside.all():
                 many = int(inside.sum()), int((~inside).sum())
                 rows.append((s.rules, kind, *areas(size, inside), *many))
@@ -70,30 +69,27 @@ def areas(
     size: Float[np.ndarray, " item"], inside: Bool[np.ndarray, " item"]
 ) -> tuple[float, float]:
     """Areas under the ROC curve and under precision by recall, of sizes and what is inside."""
-    n, m = int(inside.sum()), int((~inside).sum())
-    # Mann and Whitney: how often one inside outranks one outside
-    roc = (stats.rankdata(size)[inside].sum() - n * (n + 1) / 2) / (n * m)
+    least, outside = size[inside], np.sort(size[~inside])
+    # Mann and Whitney: how often one inside outranks one outside, of ties half
+    beaten = sum(np.searchsorted(outside, least, side) for side in ("left", "right")) / 2
     # for each inside: how many there are of at least its size, and how many of these are inside
-    least = size[inside]
     every, right = (len(of) - np.searchsorted(np.sort(of), least) for of in (size, least))
-    return float(roc), float((right / every).mean())
+    return float(beaten.mean() / len(outside)), float((right / every).mean())
 
 
 class Labels(NamedTuple):
     """What is ranked: components or edges."""
 
-    size: Float[np.ndarray, " item"]
-    """|score|."""
+    score: Float[np.ndarray, " item"]
     inside: Bool[np.ndarray, " item"]
     """Whether it is in the known circuit."""
     kinds: list[str]
 
 
-def labels(scores: Scores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
-    """The scores of one set beside what is known."""
+def _labels(scores: Scores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
     named_edges = not isinstance(known, nx.Graph) and any(ARROW in name for name in known)
     if isinstance(scores, EdgeScores) and (named_edges or isinstance(known, nx.Graph)):
-        return _edge_labels(scores, known)
+        return edge_labels(scores, known)
     return _component_labels(scores, known)
 
 
@@ -106,10 +102,16 @@ def _component_labels(scores: Scores, known: nx.MultiDiGraph | Collection[str]) 
         names = set(known)
     _must_know(names, components, scores)
     inside = np.array([c in names for c in components])
-    return Labels(total.flatten().double().abs().cpu().numpy(), inside, kinds)
+    return Labels(total.flatten().double().cpu().numpy(), inside, kinds)
 
 
-def _edge_labels(scores: EdgeScores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
+def edge_labels(scores: EdgeScores, known: nx.MultiDiGraph | Collection[str]) -> Labels:
+    """The edges of one set beside the known ones: a graph, or names `writer->reader`.
+
+    Raises:
+        ValueError: one of the known edges is not one of the scores.
+        TypeError: the graph is no circuit.
+    """
     table = scores.by_position
     # circuits know positions, but no spans: those have names that match none
     places = scores.places or scores.positions
@@ -123,8 +125,8 @@ def _edge_labels(scores: EdgeScores, known: nx.MultiDiGraph | Collection[str]) -
     ]
     _must_know(edges, names, scores)
     inside = np.array([name in edges for name in names])
-    size = table[exists].double().abs().cpu().numpy()
-    return Labels(size, inside, ["edge"] * len(names))
+    score = table[exists].double().cpu().numpy()
+    return Labels(score, inside, ["edge"] * len(names))
 
 
 def _must_know(wanted: Collection[object], names: Sequence[object], scores: Scores) -> None:

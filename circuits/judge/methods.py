@@ -19,7 +19,17 @@ import torch
 from circuits.exact.patch import patch
 from circuits.graph import real_edges
 from circuits.search.acdc import acdc
-from relp import GRADIENT, PRESETS, EdgeScores, ModelLike, Rules, Scores, TaskLike, attribute
+from relp import (
+    GRADIENT,
+    PRESETS,
+    Direction,
+    EdgeScores,
+    ModelLike,
+    Rules,
+    Scores,
+    TaskLike,
+    attribute,
+)
 
 __all__ = ["METHODS", "Method", "from_name"]
 
@@ -40,6 +50,8 @@ class Method:
     """Whether it scores nodes, too."""
     measures: bool = False
     """Whether it runs the model once for each edge, which only small models allow."""
+    averages: bool = True
+    """Whether its scores of many pairs are the mean of those of each."""
 
 
 def _rules(rules: Rules, steps: int = 1) -> Function:
@@ -63,7 +75,8 @@ def _acdc(model: ModelLike, task: TaskLike, level: str, direction: str) -> Score
     edges = torch.zeros_like(like.edges)
     for writer, _, _, data in real_edges(circuit):
         edges[like.layout.row[writer], like.layout.column[data["reader"]]] = data["score"]
-    return replace(like, edges=edges).renamed("ACDC")
+    sign = -Direction(direction).sign  # a cut moves the metric the other way than putting back
+    return replace(like, edges=sign * edges).renamed("ACDC")
 
 
 def _random(model: ModelLike, task: TaskLike, level: str, direction: str) -> Scores:
@@ -88,7 +101,7 @@ METHODS = {
     for method in (
         *(Method(name, _rules(rules)) for name, rules in PRESETS.items()),
         Method(f"EAP-IG ({STEPS} steps)", _rules(GRADIENT, STEPS)),
-        Method("ACDC", _acdc, nodes=False, measures=True),
+        Method("ACDC", _acdc, nodes=False, measures=True, averages=False),
         Method("exact", _exact, nodes=False, measures=True),
         Method("random", _random),
     )
