@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.task import Task, answer_id, encode, must_be_tokenizer, must_know
+from tasks.task import Task
+from tasks.text import answer_id, encode, must_be_tokenizer, must_know
 
 __all__ = ["ioi"]
 
@@ -228,7 +229,9 @@ def build(
         foils.append(foil)
         for label, at in zip(spans, (io[0], s[0], s[1], len(row) - 1), strict=True):
             spans[label].append(at)
-    return Task.from_tokens(clean, corrupt, answers, foils, spans=spans, name="ioi")
+    return Task.from_tokens(
+        clean, corrupt, answers, foils, spans=spans, name="ioi", tokenizer=tokenizer
+    )
 
 
 def _of_one_length(
