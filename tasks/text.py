@@ -99,7 +99,7 @@ def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         made = tokenizer(
             list(texts[i : i + CHUNK]), add_special_tokens=False, return_attention_mask=False
         )
-        rows += map(list, made["input_ids"])
+        rows += made["input_ids"]
     return rows
 
 
