@@ -7,6 +7,7 @@ are where they are used, behind the checks.
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import signal
@@ -14,7 +15,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from threading import Timer
 from time import perf_counter
 from types import FrameType
@@ -29,6 +32,9 @@ from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
 from relp import Direction, Level, Preset
 from tasks import zoo
 from tasks.registry import TASKS, builder, check_task
+from tasks.tables import SUFFIXES as TABLES
+from tasks.tables import Table as Rows
+from tasks.tables import columns_of, read_table
 from tasks.zoo import shelf
 from tasks.zoo.boot import check_model
 
@@ -52,7 +58,13 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-TaskName = Annotated[str, typer.Argument(help="The task; `relp tasks` lists them.")]
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        help="The task; `relp tasks` lists them. Or a .csv or .jsonl file with the columns clean, "
+        "corrupt, answer and foil; results are called by its name."
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -60,11 +72,24 @@ Model = Annotated[
         "Face hub."
     ),
 ]
-Pairs = Annotated[int, typer.Option(min=1, help="Pairs of prompts.")]
-PairsBySize = Annotated[
-    int | None, typer.Option(min=1, help="Pairs of prompts; if not given, fewer for large models.")
+Pairs = Annotated[
+    int, typer.Option(min=1, help="Pairs of prompts; of a file, no more than it has.")
 ]
-Seed = Annotated[int, typer.Option(help="Which prompts are drawn.")]
+PairsBySize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Pairs of prompts; of a file, no more than it has. If not given, fewer for large "
+        "models.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Which prompts are drawn; of a file, 0 takes the first rows, another number shuffles "
+        "them before."
+    ),
+]
 Exact = Annotated[
     bool,
     typer.Option("--exact", help="Patch everything, however long it takes, not a sample of it."),
@@ -112,10 +137,10 @@ def discover(
                 f"edge; got --rules {chosen}; leave it out, or give --search top"
             )
         folder = out or Path("runs") / _called(model)
+        source = _source(task)
         many = "" if pairs is None else f" --pairs {pairs}"
-        asked = f"{task} --model {model}{many} --seed {seed}"
-        find = _search(search, edges, tau, folder / f"{task}.part.json", asked)
-        make = _task(task)
+        asked = f"{source.identity} --model {model}{many} --seed {seed}"
+        find = _search(search, edges, tau, folder / f"{source.name}.part.json", asked)
         check_model(model)
         _check_folder(folder)
 
@@ -124,7 +149,7 @@ def discover(
         from relp import PRESETS, attribute
 
         bridge = zoo.load(model)
-        prompts = make(bridge.tokenizer, pairs=pairs or _many(bridge, 32), seed=seed)
+        prompts = source.draw(bridge.tokenizer, pairs or _many(bridge, 32), seed)
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
@@ -140,7 +165,7 @@ def discover(
             )
         # what took long and is small comes first: the rest can be made from it
         with _written(folder):
-            _say(f"wrote {escape(str(save(circuit, folder / f'{task}.json')))}")
+            _say(f"wrote {escape(str(save(circuit, folder / f'{source.name}.json')))}")
         _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
         kept = faithfulness(bridge, prompts, circuit)
         total = circuit.graph["total_edges"]
@@ -150,10 +175,10 @@ def discover(
         )
         by = circuit.graph["rules"] + (", greedy" if search == "greedy" else "")
         _say(f"circuit by {by}: [bold]{summary}[/]")
-        title = f"{task} circuit of {_shown(bridge)} · {by} · {summary}"
+        title = f"{source.name} circuit of {_shown(bridge)} · {by} · {summary}"
         for suffix in ("svg", "html"):
             with _written(folder):
-                written = save(circuit, folder / f"{task}.{suffix}", title=title)
+                written = save(circuit, folder / f"{source.name}.{suffix}", title=title)
             _say(f"wrote {escape(str(written))}")
     _say(f"done in {perf_counter() - started:.0f} s")
 
@@ -179,7 +204,7 @@ def measure(
         Level(level)
         Direction(direction)
         check_ablation(ablation)
-        make = _task(task)
+        source = _source(task)
         check_model(model)
         with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
             from circuits import patch
@@ -187,7 +212,7 @@ def measure(
             from relp import NodeScores
 
             bridge = zoo.load(model)
-            prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
+            prompts = source.draw(bridge.tokenizer, pairs, seed)
             _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            resume=finished)  # fmt: skip
@@ -226,7 +251,7 @@ def compare(
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
     started = perf_counter()
     with _one_line_errors():
-        make = _task(task)
+        source = _source(task)
         check_model(model)
         if out is not None:
             _check_folder(out)
@@ -236,7 +261,7 @@ def compare(
 
         bridge = zoo.load(model)
         pairs = pairs or _many(bridge, 16)
-        prompts = make(bridge.tokenizer, pairs=pairs, seed=seed)
+        prompts = source.draw(bridge.tokenizer, pairs, seed)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
         scores, seconds = _every_estimate(bridge, prompts)
         _say_able(prompts, scores[0])
@@ -245,7 +270,8 @@ def compare(
         took = ", ".join(f"{rules} {s:.1f}" for rules, s in seconds.items())
         _say(f"seconds for the scores of all nodes: {took}")
         if out is not None:
-            title = f"{_shown(bridge)} · {task} · agreement with exact effects, {pairs} pairs"
+            called = f"{_shown(bridge)} · {source.name}"
+            title = f"{called} · agreement with exact effects, {len(prompts)} pairs"
             figure = draw(frame, title=title)
             page = out / "compare.html"
             with _written(out):
@@ -254,8 +280,11 @@ def compare(
                     figure.write_html(temporary, include_plotlyjs=True)
             _say(f"wrote {escape(str(page))}")
         if circuits or (circuits is None and not _is_large(bridge)):
-            others = make(bridge.tokenizer, pairs=pairs, seed=seed + 1)
-            _print_circuits(bridge, prompts, others, seed + 1)
+            others, which = source.others(bridge.tokenizer, pairs, seed)
+            if others is None:
+                _say(f"no circuits: {which}")
+            else:
+                _print_circuits(bridge, prompts, others, which)
     _say(f"done in {perf_counter() - started:.0f} s")
 
 
@@ -405,7 +434,7 @@ def _every_estimate(bridge: Any, prompts: Any) -> tuple[list[Any], dict[str, flo
     return scores, seconds
 
 
-def _print_circuits(bridge: Any, prompts: Any, others: Any, seed: int) -> None:
+def _print_circuits(bridge: Any, prompts: Any, others: Any, which: str) -> None:
     """How faithful the best edges of each are, on other pairs than they were scored on."""
     from circuits import evaluate
     from circuits.masked import UNABLE
@@ -422,7 +451,7 @@ def _print_circuits(bridge: Any, prompts: Any, others: Any, seed: int) -> None:
         both = (f"{areas.loc[rules, name]:.3f}" for name in ("CPR", "CMD"))
         rows.append([rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown)])
     _print_table(
-        f"faithfulness by share of edges, on the pairs of seed {seed}",
+        f"faithfulness by share of edges, on {which}",
         ["rules", "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown)],
         rows,
     )
@@ -560,10 +589,85 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 # -- options ---------------------------------------------------------------------------------------
 
 
-def _task(name: str) -> Callable[..., Any]:
-    """What makes a task, given a tokenizer; imported when it is called."""
-    check_task(name)
-    return lambda tokenizer, **options: builder(name)(tokenizer, **options)
+@dataclass(frozen=True)
+class _Drawn:
+    """A task that is known by name, which draws as many pairs as are asked for."""
+
+    name: str
+
+    @property
+    def identity(self) -> str:
+        """What tells it from others."""
+        return self.name
+
+    def draw(self, tokenizer: Any, pairs: int, seed: int) -> Any:
+        """Some pairs; the task is imported now."""
+        return builder(self.name)(tokenizer, pairs=pairs, seed=seed)
+
+    def others(self, tokenizer: Any, pairs: int, seed: int) -> tuple[Any, str]:
+        """As many pairs that are drawn anew, and which these are."""
+        return self.draw(tokenizer, pairs, seed + 1), f"the pairs of seed {seed + 1}"
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of prompts, which has as many pairs as it has rows."""
+
+    name: str
+    rows: Rows
+
+    @property
+    def identity(self) -> str:
+        """What tells it from others, and from what may stand in the file later."""
+        digest = hashlib.sha256(repr(self.rows.columns).encode()).hexdigest()[:16]
+        return f"{self.rows.source} ({digest})"
+
+    def draw(self, tokenizer: Any, pairs: int, seed: int) -> Any:
+        """The first rows, or the first after a shuffle; how many is said."""
+        order = self._order(seed)[:pairs]
+        of = f"all {len(self.rows)} rows"
+        if len(order) < len(self.rows):
+            drawn = f"{len(order)} rows drawn by seed {seed}" if seed else f"the first {len(order)}"
+            of = f"{drawn} of {len(self.rows):,} rows (--pairs)"
+        _say(f"{escape(self.rows.source)}: {of}")
+        return self._of(tokenizer, order)
+
+    def others(self, tokenizer: Any, pairs: int, seed: int) -> tuple[Any, str]:
+        """The rows that come next, and which these are; none if there is no row left."""
+        order = self._order(seed)[pairs : 2 * pairs]
+        if not order:
+            return None, (
+                f"{escape(self.rows.source)} has no rows but those that the edges were scored on; "
+                "give fewer --pairs, or more rows"
+            )
+        return self._of(tokenizer, order), f"{len(order)} other rows of {self.rows.source}"
+
+    def _order(self, seed: int) -> list[int]:
+        order = list(range(len(self.rows)))
+        if seed:
+            Random(seed).shuffle(order)
+        return order
+
+    def _of(self, tokenizer: Any, order: Sequence[int]) -> Any:
+        from tasks import Task
+
+        return Task.from_table(tokenizer, self.rows.select(order), name=self.name)
+
+
+def _source(name: str) -> _Drawn | _File:
+    """Where the pairs come from: a task, or a file, which is read now."""
+    path = Path(name)
+    if name in TASKS or not (path.suffix.lower() in TABLES or path.is_file()):
+        check_task(name)
+        return _Drawn(name)
+    if not path.is_file():
+        raise ValueError(
+            f"the task must be one of {', '.join(TASKS)}, or a file of prompts; there is no file "
+            f"{name!r}; check the path"
+        )
+    rows = read_table(path)
+    columns_of(rows)
+    return _File(path.stem, rows)
 
 
 def _search(

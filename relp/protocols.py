@@ -31,6 +31,10 @@ class MetricLike(Protocol):
         """True if it reads nothing but the logits at the answer position."""
 
     @property
+    def targets(self) -> Int[Tensor, "pair token"] | None:
+        """Tokens that the metric holds beside the task's answers, filled up with -1."""
+
+    @property
     def flat_at_zero(self) -> bool:
         """True if 0 is its maximum, where its gradient is zero."""
 

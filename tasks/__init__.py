@@ -10,15 +10,19 @@ from tasks import zoo
 if TYPE_CHECKING:
     from tasks.ioi import ioi
     from tasks.metrics import (
+        Continuation,
         KLDivergence,
         logit_difference,
         mean_logit_difference,
         probability_difference,
     )
+    from tasks.pair import Pair
     from tasks.task import Task
 
 __all__ = [
+    "Continuation",
     "KLDivergence",
+    "Pair",
     "Task",
     "ioi",
     "logit_difference",
@@ -28,7 +32,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "Continuation": "metrics",
     "KLDivergence": "metrics",
+    "Pair": "pair",
     "Task": "task",
     "ioi": "ioi",
     "logit_difference": "metrics",

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tasks.prompts import Drawn, chosen, drawn_task, fill, known, words
-from tasks.task import Task, encode, must_be_tokenizer
+from tasks.task import Task
+from tasks.text import encode, must_be_tokenizer
 
 __all__ = ["greater_than", "known_circuit"]
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tasks.task import Task
 
 __all__ = [
+    "Continuation",
     "KLDivergence",
     "Metric",
     "logit_difference",
@@ -144,6 +145,70 @@ class KLDivergence:
         return -(reference.exp() * (reference - last)).sum(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """Log-probability of answers of several tokens, each read where the one before it stands.
+
+    >>> several = Task.from_prompts(
+    ...     model.tokenizer,
+    ...     clean=["Then Mary and John went to the"],
+    ...     corrupt=["Then Mary and Tom went to the"],
+    ...     answers=[" store. John gave"],
+    ...     continuation="mean",
+    ... )
+    >>> several.metric.name, [int(several.spans[name][0]) for name in ("end", "last")]
+    ('mean_log_probability', [7, 10])
+
+    The prompts hold an answer's tokens but the last, the same in clean and corrupt (teacher
+    forcing): `spans["end"]` is where its first token is read, `spans["last"]` where its last is.
+    Unit: nats, of all tokens together, or of one on average if `mean`; 0 is certainty. Build it
+    with `Task.from_prompts(..., continuation="sum")`, or `"mean"`.
+    """
+
+    tokens: Int[Tensor, "pair token"]
+    """The answers' tokens, filled up with -1 behind the shorter ones."""
+    mean: bool = False
+
+    @torch.inference_mode(False)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", self.tokens.detach().clone())
+
+    @property
+    def name(self) -> str:
+        """For titles and files."""
+        return "mean_log_probability" if self.mean else "log_probability"
+
+    def select(self, index: Int[Tensor, " row"]) -> Continuation:
+        """The same metric for some of the pairs."""
+        return Continuation(self.tokens[index], self.mean)
+
+    def __call__(self, logits: Tensor, task: Task) -> Float[Tensor, " pair"]:
+        """Log-probability of each pair's answer, all positions of `logits` given."""
+        if len(self.tokens) != len(task) or len(logits) != len(task):
+            raise ValueError(
+                f"{self.name} must be made of the task it is used on; it holds {len(self.tokens)} "
+                f"pairs, the task {len(task)} and logits {list(logits.shape)}; use task.select"
+            )
+        tokens = self.tokens.to(logits.device)
+        real = tokens >= 0
+        rows = torch.arange(len(tokens), device=logits.device)[:, None]
+        at = task.spans["end"].to(logits.device)[:, None] + torch.arange(
+            tokens.shape[1], device=logits.device
+        )
+        # behind a shorter answer stands one of its own positions, which does not count
+        at = torch.where(real, at, at[:, :1])
+        read = logits[rows, at].float().log_softmax(-1)
+        found = _at(read, tokens.clamp(min=0)).masked_fill(~real, 0.0).sum(-1)
+        return found / real.sum(-1) if self.mean else found
+
+
+def _at(
+    values: Float[Tensor, "pair token d_vocab"], ids: Int[Tensor, "pair token"]
+) -> Float[Tensor, "pair token"]:
+    """What stands at one token of each place."""
+    return values.gather(-1, ids[..., None])[..., 0]
+
+
 def clean_answers(
     model: Any, task: Task
 ) -> Iterator[tuple[Int[Tensor, " row"], Task, Float[Tensor, "row d_vocab"]]]:
@@ -183,6 +248,8 @@ class Metric:
     @property
     def name(self) -> str:
         """The function's name, for titles and files."""
+        if isinstance(self.function, Continuation):
+            return self.function.name
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
@@ -194,6 +261,11 @@ class Metric:
     def reads_answer_only(self) -> bool:
         """True for the built-in metrics: they read nothing but the answer position's logits."""
         return self.compares_answers or isinstance(self.function, KLDivergence)
+
+    @property
+    def targets(self) -> Int[Tensor, "pair token"] | None:
+        """The tokens that the metric itself holds, behind each prompt's answer position."""
+        return self.function.tokens if isinstance(self.function, Continuation) else None
 
     @property
     def flat_at_zero(self) -> bool:

@@ -15,7 +15,8 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from tasks.task import Task, answer_id, encode, must_be_tokenizer, must_know
+from tasks.task import Task
+from tasks.text import answer_id, encode, must_be_tokenizer, must_know
 
 __all__ = ["Drawn", "Text", "chosen", "drawn_task", "fill", "known", "whole_words", "words"]
 
@@ -268,7 +269,7 @@ def build(
         clean, corrupt,
         [ids[0] for ids in answers] if single else answers,
         [ids[0] for ids in foils] if single else foils,
-        spans=spans, metric=metric, name=name,
+        spans=spans, metric=metric, name=name, tokenizer=tokenizer,
     )  # fmt: skip
 
 

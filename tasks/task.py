@@ -1,27 +1,42 @@
 """What a task is: aligned clean and corrupt prompts, their answers, and what is measured.
 
 Prompts of different lengths are never padded for a model: `Task.buckets` yields one sub-task per
-length. Where rows of `clean` are shorter than the longest, the tail holds -1, which no embedding
-accepts, so that a padded row can never reach a model unnoticed.
+length. Where rows of `clean` are shorter than the longest, a token that the model has stands behind
+their end (the tokenizer's end-of-text token, or 0), so that `model(task.clean)` runs: in a model
+that reads from left to right it changes nothing before it. `task.lengths` says where rows end.
 """
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tasks.metrics import BUILT_IN, Metric, clean_answers, logit_difference
+from tasks.aligned import Tokenized
+from tasks.lists import (
+    PAD,
+    as_tensor,
+    id_rows,
+    id_sets,
+    stacked,
+    text_sets,
+    texts_of,
+    whole_numbers,
+)
+from tasks.metrics import BUILT_IN, Continuation, Metric, clean_answers, logit_difference
+from tasks.pair import Pair, pair_of, table
+from tasks.tables import Table, columns_of, read_csv, read_frame, read_jsonl
+from tasks.text import filling, must_be_tokenizer, read_tokens
 
 __all__ = ["Task"]
-
-PAD = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +52,10 @@ class Task:
     ... )
     Task('task', 1 pairs, 15 tokens, metric=logit_difference, spans=['end'])
 
-    Build one with `Task.from_prompts` or `Task.from_tokens`, or with a ready task such as
-    `tasks.ioi`. `task.metric(logits)` gives one number per pair; the default is the logit of the
-    answer minus that of the foil at the pair's answer position, `spans["end"]`.
+    Build one with `Task.from_prompts`, `Task.from_csv`, `Task.from_jsonl`, `Task.from_dataframe` or
+    `Task.from_tokens`, or with a ready task such as `tasks.ioi`. `task[3]` is one pair to read,
+    `task[2:5]` a task of three. `task.metric(logits)` gives one number per pair; the default is the
+    logit of the answer minus that of the foil at the pair's answer position, `spans["end"]`.
 
     A task keeps copies, on the CPU: what is done later to the tensors given changes nothing.
 
@@ -55,17 +71,32 @@ class Task:
     corrupt: Int[Tensor, "pair pos"]
     answers: Int[Tensor, " pair *answer"]
     """The right token of each pair; or `[pair, answer]`, sets of them, filled up with -1."""
-    foils: Int[Tensor, " pair *foil"]
-    """The wrong token of each pair, or sets of them, as `answers`."""
+    foils: Int[Tensor, " pair *foil"] = None  # type: ignore[assignment]
+    """The wrong token of each pair, or sets of them; left out, `[pair, 0]`: there are none."""
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     """Named positions, one per pair: for IOI `IO`, `S1`, `S2`, `end`. `end` always exists."""
     metric: Any = "logit_difference"
     """A name, a callable `(logits)` or `(logits, task)`; reading the field gives a bound Metric."""
     name: str = "task"
+    lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
+    """Tokens of each pair's prompts; left out, a row ends where -1 begins."""
+    tokenizer: Any = None
+    """What the prompts were made with; without it pairs are read as token ids."""
 
     @torch.inference_mode(False)  # tensors made inside it could not be differentiated with
     def __post_init__(self) -> None:
-        for label in ("clean", "corrupt", "answers", "foils"):
+        self._set_prompts()
+        self._set_answers()
+        self._must_differ()
+        self._set_spans()
+        function = self._function()
+        if function in BUILT_IN.values():
+            self._must_be_disjoint()
+        object.__setattr__(self, "metric", Metric(function, self))
+
+    def _set_prompts(self) -> None:
+        """Takes both sides and their lengths, and fills up shorter rows with one token."""
+        for label in ("clean", "corrupt"):
             ids = whole_numbers(getattr(self, label), f"`{label}`")
             object.__setattr__(self, label, ids)
         pairs = self.clean.shape[0] if self.clean.dim() == 2 else -1
@@ -75,26 +106,38 @@ class Task:
                 f"one pair; got {list(self.clean.shape)} and {list(self.corrupt.shape)}; "
                 "use Task.from_prompts or Task.from_tokens to build them"
             )
-        for label, ids in (("answers", self.answers), ("foils", self.foils)):
-            _must_be_sets(label, ids, pairs)
-        misaligned = ((self.clean == PAD) != (self.corrupt == PAD)).any(1).nonzero().flatten()
-        if len(misaligned):
-            i = int(misaligned[0])
+        given = self.lengths is not None
+        lengths = whole_numbers(self.lengths if given else (self.clean != PAD).sum(1), "`lengths`")
+        width = self.clean.shape[1]
+        if lengths.shape != (pairs,) or bool((given & ((lengths < 1) | (lengths > width))).any()):
             raise ValueError(
-                f"`corrupt` must have the length of `clean`: pair {i} has "
-                f"{int((self.clean[i] != PAD).sum())} and {int((self.corrupt[i] != PAD).sum())} "
-                "tokens; choose prompts that align token by token"
+                f"`lengths` must hold a number of tokens from 1 to {width} per pair, shape "
+                f"[{pairs}]; got {lengths.tolist()[:8]}; or leave it out"
             )
-        lengths = self.lengths
-        inside = torch.arange(self.clean.shape[1], device=lengths.device) < lengths[:, None]
-        wrong = (inside & ((self.clean < 0) | (self.corrupt < 0))).any(1).nonzero().flatten()
-        if len(wrong):
-            i = int(wrong[0])
+        object.__setattr__(self, "lengths", lengths)
+        inside = torch.arange(width, device="cpu") < lengths[:, None]
+        ends = (self.clean == PAD) != (self.corrupt == PAD)
+        if bool((misaligned := (ends & inside if given else ends).any(1)).any()):
+            i = int(misaligned.nonzero()[0])
+            one, two = (int((side[i] != PAD).sum()) for side in (self.clean, self.corrupt))
+            raise ValueError(
+                f"`corrupt` must have the length of `clean`: pair {i} has {one} and {two} tokens; "
+                "choose prompts that align token by token"
+            )
+        wrong = (inside & ((self.clean < 0) | (self.corrupt < 0))).any(1) | ~inside.any(1)
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0])
             raise ValueError(
                 f"token ids must be non-negative, and {PAD} only after a prompt's end: pair {i} is "
                 f"{self.clean[i].tolist()} / {self.corrupt[i].tolist()}; "
                 "use Task.from_tokens for prompts of different lengths"
             )
+        for label in ("clean", "corrupt"):
+            ids = getattr(self, label).masked_fill(~inside, filling(self.tokenizer))
+            object.__setattr__(self, label, ids)
+
+    def _must_differ(self) -> None:
+        """Checks that something can be patched in every pair."""
         same = (self.clean == self.corrupt).all(1).nonzero().flatten()
         if len(same):
             raise ValueError(
@@ -102,16 +145,33 @@ class Task:
                 f"{int(same[0])} has the same tokens on both sides; change in `corrupt` what the "
                 "answer hangs on"
             )
+
+    def _set_answers(self) -> None:
+        """Takes answers and foils: a token or a set of tokens for each pair."""
+        if self.foils is None:
+            object.__setattr__(self, "foils", torch.empty(len(self), 0, dtype=torch.long))
+        for label in ("answers", "foils"):
+            ids = whole_numbers(getattr(self, label), f"`{label}`")
+            object.__setattr__(self, label, ids)
+            if label == "answers" or ids.numel() or ids.dim() != 2:
+                _must_be_sets(label, ids, len(self))
+
+    def _set_spans(self) -> None:
+        """Takes named positions; the answer is read at the prompt's end if nothing else is said."""
         spans = {k: whole_numbers(v, f"span {k!r}") for k, v in self.spans.items()}
-        spans.setdefault("end", lengths - 1)
+        spans.setdefault("end", self.lengths - 1)
         for label, at in spans.items():
-            if at.shape != (pairs,) or bool(((at < 0) | (at >= lengths)).any()):
+            if at.shape != (len(self),) or bool(((at < 0) | (at >= self.lengths)).any()):
                 raise ValueError(
                     f"span {label!r} must hold one position inside the prompt per pair, shape "
-                    f"[{pairs}]; got {at.tolist()[:8]} for lengths {lengths.tolist()[:8]}; "
-                    "count positions from 0, the beginning-of-sequence token included"
+                    f"[{len(self)}]; got {at.tolist()[:8]} for lengths "
+                    f"{self.lengths.tolist()[:8]}; count positions from 0, the "
+                    "beginning-of-sequence token included"
                 )
         object.__setattr__(self, "spans", MappingProxyType(spans))
+
+    def _function(self) -> Callable[..., Tensor]:
+        """The metric as it was given, or the built-in one of that name."""
         function = self.metric.function if isinstance(self.metric, Metric) else self.metric
         if isinstance(function, str):
             if function not in BUILT_IN:
@@ -125,9 +185,27 @@ class Task:
                 f"`metric` must be one of {sorted(BUILT_IN)} or a callable; got "
                 f"{type(function).__name__}; pass a function logits -> [pair]"
             )
-        if function in BUILT_IN.values():
-            _must_be_disjoint(self.answers, self.foils)
-        object.__setattr__(self, "metric", Metric(function, self))
+        return function
+
+    def _must_be_disjoint(self) -> None:
+        """Checks, for a metric that compares them, that no answer of a pair is among its foils."""
+        if not self.foils.numel():
+            raise ValueError(
+                "`foils` must be given for a metric that compares answers with them; got none; "
+                "give what a model might say instead, or a metric that reads none"
+            )
+        for foil in self.foils.reshape(len(self), -1).T:
+            same = (self.answers.reshape(len(self), -1) == foil[:, None]).any(-1) & (foil != PAD)
+            if bool(same.any()):
+                i = int(same.nonzero()[0])
+                token = int(foil[i])
+                words = [] if self.tokenizer is None else read_tokens(self.tokenizer, [token])
+                text = "".join(f" ({word!r})" for word in words)
+                raise ValueError(
+                    "an answer must differ from its foil, or their difference is always 0: pair "
+                    f"{i} has token {token}{text} for both; choose another foil, or give a metric "
+                    "that reads none"
+                )
 
     # a copy, and what another process gets, has spans of its own that are as read-only as these
     def __getstate__(self) -> dict[str, Any]:
@@ -144,23 +222,25 @@ class Task:
         clean: Iterable[Iterable[SupportsIndex]],
         corrupt: Iterable[Iterable[SupportsIndex]],
         answers: Iterable[SupportsIndex | Iterable[SupportsIndex]],
-        foils: Iterable[SupportsIndex | Iterable[SupportsIndex]],
+        foils: Iterable[SupportsIndex | Iterable[SupportsIndex]] | None = None,
         *,
         spans: Mapping[str, Iterable[SupportsIndex]] | None = None,
         metric: str | Callable[..., Tensor] = "logit_difference",
         name: str = "task",
+        tokenizer: Any = None,
     ) -> Task:
         """From token ids: `[pair, pos]` tensors, or lists of rows when lengths differ.
 
         A list may be anything that holds its entries in order: an array, a column of a table. An
-        answer or foil is one token id, or a list of those that are equally right or wrong.
+        answer or foil is one token id, or a list of those that are equally right or wrong. Foils
+        may be left out if the metric reads none. With the `tokenizer` pairs can be read as text.
 
         Raises:
             ValueError: a pair's two prompts have different lengths or are the same, or a token id
                 is negative.
             TypeError: token ids are not whole numbers.
         """
-        rows, others = _rows(clean, "clean"), _rows(corrupt, "corrupt")
+        rows, others = id_rows(clean, "clean"), id_rows(corrupt, "corrupt")
         if len(rows) != len(others):
             raise ValueError(
                 f"`clean` and `corrupt` must hold as many prompts; got {len(rows)} and "
@@ -178,13 +258,14 @@ class Task:
                     f"{row.tolist()} / {other.tolist()}; pass the tokenizer's ids without padding"
                 )
         return cls(
-            clean=_stack(rows),
-            corrupt=_stack(others),
-            answers=_sets(answers, "`answers`"),
-            foils=_sets(foils, "`foils`"),
+            clean=stacked([row.tolist() for row in rows]),
+            corrupt=stacked([row.tolist() for row in others]),
+            answers=id_sets(answers, "`answers`"),
+            foils=None if foils is None else id_sets(foils, "`foils`"),  # type: ignore[arg-type]
             spans={k: whole_numbers(v, f"span {k!r}") for k, v in (spans or {}).items()},
             metric=metric,
             name=name,
+            tokenizer=tokenizer,
         )
 
     @classmethod
@@ -194,59 +275,204 @@ class Task:
         clean: Iterable[str],
         corrupt: Iterable[str],
         answers: Iterable[str | Iterable[str]],
-        foils: Iterable[str | Iterable[str]],
+        foils: Iterable[str | Iterable[str]] | None = None,
         *,
-        metric: str | Callable[..., Tensor] = "logit_difference",
+        spans: Mapping[str, str | Iterable[str | SupportsIndex]] | None = None,
+        metric: str | Callable[..., Tensor] | None = None,
         name: str = "task",
         prepend_bos: bool = True,
+        chat: bool = False,
+        continuation: str | None = None,
     ) -> Task:
         """From text. An answer is what follows its prompt, such as `" Mary"`, and is one token.
 
-        Several right answers, or foils, of a pair are a list: `[" Mary", " Ann"]`.
+        Several right answers, or foils, of a pair are a list: `[" Mary", " Ann"]`. A list may be
+        anything that holds its texts in order: a tuple, an array, a column of a table.
 
-        A list may be anything that holds its texts in order: a tuple, an array, a column of a
-        table. `prepend_bos` puts the tokenizer's beginning-of-sequence token first, as
-        TransformerLens does, if it has one.
+        Args:
+            tokenizer: the model's.
+            clean: what the model should answer rightly.
+            corrupt: the same but for what the answer hangs on, token by token.
+            answers: what should follow each clean prompt.
+            foils: what should not; may be left out if the metric reads none.
+            spans: named positions: whole numbers, or texts that stand once in the clean prompt
+                (one for all, or a list with one for each), for the position of their last token.
+            metric: as of `Task`; `"logit_difference"` if not given.
+            name: what results call the task.
+            prepend_bos: puts the tokenizer's beginning-of-sequence token first, as TransformerLens
+                does, if it has one and the text does not begin with it.
+            chat: wraps each prompt as a user's message in the tokenizer's chat template, which
+                says itself what stands first; answers are then the model's.
+            continuation: `"sum"` or `"mean"`: answers may be of several tokens, and the metric is
+                their log-probability (of one token on average). See `Continuation`.
 
         Raises:
             ValueError: prompts of a pair tokenize to different lengths or to the same tokens, an
-                answer is not one token after its prompt, the tokenizer does not know a word, or
-                the lists are not of one length.
+                answer is not one token after its prompt, a span's text is not there once, the
+                tokenizer does not know a word or has no chat template, or the lists are not of one
+                length.
             TypeError: an entry is no text, or `tokenizer` is none.
         """
         must_be_tokenizer(tokenizer)
-        clean = _texts(clean, "clean")
-        corrupt = _texts(corrupt, "corrupt", len(clean))
-        answers, foils = (
-            _text_sets(sets, label, len(clean))
-            for label, sets in (("answers", answers), ("foils", foils))
+        _must_be_continuation(continuation, metric)
+        clean = texts_of(clean, "clean")
+        corrupt = texts_of(corrupt, "corrupt", len(clean))
+        right, several = text_sets(answers, "answers", len(clean))
+        wrong, unlike = ([], False) if foils is None else text_sets(foils, "foils", len(clean))
+        made = Tokenized.of(tokenizer, clean, corrupt, prepend_bos=prepend_bos, chat=chat)
+        whole = continuation is not None
+        follow = made.after("answers", right, whole=whole)
+        given = {
+            "answers": _first(follow, several),
+            "foils": _first(made.after("foils", wrong, whole=whole), unlike) if wrong else None,
+            "spans": made.positions(spans or {}),
+            "metric": metric or "logit_difference",
+            "name": name,
+        }
+        if continuation is None:
+            return cls._of(made, made.clean, made.corrupt, **given)
+        return cls._continued(made, follow, mean=continuation == "mean", **given)
+
+    @classmethod
+    def _of(
+        cls, made: Tokenized, clean: list[list[int]], corrupt: list[list[int]], **given: Any
+    ) -> Task:
+        """The task of prompts that are aligned."""
+        return cls(
+            clean=stacked(clean), corrupt=stacked(corrupt), tokenizer=made.tokenizer, **given
         )
-        for label, texts in (("clean", clean), ("corrupt", corrupt)):
-            for i, text in enumerate(texts):
-                must_know(tokenizer, text, f"pair {i} of `{label}`")
-        for label, sets in (("answers", answers), ("foils", foils)):
-            for i, (prompt, given) in enumerate(zip(clean, sets, strict=True)):
-                for text in given if isinstance(given, list) else [given]:
-                    must_know(tokenizer, prompt + text, f"pair {i} of `{label}`")
-        rows = [encode(tokenizer, text, prepend_bos=prepend_bos) for text in clean]
-        others = [encode(tokenizer, text, prepend_bos=prepend_bos) for text in corrupt]
-        for i, (row, other) in enumerate(zip(rows, others, strict=True)):
-            if len(row) != len(other):
-                raise ValueError(
-                    f"`corrupt` must tokenize to the length of `clean`: pair {i} has {len(row)} "
-                    f"and {len(other)} tokens ({_tail(clean[i])} / {_tail(corrupt[i])}); "
-                    "choose words of one token"
-                )
-        return cls.from_tokens(
-            rows,
-            others,
-            *(
-                [_answer_ids(tokenizer, p, texts) for p, texts in zip(clean, sets, strict=True)]
-                for sets in (answers, foils)
-            ),
-            metric=metric,
-            name=name,
+
+    @classmethod
+    def _continued(
+        cls, made: Tokenized, follow: list[list[list[int]]], *, mean: bool, **given: Any
+    ) -> Task:
+        """The task of prompts that hold each answer's tokens but the last."""
+        if any(len(answers) != 1 for answers in follow):
+            raise ValueError(
+                "`continuation` must get one answer per pair; got a list of several; give the one "
+                "that is measured"
+            )
+        tokens = [answers[0] for answers in follow]
+        clean, corrupt = (
+            [row + more[:-1] for row, more in zip(side, tokens, strict=True)]
+            for side in (made.clean, made.corrupt)
         )
+        ends = {
+            "end": [len(row) - 1 for row in made.clean],
+            "last": [len(row) - 1 for row in clean],
+        }
+        if taken := [name for name in ends if name in given["spans"]]:
+            raise ValueError(
+                f"span {taken[0]!r} must be left to `continuation`, which reads from 'end' to "
+                "'last'; got one of that name; give it another"
+            )
+        spans = {**given.pop("spans"), **{k: torch.tensor(v) for k, v in ends.items()}}
+        metric = Continuation(stacked(tokens), mean)
+        return cls._of(made, clean, corrupt, **{**given, "spans": spans, "metric": metric})
+
+    # -- out of tables -------------------------------------------------------------------------
+
+    @classmethod
+    def from_csv(cls, tokenizer: Any, path: str | PathLike[str], **options: Any) -> Task:
+        """From a CSV file in UTF-8 with the columns `clean, corrupt, answer, foil`.
+
+        >>> from pathlib import Path
+        >>> text = "clean,corrupt,answer,foil\\nThen Mary went,Then John went, to, for\\n"
+        >>> _ = Path("prompts.csv").write_text(text)
+        >>> Task.from_csv(model.tokenizer, "prompts.csv")[0].answers
+        (' to',)
+
+        Nothing is stripped: an answer's leading space counts. Several answers stand in a cell as a
+        JSON list; a column `span:NAME` holds, for a named position, a text of the clean prompt. The
+        files of EAP-IG (`clean, corrupted, correct_idx, incorrect_idx`, token ids) are read too.
+
+        Args:
+            tokenizer: the model's.
+            path: the file; its name without the suffix is the task's, if none is given.
+            **options: `columns`, which column holds what where it has another name, such as
+                `{"clean": "sentence_good"}` (a name that ends in `_idx` is one of token ids); and
+                those of `from_prompts`.
+
+        Raises:
+            ValueError: it is no such table (the row is named), or as `from_prompts`.
+            OSError: it cannot be read.
+        """
+        options.setdefault("name", Path(path).stem)
+        return cls.from_table(tokenizer, read_csv(path), **options)
+
+    @classmethod
+    def from_jsonl(cls, tokenizer: Any, path: str | PathLike[str], **options: Any) -> Task:
+        """From a file with one JSON object a line; keys are columns, as of `from_csv`.
+
+        >>> import json
+        >>> from pathlib import Path
+        >>> row = {"clean": "Then Mary", "corrupt": "Then John", "answer": " and", "foil": " had"}
+        >>> _ = Path("prompts.jsonl").write_text(json.dumps(row))
+        >>> Task.from_jsonl(model.tokenizer, "prompts.jsonl").name
+        'prompts'
+
+        Answers and foils may be lists. MIB's rows (`prompt`, `choices`, `answerKey` and
+        counterfactuals of the same) are read too; `columns={"corrupt": "abc_counterfactual"}`
+        chooses one.
+
+        Raises:
+            ValueError: it is no such table (the row is named), or as `from_prompts`.
+            OSError: it cannot be read.
+        """
+        options.setdefault("name", Path(path).stem)
+        return cls.from_table(tokenizer, read_jsonl(path), **options)
+
+    @classmethod
+    def from_dataframe(cls, tokenizer: Any, frame: Any, **options: Any) -> Task:
+        """From a pandas DataFrame, with columns as of `from_csv`; cells may be lists.
+
+        >>> import pandas as pd
+        >>> row = {"good": "Then Mary", "corrupt": "Then John", "answer": " and", "foil": " had"}
+        >>> frame = pd.DataFrame([row])
+        >>> Task.from_dataframe(model.tokenizer, frame, columns={"clean": "good"})[0].clean
+        'Then Mary'
+
+        Raises:
+            ValueError: it is no such table (the row is named), or as `from_prompts`.
+            TypeError: it is no DataFrame.
+        """
+        return cls.from_table(tokenizer, read_frame(frame), **options)
+
+    @classmethod
+    def from_table(
+        cls,
+        tokenizer: Any,
+        rows: Table,
+        *,
+        columns: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Task:
+        """From a table that was read (`tasks.tables`); options are those of `from_prompts`."""
+        must_be_tokenizer(tokenizer)
+        metric, continuation = options.get("metric"), options.get("continuation")
+        compares = continuation is None and (metric is None or isinstance(metric, str))
+        read = columns_of(rows, columns, foils=compares)
+        options["spans"] = {**read.spans, **(options.get("spans") or {})}
+        if not read.ids:
+            return cls.from_prompts(
+                tokenizer, read.clean, read.corrupt, read.answers, read.foils, **options
+            )
+        if continuation is not None:
+            raise ValueError(
+                f"`continuation` must get answers as texts; those of {rows.source} are token ids; "
+                "give a column of texts"
+            )
+        settings = {k: options.pop(k) for k in ("prepend_bos", "chat") if k in options}
+        made = Tokenized.of(
+            tokenizer, read.clean, read.corrupt, **{"prepend_bos": True, "chat": False} | settings
+        )
+        options["spans"] = made.positions(options["spans"])
+        for label, sets in (("answers", read.answers), ("foils", read.foils)):
+            if sets is not None:
+                options[label] = id_sets(sets, f"`{label}`")
+        made_task = cls._of(made, made.clean, made.corrupt, **options)
+        _must_be_in(tokenizer, made_task)
+        return made_task
 
     # -- checking ------------------------------------------------------------------------------
 
@@ -262,8 +488,13 @@ class Task:
         Raises:
             ValueError: a token id is `d_vocab` or more, or a prompt longer than `n_ctx`.
         """
-        for label in ("clean", "corrupt", "answers", "foils"):
-            highest = int(getattr(self, label).max())
+        inside = torch.arange(self.clean.shape[1], device="cpu") < self.lengths[:, None]
+        read = {"clean": self.clean[inside], "corrupt": self.corrupt[inside]}
+        read |= {"answers": self.answers, "foils": self.foils}
+        if self.metric.targets is not None:
+            read["answers"] = self.metric.targets
+        for label, ids in read.items():
+            highest = int(ids.max()) if ids.numel() else 0
             if highest >= int(cfg.d_vocab):
                 raise ValueError(
                     f"`{label}` must hold token ids below the model's d_vocab {cfg.d_vocab}; got "
@@ -289,10 +520,41 @@ class Task:
             f"metric={self.metric.name}, spans={list(self.spans)})"
         )
 
-    @property
-    def lengths(self) -> Int[Tensor, " pair"]:
-        """Number of tokens of each pair's prompts."""
-        return (self.clean != PAD).sum(1)
+    def _repr_html_(self) -> str:
+        return table(self)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Pair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Task: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Pair | Task:
+        """One pair to read, or the task of some that follow each other.
+
+        Raises:
+            IndexError: there is no such pair.
+            TypeError: `index` is neither a whole number nor a slice.
+            ValueError: the slice is empty.
+        """
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
+        try:
+            at = operator.index(index)
+        except TypeError:
+            raise TypeError(
+                "pairs must be asked for by one whole number or a slice; got "
+                f"{type(index).__name__}; use task.select for a list of numbers or a mask"
+            ) from None
+        if not -len(self) <= at < len(self):
+            raise IndexError(
+                f"task {self.name!r} has pairs 0 to {len(self) - 1}; got {at}; count from 0, or "
+                "from the end with negative numbers"
+            )
+        return pair_of(self, at % len(self))
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (pair_of(self, i) for i in range(len(self)))
 
     def answer_logits(self, logits: Tensor) -> Tensor:
         """Logits `[pair, d_vocab]` at each pair's answer position, from `[pair, pos, d_vocab]`.
@@ -318,7 +580,7 @@ class Task:
         Raises:
             ValueError: no pair is left, or a mask is not of this task.
         """
-        at = _tensor(index)
+        at = as_tensor(index)
         if at.dtype == torch.bool:
             if at.shape != (len(self),):
                 raise ValueError(
@@ -337,6 +599,7 @@ class Task:
             self,
             clean=self.clean[at, :width],
             corrupt=self.corrupt[at, :width],
+            lengths=self.lengths[at],
             answers=self.answers[at],
             foils=self.foils[at],
             spans={k: v[at] for k, v in self.spans.items()},
@@ -370,8 +633,14 @@ class Task:
         `logit_difference` is.
 
         Raises:
-            ValueError: the model is in train mode, or has not the task's tokens or positions.
+            ValueError: the task has no foils, or the model is in train mode or has not the task's
+                tokens or positions.
         """
+        if not self.foils.numel():
+            raise ValueError(
+                f"`foils` must be given to say what a model prefers; task {self.name!r} has none; "
+                "give what it might say instead"
+            )
         right = torch.zeros(len(self), dtype=torch.bool, device="cpu")
         for index, bucket, logits in clean_answers(model, self):
             compares = bucket.metric.compares_answers
@@ -435,222 +704,32 @@ def _must_be_sets(label: str, ids: Tensor, pairs: int) -> None:
         )
 
 
-def _must_be_disjoint(answers: Tensor, foils: Tensor) -> None:
-    """Checks that no token is among a pair's answers and its foils."""
-    for foil in foils.reshape(len(foils), -1).T:
-        same = (answers.reshape(len(answers), -1) == foil[:, None]).any(-1) & (foil != PAD)
-        if bool(same.any()):
-            i = int(same.nonzero()[0])
-            raise ValueError(
-                "an answer must differ from its foil, or their difference is always 0: pair "
-                f"{i} has token {int(foil[i])} for both; choose another foil, or give a metric "
-                "that reads none"
-            )
+def _first(follow: list[list[list[int]]], several: bool) -> Tensor:
+    """The first token of each answer: one per pair, or sets of them."""
+    if several:
+        return stacked([[tokens[0] for tokens in answers] for answers in follow])
+    return torch.tensor([answers[0][0] for answers in follow], device="cpu")
 
 
-# -- text ------------------------------------------------------------------------------------------
-
-
-def must_be_tokenizer(tokenizer: Any) -> None:
-    """Checks for what is read of a tokenizer: a model, say, can be called on text as well.
-
-    Raises:
-        TypeError: it is none.
-    """
-    methods = ("__call__", "decode", "convert_ids_to_tokens")
-    if isinstance(tokenizer, type) or not all(hasattr(tokenizer, name) for name in methods):
-        raise TypeError(
-            "`tokenizer` must be a Hugging Face tokenizer; "
-            f"got {type(tokenizer).__name__}; pass model.tokenizer"
-        )
-
-
-def must_know(tokenizer: Any, text: str, what: str) -> None:
-    """Checks that no word of `text` becomes the unknown token, which stands for any word.
-
-    The unknown token of byte-level tokenizers is their end-of-text token: a text may hold it.
-
-    Raises:
-        ValueError: one does.
-    """
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    unknown = getattr(tokenizer, "unk_token", None) or getattr(model, "unk_token", None)
-    if unknown is None:
-        return
-
-    def unknowns(text: str) -> int:
-        ids = encode(tokenizer, text, prepend_bos=False)
-        return list(tokenizer.convert_ids_to_tokens(ids)).count(unknown) - text.count(unknown)
-
-    if unknowns(text) > 0:
-        words = [repr(word) for word in text.split() if unknowns(word) > 0]
+def _must_be_continuation(continuation: str | None, metric: Any) -> None:
+    """Refuses another way to sum than there is, and two metrics."""
+    if continuation not in (None, "sum", "mean"):
         raise ValueError(
-            f"{what} must be of words that the tokenizer knows; {', '.join(words) or repr(text)} "
-            f"in {_tail(text)} would be {unknown!r}; choose other words, or another tokenizer"
+            f"`continuation` must be 'sum' or 'mean'; got {continuation!r}; 'mean' is per token, "
+            "so that answers of different lengths compare"
         )
-
-
-def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> list[int]:
-    """Token ids of one text, with the beginning-of-sequence token exactly once if wanted."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos, *ids] if prepend_bos and bos is not None and ids[:1] != [bos] else ids
-
-
-def answer_id(tokenizer: Any, prompt: str, answer: str) -> int:
-    """The one token that `answer` adds to `prompt`.
-
-    It is read off the tokenization of both together, so that it is right for byte-level and for
-    SentencePiece tokenizers alike.
-
-    Raises:
-        ValueError: the answer is not exactly one token there.
-    """
-    before = encode(tokenizer, prompt, prepend_bos=False)
-    after = encode(tokenizer, prompt + answer, prepend_bos=False)
-    if after[: len(before)] != before or len(after) != len(before) + 1:
-        pieces = tokenizer.convert_ids_to_tokens(after[len(before) :])
+    if continuation is not None and metric is not None:
         raise ValueError(
-            f"an answer must be exactly one token after its prompt; {answer!r} after "
-            f"{_tail(prompt)} is {pieces}; choose a word of one token, with its leading space"
+            "`continuation` must go without `metric`: it is one itself; got "
+            f"{getattr(metric, '__name__', metric)!r}; leave one out"
         )
-    return int(after[-1])
 
 
-def _answer_ids(tokenizer: Any, prompt: str, texts: str | list[str]) -> int | list[int]:
-    """The token of an answer, or those of a list of answers."""
-    if isinstance(texts, str):
-        return answer_id(tokenizer, prompt, texts)
-    return [answer_id(tokenizer, prompt, text) for text in texts]
-
-
-# -- lists -----------------------------------------------------------------------------------------
-
-
-def whole_numbers(values: Any, what: str) -> Tensor:
-    """Token ids or positions, in any kind of list, as int64 on the CPU; always a copy.
-
-    Raises:
-        TypeError: they are not whole numbers.
-    """
-    try:
-        made = _tensor(values)
-        got = str(made.dtype)
-        whole = not (made.is_floating_point() or made.is_complex() or made.dtype == torch.bool)
-    except (TypeError, ValueError, RuntimeError):
-        got, whole = reprlib.repr(values), False
-    if not whole:
-        raise TypeError(
-            f"{what} must hold whole numbers; got {got}; give integers, and lists of one length"
-        )
-    return made.to("cpu", torch.long, copy=True)
-
-
-def _sets(values: Any, what: str) -> Tensor:
-    """Token ids, one per pair, or a row for each where some pair has a list of them."""
-    given = values if isinstance(values, Tensor) or not _is_list(values) else _entries(values)
-    if isinstance(given, Tensor) or not any(map(_is_list, given)):
-        return whole_numbers(given, what)
-    return _stack(
-        [
-            whole_numbers(entry if _is_list(entry) else [entry], f"pair {i} of {what}").flatten()
-            for i, entry in enumerate(given)
-        ]
-    )
-
-
-def _is_list(value: Any) -> bool:
-    """True for what holds several entries in order."""
-    texts_or_unordered = isinstance(value, (str, bytes, Mapping, Set))
-    return isinstance(value, Iterable) and not texts_or_unordered and getattr(value, "ndim", 1) > 0
-
-
-def _tensor(values: Any) -> Tensor:
-    """Numbers in any kind of list as a tensor."""
-    if isinstance(values, Tensor):
-        return values
-    entries = _entries(values)
-    # no numbers at all would be floats, and the default device may be another
-    return torch.tensor(entries, dtype=None if entries else torch.long, device="cpu")
-
-
-def _entries(values: Any) -> list[Any]:
-    """The entries of anything that holds them in order.
-
-    Raises:
-        TypeError: `values` does not.
-    """
-    if isinstance(values, (str, bytes, Mapping, Set)):  # these would give other entries
-        raise TypeError(f"{type(values).__name__} is no list")
-    return list(values)
-
-
-def _rows(values: Any, label: str) -> list[Tensor]:
-    """Prompts as token ids, one row each."""
-    try:
-        given = _entries(values)
-    except TypeError:
-        raise TypeError(
-            f"`{label}` must be a list of prompts as token ids; got {type(values).__name__}; "
-            "use Task.from_prompts for texts"
-        ) from None
-    rows = [whole_numbers(row, f"row {i} of `{label}`") for i, row in enumerate(given)]
-    for i, row in enumerate(rows):
-        if row.dim() == 0 or row.numel() != row.shape[-1]:
-            raise ValueError(
-                f"row {i} of `{label}` must be the token ids of one prompt; got shape "
-                f"{list(row.shape)}; give one row per prompt"
-            )
-    return [row.flatten() for row in rows]
-
-
-def _text_sets(values: Any, label: str, count: int) -> list[str | list[str]]:
-    """As many texts, or lists of texts, as there are pairs."""
-    if not _is_list(values) or getattr(values, "ndim", 1) != 1:
-        return list(_texts(values, label, count))
-    given = _entries(values)
-    if not any(map(_is_list, given)):
-        return list(_texts(given, label, count))
-    _texts(["" if _is_list(entry) else entry for entry in given], label, count)
-    sets: list[str | list[str]] = [list(entry) if _is_list(entry) else entry for entry in given]
-    for i, entry in enumerate(sets):
-        for text in entry if isinstance(entry, list) else ():
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"`{label}` must hold texts only; pair {i} has {reprlib.repr(text)}, of type "
-                    f"{type(text).__name__}, in its list; give texts"
-                )
-    return sets
-
-
-def _texts(values: Any, label: str, count: int | None = None) -> list[str]:
-    """A list of as many texts as there are pairs."""
-    try:
-        texts = _entries(values)
-        got = str(len(texts))
-    except TypeError:
-        texts, got = [], repr(values) if isinstance(values, str) else type(values).__name__
-    if getattr(values, "ndim", 1) != 1:  # the entries of a table are its columns' names
-        texts, got = [], f"{type(values).__name__} of {values.ndim} dimensions"
-    if not texts or count not in (None, len(texts)):
+def _must_be_in(tokenizer: Any, task: Task) -> None:
+    """Refuses token ids that a tokenizer does not have: they are another's."""
+    highest, size = max(int(task.answers.max()), *task.foils.flatten().tolist()), len(tokenizer)
+    if highest >= size:
         raise ValueError(
-            f"`{label}` must be a list of {'one or more' if count is None else count} texts, one "
-            f"per pair; got {got}; give clean, corrupt, answers and foils lists of one length"
+            f"token ids of a table must be those of its tokenizer, below {size}; got {highest}; "
+            "take the tokenizer that the table was made with, or columns of texts"
         )
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"`{label}` must hold texts only; pair {i} has {reprlib.repr(text)}, of type "
-                f"{type(text).__name__}; give it a text, or leave that pair out of all four lists"
-            )
-    return texts
-
-
-def _stack(rows: Sequence[Tensor]) -> Tensor:
-    if not rows:
-        return torch.empty(0, 0, dtype=torch.long)
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=PAD)
-
-
-def _tail(text: str) -> str:
-    return repr(text if len(text) <= 24 else "…" + text[-24:])

@@ -72,8 +72,9 @@ ORDER = {
     "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked exact search judge draw files __init__ cli",
-    "tasks": "metrics task prompts ioi greater_than gendered_pronoun subject_verb induction "
-    "docstring colored_objects capital_country arithmetic multiple_choice registry zoo __init__",
+    "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than gendered_pronoun "
+    "subject_verb induction docstring colored_objects capital_country arithmetic multiple_choice "
+    "registry zoo __init__",
 }
 """The modules and folders of each room: what stands later may import what stands before."""
 

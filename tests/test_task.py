@@ -92,7 +92,7 @@ def test_from_prompts_aligns_tokens_and_answers(tokenizer: PreTrainedTokenizerFa
             ids = row[: end + 1].tolist()
             assert ids[0] == bos and ids.count(bos) == 1
             assert tokenizer.decode(ids[1:]) == text
-            assert row[end + 1 :].tolist() == [-1] * (len(row) - end - 1)
+            assert row[end + 1 :].tolist() == [tokenizer.eos_token_id or bos] * (len(row) - end - 1)
         # what the model should say is exactly what the tokenizer makes of the longer text
         for side, word in ((task.answers, ANSWERS[i]), (task.foils, FOILS[i])):
             whole = tokenizer(clean + word, add_special_tokens=False).input_ids
@@ -150,7 +150,7 @@ def test_buckets_partition_the_pairs_without_padding(batch_size: int | None) -> 
         assert torch.equal(bucket.spans["first"], torch.zeros(len(index), dtype=torch.long))
         seen += index.tolist()
     assert sorted(seen) == list(range(6))
-    assert (task.clean == -1).sum() == 2 + 1 + 2
+    assert task.clean[0].tolist() == [10, 0, 0, 0] and task.lengths[0] == 2
 
 
 def test_buckets_are_as_few_as_lengths_and_batches_allow() -> None:
@@ -174,8 +174,8 @@ def test_select_takes_rows_in_the_order_asked_for_and_trims() -> None:
     ends = [0, 2, 1, 3, 1, 0]
     task = mixed(name="mix", metric="probability_difference", spans={"end": ends})
     part = task.select([2, 0, 2])
-    assert part.clean.tolist() == [[12, 0, 1], [10, 0, -1], [12, 0, 1]]
-    assert part.corrupt.tolist() == [[1, 0, 12], [0, 10, -1], [1, 0, 12]]
+    assert part.clean.tolist() == [[12, 0, 1], [10, 0, 0], [12, 0, 1]]
+    assert part.corrupt.tolist() == [[1, 0, 12], [0, 10, 0], [1, 0, 12]]
     assert part.answers.tolist() == [2, 0, 2] and part.foils.tolist() == [8, 6, 8]
     assert part.spans["end"].tolist() == [1, 0, 1]
     assert part.name == "mix" and part.metric.function is probability_difference
@@ -263,9 +263,10 @@ def test_prompts_must_align_token_by_token() -> None:
     n, m = (len(bpe(t, add_special_tokens=False).input_ids) + 1 for t in (CLEAN[0], longer[0]))
     assert m > n
     assert full_message(lambda: Task.from_prompts(bpe, CLEAN, longer, ANSWERS, FOILS)) == (
-        f"`corrupt` must tokenize to the length of `clean`: pair 0 has {n} and {m} tokens "
-        "('…re, John gave a drink to' / '…Mary gave a big drink to'); "
-        "choose words of one token"
+        f"`corrupt` must tokenize to the length of `clean`: pair 0 has {n} and {m} tokens; "
+        "choose words of as many tokens:\n"
+        "  clean  |…|,|ĠJohn|Ġgave|Ġa|  | | |Ġdrink|Ġto|\n"
+        "  corrupt|…|,|ĠMary|Ġgave|Ġa|Ġb|i|g|Ġdrink|Ġto|"
     )
 
 
@@ -275,9 +276,9 @@ def test_an_answer_must_be_one_token(tokenizer: PreTrainedTokenizerFast) -> None
     )
     space = "Ġ" if "Ġ" in message else "▁"
     assert message == (
-        "an answer must be exactly one token after its prompt; ' Tom Paul' after "
-        f"'Then Tom smiled at' is ['{space}Tom', '{space}Paul']; "
-        "choose a word of one token, with its leading space"
+        "`answers` of pair 1: an answer must be exactly one token after its prompt; ' Tom Paul' "
+        f"after 'Then Tom smiled at' is ['{space}Tom', '{space}Paul']; choose a word of one token, "
+        'with its leading space, or read all of it with continuation="sum"'
     )
     for answer in ("", "tending"):  # nothing at all, and a change of the prompt's last token
         with pytest.raises(ValueError, match="an answer must be exactly one token after its"):
@@ -292,8 +293,9 @@ def test_an_answer_must_leave_its_prompt_as_it_was() -> None:
     made = Task.from_prompts(tokenizer, ["ab"], ["bb"], ["d"], ["a"])
     assert made.answers.tolist() == [3] and made.foils.tolist() == [0]
     assert full_message(lambda: Task.from_prompts(tokenizer, ["ab"], ["bb"], ["cd"], ["a"])) == (
-        "an answer must be exactly one token after its prompt; 'cd' after 'ab' is ['d']; "
-        "choose a word of one token, with its leading space"
+        "`answers` of pair 0: an answer must be exactly one token after its prompt; 'cd' after "
+        "'ab' is ['d']; choose a word of one token, with its leading space (' cd'), or read all of "
+        'it with continuation="sum"'
     )
 
 
@@ -951,16 +953,19 @@ def test_pairs_that_do_not_differ_are_refused() -> None:
     corrupt = task.corrupt.clone()
     corrupt[4] = task.clean[4]
     twice = TEXTS | {"corrupt": [TEXTS["corrupt"][0], TEXTS["clean"][1]]}
+    said = (
+        "`corrupt` must differ from `clean`, or nothing can be patched: pair {} has the same "
+        "tokens on both sides; change in `corrupt` what the answer hangs on"
+    )
+    assert full_message(lambda: Task.from_prompts(gpt2(), **twice)) == said.format(1) + (
+        ":\n  clean  |<|endoftext|>|Then|ĠMary|Ġs|m|…|\n  corrupt|<|endoftext|>|Then|ĠMary|Ġs|m|…|"
+    )
     for i, call in (
         (0, lambda: Task.from_tokens([[1, 2]], [[1, 2]], [0], [1])),
-        (1, lambda: Task.from_prompts(gpt2(), **twice)),
         (4, lambda: replace(task, corrupt=corrupt)),
         (0, lambda: without_a_difference(task).select([2, 1])),
     ):
-        assert full_message(call) == (
-            f"`corrupt` must differ from `clean`, or nothing can be patched: pair {i} has the same "
-            "tokens on both sides; change in `corrupt` what the answer hangs on"
-        )
+        assert full_message(call) == said.format(i)
 
 
 # -- models that the task is not for ---------------------------------------------------------------

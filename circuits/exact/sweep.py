@@ -36,7 +36,9 @@ NUMBERS = ("effects", "clean", "corrupt", "resolution")
 def identity(sites: Sites, task: TaskLike, direction: str, ablation: str) -> dict[str, str]:
     """What makes a sweep the same sweep, whichever cells it is of."""
     dtype, weights = fingerprint(sites.model)
-    prompts = (task.clean, task.corrupt, task.answers, task.foils, task.spans["end"])
+    prompts = [task.clean, task.corrupt, task.lengths, task.answers, task.foils, task.spans["end"]]
+    if task.metric.targets is not None:
+        prompts.append(task.metric.targets)
     return {
         "model": sites.model_name,
         "task": task.name,

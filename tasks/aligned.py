@@ -1,0 +1,143 @@
+"""Pairs of prompts as tokens: aligned, with what follows them and where in them a text stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.lists import entries_of, texts_of
+from tasks.text import (
+    as_chat,
+    encode_all,
+    following,
+    must_know_all,
+    one_token,
+    places,
+    side_by_side,
+    typed_at,
+    with_bos,
+)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Clean and corrupt prompts as token ids of the same lengths."""
+
+    tokenizer: Any
+    typed: list[str]
+    """The clean prompts as they were given."""
+    texts: list[str]
+    """The clean prompts as they were tokenized, in a chat template or not."""
+    bare: list[list[int]]
+    """Their ids without the beginning-of-sequence token."""
+    clean: list[list[int]]
+    corrupt: list[list[int]]
+    chat: bool
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        clean: list[str],
+        corrupt: list[str],
+        *,
+        prepend_bos: bool,
+        chat: bool,
+    ) -> Tokenized:
+        """Tokenizes both sides; a chat template says itself what stands first.
+
+        Raises:
+            ValueError: prompts of a pair have different lengths or the same tokens, or a word is
+                unknown.
+        """
+        sides = (
+            [as_chat(tokenizer, side) for side in (clean, corrupt)] if chat else [clean, corrupt]
+        )
+        rows = [encode_all(tokenizer, side) for side in sides]
+        for label, texts, ids in zip(("clean", "corrupt"), sides, rows, strict=True):
+            whats = (f"pair {i} of `{label}`" for i in range(len(texts)))
+            must_know_all(tokenizer, texts, ids, whats)
+        first = prepend_bos and not chat
+        made = cls(
+            tokenizer=tokenizer,
+            typed=clean,
+            texts=sides[0],
+            bare=rows[0],
+            clean=[with_bos(tokenizer, row) for row in rows[0]] if first else rows[0],
+            corrupt=[with_bos(tokenizer, row) for row in rows[1]] if first else rows[1],
+            chat=chat,
+        )
+        made._must_align()
+        return made
+
+    def _must_align(self) -> None:
+        """Refuses a pair whose prompts are empty, of different lengths, or the same."""
+        for i, (row, other) in enumerate(zip(self.clean, self.corrupt, strict=True)):
+            if not row or not other:
+                raise ValueError(
+                    f"prompts must have at least one token; pair {i} has {len(row)} and "
+                    f"{len(other)}; give both texts, or leave that pair out"
+                )
+            if len(row) != len(other):
+                raise ValueError(
+                    f"`corrupt` must tokenize to the length of `clean`: pair {i} has {len(row)} "
+                    f"and {len(other)} tokens; choose words of as many tokens:\n"
+                    f"{side_by_side(self.tokenizer, row, other)}"
+                )
+            if row == other:
+                raise ValueError(
+                    "`corrupt` must differ from `clean`, or nothing can be patched: pair "
+                    f"{i} has the same tokens on both sides; change in `corrupt` what the answer "
+                    f"hangs on:\n{side_by_side(self.tokenizer, row, other)}"
+                )
+
+    def after(
+        self, label: str, sets: Sequence[Sequence[str]], *, whole: bool
+    ) -> list[list[list[int]]]:
+        """The tokens that each answer of each pair adds to its clean prompt.
+
+        `whole`: there may be several; else there must be one.
+
+        Raises:
+            ValueError: an answer adds others, or a word is unknown.
+        """
+        whose = [i for i, answers in enumerate(sets) for _ in answers]
+        flat = [answer for answers in sets for answer in answers]
+        texts = [self.texts[i] + answer for i, answer in zip(whose, flat, strict=True)]
+        rows = encode_all(self.tokenizer, texts)
+        must_know_all(self.tokenizer, texts, rows, (f"pair {i} of `{label}`" for i in whose))
+        found: list[list[list[int]]] = [[] for _ in sets]
+        for i, answer, row in zip(whose, flat, rows, strict=True):
+            given = (self.tokenizer, self.texts[i], answer, self.bare[i], row)
+            pair = f"`{label}` of pair {i}: "
+            found[i].append(following(*given, pair) if whole else [one_token(*given, pair)])
+        return found
+
+    def positions(self, spans: Mapping[str, Any]) -> dict[str, Any]:
+        """Positions, where a text stands for one: that of its last token in the clean prompt.
+
+        Raises:
+            ValueError: a text is not there exactly once, or does not end where a token ends.
+        """
+        found: dict[str, Any] = {}
+        for name, given in spans.items():
+            entries = [given] * len(self.typed) if isinstance(given, str) else entries_of(given)
+            if not any(isinstance(entry, str) for entry in entries):
+                found[name] = entries
+                continue
+            wanted = texts_of(entries, f"span {name!r}", len(self.typed))
+            starts: Iterable[int] = [0] * len(self.typed)
+            if self.chat:
+                starts = typed_at(self.tokenizer, self.texts, self.typed)
+            typed = list(zip(starts, self.typed, strict=True))
+            found[name] = [
+                at + len(row) - len(bare)
+                for at, row, bare in zip(
+                    places(self.tokenizer, self.texts, typed, wanted, name),
+                    self.clean,
+                    self.bare,
+                    strict=True,
+                )
+            ]
+        return found
