@@ -23,6 +23,7 @@ CIRCUITS = {
     "cancellation": "cancelling",
     "saturation": "saturated",
     "parity": "coins",
+    "balance": "alarm",
     "backup": "hydra",
 }
 """The module of each circuit; imported when it is asked for."""

@@ -4,13 +4,13 @@
 
     embed --v--> L0H0 (bring) --v--> L1H0 (hand on) ----------------> logits
                                         |                              ^
-                                        +--> L1.mlp (minus, up to a half)
+                                        +--> L1.mlp (take back a quarter)
 
-The MLP takes away what the head writes, but no more than a half of it. At the corrupt run, where
-nothing is there, the two slopes are equal and opposite: to first order nothing that comes before
-matters. Over the whole step one half is left.
+The MLP takes back what the head says, but no more than a quarter. At the corrupt run, where nothing
+is said, the two slopes are equal and opposite: to first order nothing that comes before matters.
+Over the whole step three quarters are left.
 
-Source: the zero gradients by cancellation of Kramár et al. 2024, arXiv:2403.00745 (AtP*).
+Source: Kramár et al. 2024, arXiv:2403.00745 (AtP*), where direct and indirect effects cancel.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ __all__ = ["cancellation"]
 NAMES = ("Mary", "John", "Anna", "Tom")
 MUCH, NONE = ("plenty", "lots", "heaps"), ("nothing", "little", "none")
 YES, NO = "yes", "no"
-MARGIN = 0.5
-"""From a run's values to the corners of the neurons."""
+QUARTER = 0.25
 
 
 @circuit
 def cancellation(rng: random.Random, pairs: int) -> Plan:
-    """A head and an MLP that take back what it says (Llama), up to a half.
+    """A head, and an MLP that takes back a quarter of what it says (GPT-2).
 
-    Built to break gradients: upstream of the two paths they are 0.
+    Built to break gradients, and rules that take y/x of an activation: upstream they are 0.
 
     >>> planted = tasks.planted.cancellation(pairs=4)
     >>> "embed->L0H0.v" in planted.edges
@@ -43,20 +42,20 @@ def cancellation(rng: random.Random, pairs: int) -> Plan:
     words = (*NAMES, *MUCH, *NONE, "has", "?", YES, NO)
     s = Stream(token=words, amount=1, much=1, asks=1, seen=1, told=1, taken=1)
     says = dict.fromkeys(MUCH, s["amount"] + s["much"]) | dict.fromkeys(NONE, s["amount"])
-    told = s["told"]
+    quarter = QUARTER * s["one"]
     wiring = Wiring(
-        "llama",
+        "gpt2",
         s,
         heads=[
             Head("L0H0", s["one"], s["amount"], value=s["much"], out=s["seen"]),
-            Head("L1H0", s["one"], s["asks"], value=s["seen"], out=2 * told),
+            Head("L1H0", s["one"], s["asks"], value=s["seen"], out=s["told"]),
         ],
-        neurons=[  # what is told, from 0 up to 1
-            Neuron(1, reads=told + MARGIN * s["one"], writes=s["taken"]),
-            Neuron(1, reads=told - (2 - MARGIN) * s["one"] + MARGIN * s["one"], writes=-s["taken"]),
+        neurons=[  # their difference goes from one quarter to two, and no further
+            Neuron(1, reads=s["told"] + quarter, writes=s["taken"]),
+            Neuron(1, reads=s["told"] - quarter, writes=-s["taken"]),
         ],
         says=says | {"?": s["asks"]},
-        logits={YES: 12 * (told - s["taken"]) - 6 * s["one"] + 12 * MARGIN * s["one"]},
+        logits={YES: 16 * (s["told"] - s["taken"]) - 2 * s["one"]},
     )
     return Plan(
         wiring,

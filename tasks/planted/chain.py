@@ -2,14 +2,14 @@
 
     Mary John met, John gave  ->  Mary
 
-    embed --q--> L0H0 (duplicate token) --v--> L1H0 (S-inhibition) --q--> L2H0 (name mover) -> logits
-    embed --v------------------------------------------------------------^
+    embed --q--> L0H0 (duplicate token) --v--> L1H0 (S-inhibition) --q--> L2H0 --> logits
+    embed --v---------------------------------------------------------------^
 
 The duplicate-token head stands at the second John, and says in which of the two places the first
-one is; the S-inhibition head brings that to the end; the name mover looks at the names, but not
-there. Half of the pairs differ in the second name (the chain), half in the other name (its value).
+one is; the S-inhibition head brings that to the end; the name mover L2H0 looks at the names, but
+not there. Half of the pairs differ in the second name (the chain), half in the other one (a value).
 
-Source: Wang et al. 2022, arXiv:2211.00593; there the chain has more heads, and tokens beside places.
+Source: Wang et al. 2022, arXiv:2211.00593; there are more heads, and tokens beside places.
 """
 
 from __future__ import annotations

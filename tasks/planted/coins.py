@@ -1,16 +1,17 @@
-"""XOR by an MLP that is flat wherever a run can be.
+"""Two coins that are alike or not: an MLP that is flat where the run is.
 
-    toss heads tails ?  ->  differ, rather than same
+    toss heads heads ?  ->  same, rather than differ
 
     embed --v--> L0H0 (first coin)  --\
-                                       L0.mlp (is there one head?) --> logits
+                                       L0.mlp (alike?) --> logits
     embed --v--> L0H1 (second coin) --/
 
-The MLP counts heads: it answers 0 for none, 1 for one, 0 for two, with ramps between and flats
-around, so that in every run its slope is 0. One coin of each pair is turned.
+The MLP counts heads: one neuron is on if there is none, another if there are two. In the corrupt
+run one coin is turned, so that there is one: both neurons are off, nothing has a slope, and whatever
+comes before seems to be without effect.
 
-Source: the XOR of Minsky & Papert 1969; flat nonlinearities as a limit of gradients: Sundararajan
-et al. 2017, arXiv:1703.01365 (integrated gradients), section 2.
+Source: Sundararajan et al. 2017, arXiv:1703.01365 (integrated gradients): a function that is flat
+at an input may still depend on it.
 """
 
 from __future__ import annotations
@@ -25,23 +26,20 @@ __all__ = ["parity"]
 
 HEADS, TAILS = ("heads", "obverse"), ("tails", "reverse")
 TOSS = ("toss", "look", "now", "again")
-DIFFER, SAME = "differ", "same"
-RAMPS = {0.25: 1, 0.75: -1, 1.25: -1, 1.75: 1}
-"""Where the number of heads bends what is answered, and by how much twice the slope changes."""
+SAME, DIFFER = "same", "differ"
 
 
 @circuit
 def parity(rng: random.Random, pairs: int) -> Plan:
-    """XOR of two coins (GPT-2), by four neurons.
+    """Are two coins alike? (GPT-2), by two neurons.
 
-    Built to break gradients, which are 0 behind the MLP, and rules that take an activation at the
-    own run for all of it.
+    Built to break gradients, and rules that take y/x of an activation: before the MLP they are 0.
 
     >>> planted = tasks.planted.parity(pairs=4)
     >>> "L0H1->L0.mlp.in" in planted.edges
     True
     """
-    s = Stream(token=(*HEADS, *TAILS, *TOSS, "?", DIFFER, SAME), place=5, up=1, a=1, b=1, one_up=1)
+    s = Stream(token=(*HEADS, *TAILS, *TOSS, "?", SAME, DIFFER), place=5, up=1, a=1, b=1, alike=1)
     count = s["a"] + s["b"]
     wiring = Wiring(
         "gpt2",
@@ -51,11 +49,11 @@ def parity(rng: random.Random, pairs: int) -> Plan:
             Head("L0H1", s["place", 4], s["place", 3], value=s["up"], out=s["b"]),
         ],
         neurons=[
-            Neuron(0, reads=count - at * s["one"], writes=2 * bend * s["one_up"])
-            for at, bend in RAMPS.items()
+            Neuron(0, reads=0.5 * s["one"] - count, writes=2 * s["alike"]),
+            Neuron(0, reads=count - 1.5 * s["one"], writes=2 * s["alike"]),
         ],
         says=dict.fromkeys(HEADS, s["up"]),
-        logits={DIFFER: 12 * s["one_up"] - 6 * s["one"]},
+        logits={SAME: 12 * s["alike"] - 6 * s["one"]},
     )
     return Plan(
         wiring,
@@ -63,19 +61,18 @@ def parity(rng: random.Random, pairs: int) -> Plan:
         edges=["embed->L0H0.v", "embed->L0H1.v", "L0H0->L0.mlp.in", "L0H1->L0.mlp.in",
                "L0.mlp->logits.in"],
         direction="denoise",
-        about="gradients and y/x rules: an XOR whose neurons are flat at every run",
+        about="gradients and y/x rules: neurons that are all off at the own run",
     )  # fmt: skip
 
 
 def _pair(rng: random.Random, number: int) -> Pair:
-    """Each coin is turned in half of the pairs, whatever the other shows."""
-    turned, first, second = number % 2, (number // 2) % 2, (number // 4) % 2
+    """Each coin is turned in half of the pairs, from either side."""
     toss = rng.choice(TOSS)
+    coins = [number // 2 % 2] * 2
+    turned = list(coins)
+    turned[number % 2] ^= 1
 
-    def text(first: int, second: int) -> str:
-        return f"{toss} {rng.choice((TAILS, HEADS)[first])} {rng.choice((TAILS, HEADS)[second])} ?"
+    def text(coins: list[int]) -> str:
+        return " ".join([toss, *(rng.choice((TAILS, HEADS)[coin]) for coin in coins), "?"])
 
-    clean = [first, second]
-    corrupt = [coin ^ (i == turned) for i, coin in enumerate(clean)]
-    answer, foil = (DIFFER, SAME) if first ^ second else (SAME, DIFFER)
-    return Pair(text(*clean), text(*corrupt), answer, foil)
+    return Pair(text(coins), text(turned), SAME, DIFFER)

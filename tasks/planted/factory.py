@@ -60,13 +60,15 @@ class Planted:
     model: TransformerBridge
     task: Task
     edges: frozenset[str]
-    """What patching one edge alone in `direction` must see, as `writer->reader`."""
+    """What patching one edge alone in `direction` must see, as `writer->reader`; without noise,
+    each other edge alone moves the metric by less than a hundredth of its gap."""
     direction: str
+    """`denoise` or `noise`."""
     about: str
     """What it is built to break, in a line."""
-    hidden: frozenset[str] = frozenset()
+    hidden: frozenset[str]
     """Edges that act only while others are cut: in `direction`, none shows alone."""
-    original: PreTrainedModel | None = field(default=None, repr=False)
+    original: PreTrainedModel = field(repr=False)
     """The model as transformers has it."""
 
     def save(self, folder: str | Path) -> None:
@@ -89,7 +91,6 @@ class Planted:
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             made = scratch / "made"  # a temporary folder is its owner's alone
-            assert self.original is not None
             self.original.save_pretrained(made)
             self.model.tokenizer.save_pretrained(made)
             (made / "planted.json").write_text(json.dumps(self.truth(), indent=1) + "\n", "utf-8")

@@ -5,8 +5,8 @@
     embed --v--> L0H0 (previous token) --k--> L1H0 (induction) --> logits
     embed --q, v-----------------------------^
 
-The tenth of a third of the effect that each edge has shows in a third of the pairs each: they
-differ in the last name, in who owned what, or in what was owned.
+A third of the pairs differ in the name that is asked for (q), a third in who owned what (k), and a
+third in what was owned (v).
 
 Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al.
 2022, arXiv:2209.11895.

@@ -13,7 +13,7 @@ That features get coordinates of their own is the idea of RASP's compiler, tracr
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ __all__ = ["SERVICE", "Head", "Neuron", "Rows", "Stream"]
 
 Rows = Float[Tensor, "row width"]
 """Directions of the stream, one a row: what is read, or where it is written."""
+Label = str | int
 SERVICE = ("one", "twin", "rest")
 """The first coordinates of every stream: see `tasks.planted.weights`."""
 
@@ -42,9 +43,9 @@ class Stream:
         KeyError: there is no such coordinate.
     """
 
-    def __init__(self, **groups: Sequence[Hashable] | int) -> None:
-        service = {name: 1 for name in SERVICE}
-        self.labels: dict[str, list[Hashable]] = {
+    def __init__(self, **groups: Sequence[Label] | int) -> None:
+        service = dict.fromkeys(SERVICE, 1)
+        self.labels: dict[str, list[Label]] = {
             name: list(range(of)) if isinstance(of, int) else list(of)
             for name, of in (service | groups).items()
         }
@@ -56,11 +57,11 @@ class Stream:
         """How many coordinates there are."""
         return len(self._at)
 
-    def __getitem__(self, what: str | tuple[str, Hashable | Iterable[Hashable]]) -> Rows:
+    def __getitem__(self, what: str | tuple[str, Label | Iterable[Label]]) -> Rows:
         name, chosen = (what, self.labels[what]) if isinstance(what, str) else what
-        one = not isinstance(chosen, Iterable) or isinstance(chosen, str)
-        labels = [chosen] if one else list(chosen)
-        return torch.eye(self.width)[[self._at[name, label] for label in labels]]
+        if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+            chosen = [chosen]
+        return torch.eye(self.width)[[self._at[name, label] for label in chosen]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """From rows to a model of transformers: norms made near affine, noise and distractors added.
 
-**Norms.** Every token carries a ballast in two coordinates, `one` (+100) and `twin` (-100), beside
+**Norms.** Every token carries a ballast in two coordinates, `one` (+300) and `twin` (-300), beside
 which features of size 1 hardly change the mean square; and whatever is written to the stream is
 taken from `rest`, so that its mean stays 0. LayerNorm and RMSNorm then divide by a constant, which
 their weights undo: readers get the features as they are, and `one` as 1.
@@ -11,9 +11,9 @@ with a base of 1e30 next to nothing else: its heads do not know where a token st
 **Noise** of 0.1 adds to each kind of matrix (queries, ..., logits; all layers together) normal
 numbers of a tenth of its root mean square. A kind that is empty stays so.
 
-**Distractors** are further heads, layer after layer, that read all features by random matrices and
-write to coordinates that only they read: active, different between clean and corrupt, and of no
-consequence.
+**Distractors** are further heads, layer after layer, that read words by random matrices and write
+to coordinates that they alone read, and the logits faintly: active, different between clean and
+corrupt, and of less than a hundredth of the circuit's consequence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tasks.planted.stream import SERVICE, Head, Neuron, Rows, Stream
@@ -35,15 +34,17 @@ from tasks.planted.stream import SERVICE, Head, Neuron, Rows, Stream
 __all__ = ["SPECIAL", "Wiring", "transformer"]
 
 SPECIAL = ("<bos>", "<unk>")
-BALLAST = 100.0
+BALLAST = 300.0
 CORNER = 40.0
 """How much larger a neuron's input is than what it reads: that narrow is its corner."""
 SPARE = 4
 """Coordinates that distractors write to."""
 RANDOM = 0.6
 """Of the entries of what distractors read: scores of about 1, attention that is not even."""
-HEADS = 4
-"""Heads a layer at least; those that nothing is said of are idle."""
+FAINT = 0.02
+"""Of what the logits read there: without it, an estimate of 1e-9 would still be the largest."""
+LAYERS, HEADS = 2, 4
+"""Layers, and heads in each, at least; those that nothing is said of are idle."""
 CONTEXT = 16
 ROTARY_BASE = 1e30
 HEAD_KINDS = ("query", "key", "value", "out")
@@ -76,7 +77,8 @@ class Wiring:
     @property
     def layers(self) -> int:
         """How many blocks there are."""
-        return 1 + max(*(h.at[0] for h in self.heads), *(n.layer for n in self.neurons), 0)
+        used = [*(h.at[0] for h in self.heads), *(n.layer for n in self.neurons)]
+        return max(LAYERS, 1 + max(used))
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,19 @@ class _Shape:
 
     @classmethod
     def of(cls, wiring: Wiring, distractors: int) -> _Shape:
-        taken = [1 + max((h.at[1] for h in wiring.heads if h.at[0] == layer), default=-1)
-                 for layer in range(wiring.layers)]  # fmt: skip
-        more = [len(range(layer, distractors, wiring.layers)) for layer in range(wiring.layers)]
-        heads = max(HEADS, *(t + m for t, m in zip(taken, more, strict=True)))
+        all_heads = len(wiring.heads) + distractors
+        heads = max(HEADS, math.ceil(all_heads / wiring.layers))
         heads += -heads % wiring.group
         rows = max(max(len(h.query), len(h.value)) for h in wiring.heads)
         width = wiring.stream.width + SPARE
         if wiring.architecture == "gpt2":  # its heads share the width out among themselves
             d_head = max(rows, math.ceil(width / heads))
-            d_model, used = heads * d_head, range(d_head)
+            d_model, used = heads * d_head, tuple(range(d_head))
         else:
             d_head, d_model = 2 * math.ceil(rows / 2 + 1), width + -width % heads
-            used = [i for i in range(d_head) if i % (d_head // 2)]
+            used = tuple(i for i in range(d_head) if i % (d_head // 2))
         return cls(wiring.layers, heads, heads // wiring.group, d_head, d_model,
-                   wiring.stream.width, tuple(used))  # fmt: skip
+                   wiring.stream.width, used)  # fmt: skip
 
 
 Weights = dict[str, Float[Tensor, "*part row d_model"]]
@@ -131,8 +131,9 @@ def transformer(
         weights[kind] = matrix + size * torch.randn(matrix.shape, generator=generator)
     weights["embed"][:, SERVICE.index("one")] += BALLAST
     weights["embed"][:, SERVICE.index("twin")] -= BALLAST
-    model = {"gpt2": _gpt2, "llama": _llama}[wiring.architecture](wiring, shape, weights)
-    return model.eval()
+    made = {"gpt2": _gpt2, "llama": _llama}[wiring.architecture]
+    with torch.random.fork_rng(devices=[]):  # what transformers draws first is written over
+        return made(wiring, shape, weights).eval()
 
 
 def _wired(wiring: Wiring, shape: _Shape) -> Weights:
@@ -141,28 +142,27 @@ def _wired(wiring: Wiring, shape: _Shape) -> Weights:
     inner = max((sum(n.layer == i for n in wiring.neurons) for i in range(shape.layers)), default=0)
     by_head = (shape.layers, shape.heads, shape.d_head, shape.d_model)
     by_neuron = (shape.layers, max(inner, 1), shape.d_model)
-    sizes = dict.fromkeys(HEAD_KINDS, by_head) | {"reads": by_neuron, "writes": by_neuron}
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(HEAD_KINDS, by_head)
+    sizes |= {"reads": by_neuron, "writes": by_neuron}
     sizes |= {"embed": (len(words), shape.d_model), "places": (CONTEXT, shape.d_model)}
-    found = {kind: torch.zeros(size) for kind, size in (sizes | {"logits": sizes["embed"]}).items()}
-
-    def put(at: Tensor, rows: Rows) -> None:
-        at[: len(rows), : stream.width] = rows
-
+    sizes["logits"] = sizes["embed"]
+    found = {kind: torch.zeros(size) for kind, size in sizes.items()}
+    width, nothing = stream.width, torch.zeros(1, stream.width)
     for i, word in enumerate(words):
-        own = stream["token", word] if word in stream.labels["token"] else 0
-        put(found["embed"][i : i + 1], own + wiring.says.get(word, torch.zeros(1, stream.width)))
-        put(found["logits"][i : i + 1], wiring.logits.get(word, torch.zeros(1, stream.width)))
+        own = stream["token", word] if word in stream.labels["token"] else nothing
+        found["embed"][i, :width] = own + wiring.says.get(word, nothing)
+        found["logits"][i, :width] = wiring.logits.get(word, nothing)
     if "place" in stream.labels:
-        put(found["places"], stream["place"])
+        found["places"][: len(stream["place"]), :width] = stream["place"]
     for head in wiring.heads:
         half = math.sqrt(head.sharpness * math.sqrt(shape.d_head))  # of the scores, in q and in k
         rows = (half * head.query, half * head.key, head.value, head.out)
         for kind, some in zip(HEAD_KINDS, rows, strict=True):
-            found[kind][head.at][list(shape.used[: len(some)]), : stream.width] = some
-    for layer, number in product(range(shape.layers), range(inner)):
-        for neuron in [n for n in wiring.neurons if n.layer == layer][number : number + 1]:
-            put(found["reads"][layer, number : number + 1], CORNER * neuron.reads)
-            put(found["writes"][layer, number : number + 1], neuron.writes / CORNER)
+            found[kind][head.at][list(shape.used[: len(some)]), :width] = some
+    for layer in range(shape.layers):
+        for i, neuron in enumerate(n for n in wiring.neurons if n.layer == layer):
+            found["reads"][layer, i, :width] = CORNER * neuron.reads
+            found["writes"][layer, i, :width] = neuron.writes / CORNER
     return found
 
 
@@ -171,27 +171,30 @@ def _distract(
 ) -> None:
     """Fills idle heads; where key and value head are taken, only what is done with them."""
     taken = {h.at for h in wiring.heads}
-    idle = [at for at in product(range(shape.layers), range(shape.heads)) if at not in taken]
-    idle.sort(key=lambda at: (at[1] - sum(layer == at[0] for layer, _ in taken), at[0]))
-    spare = slice(shape.features, shape.features + SPARE)
-    features = slice(len(SERVICE), spare.stop)
+    places = product(range(shape.heads), range(shape.layers))  # layer after layer
+    idle = [(layer, number) for number, layer in places if (layer, number) not in taken]
+    spare = list(range(shape.features, shape.features + SPARE))
+    read = [*wiring.stream["token"].argmax(1).tolist(), *spare]
     for layer, number in idle[:count]:
         served = {n // wiring.group for at, n in taken if at == layer}
         kinds = HEAD_KINDS if number // wiring.group not in served else ("query", "out")
         for kind in kinds:
-            columns = spare if kind == "out" else features
-            rows = weights[kind][layer, number, :, columns]
+            columns = spare if kind == "out" else read
             size = shape.d_head**-0.5 if kind == "out" else RANDOM
-            rows.copy_(size * torch.randn(rows.shape, generator=generator))
+            rows = size * torch.randn(shape.d_head, len(columns), generator=generator)
+            weights[kind][layer, number][:, columns] = rows
+    if count:
+        faint = torch.randn(len(wiring.words), SPARE, generator=generator)
+        weights["logits"][:, spare] = FAINT * faint
 
 
 # -- into transformers' models ---------------------------------------------------------------------
 
 
-def _fill(module: Any, weight: Tensor, *, bias: bool = True) -> None:
+def _fill(module: Any, weight: Tensor) -> None:
     with torch.no_grad():
         module.weight.copy_(weight)
-        if getattr(module, "bias", None) is not None and bias:
+        if getattr(module, "bias", None) is not None:
             module.bias.zero_()
 
 
@@ -241,7 +244,9 @@ def _llama(wiring: Wiring, shape: _Shape, weights: Weights) -> PreTrainedModel:
     one[SERVICE.index("one")] = 1.0
     for i, block in enumerate(model.model.layers):
         joined = {kind: weights[kind][i].flatten(0, 1) for kind in ("query", "out")}
-        joined |= {kind: weights[kind][i, :: wiring.group].flatten(0, 1) for kind in ("key", "value")}
+        joined |= {
+            kind: weights[kind][i, :: wiring.group].flatten(0, 1) for kind in ("key", "value")
+        }
         _fill(block.self_attn.q_proj, joined["query"])
         _fill(block.self_attn.k_proj, joined["key"])
         _fill(block.self_attn.v_proj, joined["value"])
