@@ -5,14 +5,22 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tasks import zoo
+from tasks import planted, zoo
 
 if TYPE_CHECKING:
     from tasks.ioi import ioi
     from tasks.metrics import KLDivergence, logit_difference, probability_difference
     from tasks.task import Task
 
-__all__ = ["KLDivergence", "Task", "ioi", "logit_difference", "probability_difference", "zoo"]
+__all__ = [
+    "KLDivergence",
+    "Task",
+    "ioi",
+    "logit_difference",
+    "planted",
+    "probability_difference",
+    "zoo",
+]
 
 _HOME = {
     "KLDivergence": "metrics",

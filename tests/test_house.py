@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("relp", "circuits", "tasks")
-PACKAGES = (*ROOMS, "tasks.zoo")
+PACKAGES = (*ROOMS, "tasks.zoo", "tasks.planted")
 SOURCES = {str(p.relative_to(ROOT)): p for r in ROOMS for p in sorted((ROOT / r).rglob("*.py"))}
 MODULES = [s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for s in SOURCES]
 
@@ -72,7 +72,7 @@ ORDER = {
     "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked exact search judge draw files __init__ cli",
-    "tasks": "metrics task ioi registry zoo __init__",
+    "tasks": "metrics task ioi registry zoo planted __init__",
 }
 """The modules and folders of each room: what stands later may import what stands before."""
 

@@ -32,7 +32,6 @@ CIRCUITS = {
 def names() -> list[str]:
     """The circuits that `plant` knows.
 
-    >>> from tasks import planted
     >>> planted.names()
     ['induction', 'ioi_chain', 'and_gate', 'or_gate', 'cancellation', 'saturation', 'parity', ...]
     """
@@ -44,7 +43,6 @@ def plant(
 ) -> Planted:
     """A planted circuit by name: its model, its task and its true edges.
 
-    >>> from tasks import planted
     >>> found = planted.plant("or_gate", pairs=4, distractors=2)
     >>> found.direction
     'denoise'

@@ -40,8 +40,8 @@ def balance(rng: random.Random, pairs: int) -> Plan:
     Built to break all estimates from the two runs and what lies between them: gradients, integrated
     gradients and secants give 0 to both inputs of the MLP.
 
-    >>> planted = tasks.planted.balance(pairs=4)
-    >>> planted.hidden
+    >>> made = planted.balance(pairs=4)
+    >>> made.hidden
     frozenset({'L0.mlp->logits.in'})
     """
     s = Stream(token=(*GREEN, *RED, *SAID, "?", GO, STOP), signal=1, free=1, a=1, b=1, alarm=1)

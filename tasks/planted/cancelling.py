@@ -35,8 +35,8 @@ def cancellation(rng: random.Random, pairs: int) -> Plan:
 
     Built to break gradients, and rules that take y/x of an activation: upstream they are 0.
 
-    >>> planted = tasks.planted.cancellation(pairs=4)
-    >>> "embed->L0H0.v" in planted.edges
+    >>> made = planted.cancellation(pairs=4)
+    >>> "embed->L0H0.v" in made.edges
     True
     """
     words = (*NAMES, *MUCH, *NONE, "has", "?", YES, NO)

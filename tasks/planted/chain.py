@@ -36,8 +36,8 @@ def ioi_chain(rng: random.Random, pairs: int) -> Plan:
     Built to break methods whose errors multiply: each edge of the chain shows only through the
     softmax of one head or of two.
 
-    >>> planted = tasks.planted.ioi_chain(pairs=4)
-    >>> planted.edges >= {"L0H0->L1H0.v", "L1H0->L2H0.q"}
+    >>> made = planted.ioi_chain(pairs=4)
+    >>> made.edges >= {"L0H0->L1H0.v", "L1H0->L2H0.q"}
     True
     """
     s = Stream(token=NAMES + MEETS + GIVES, place=6, twice=FIRST, inhibited=FIRST, answer=NAMES)

@@ -7,8 +7,8 @@
     embed --v--> L0H1 (second coin) --/
 
 The MLP counts heads: one neuron is on if there is none, another if there are two. In the corrupt
-run one coin is turned, so that there is one: both neurons are off, nothing has a slope, and whatever
-comes before seems to be without effect.
+run one coin is turned, so that there is one: both neurons are off, the slope is 0, and what comes
+before seems to be without effect.
 
 Source: Sundararajan et al. 2017, arXiv:1703.01365 (integrated gradients): a function that is flat
 at an input may still depend on it.
@@ -35,8 +35,8 @@ def parity(rng: random.Random, pairs: int) -> Plan:
 
     Built to break gradients, and rules that take y/x of an activation: before the MLP they are 0.
 
-    >>> planted = tasks.planted.parity(pairs=4)
-    >>> "L0H1->L0.mlp.in" in planted.edges
+    >>> made = planted.parity(pairs=4)
+    >>> "L0H1->L0.mlp.in" in made.edges
     True
     """
     s = Stream(token=(*HEADS, *TAILS, *TOSS, "?", SAME, DIFFER), place=5, up=1, a=1, b=1, alike=1)

@@ -8,10 +8,11 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,8 +52,8 @@ class Plan:
 class Planted:
     """A model that was written, not trained, so that all its causal edges are known.
 
-    >>> planted = tasks.planted.plant("induction", pairs=4)
-    >>> sorted(planted.edges)[:2]
+    >>> made = planted.plant("induction", pairs=4)
+    >>> sorted(made.edges)[:2]
     ['L0H0->L1H0.k', 'L1H0->logits.in']
     """
 
@@ -74,7 +75,7 @@ class Planted:
     def save(self, folder: str | Path) -> None:
         """Writes model and tokenizer as the hub's libraries do, and the truth as `planted.json`.
 
-        >>> tasks.planted.plant("induction", pairs=4).save("planted-induction")
+        >>> planted.plant("induction", pairs=4).save("planted-induction")
 
         The folder appears whole or not at all; `zoo.load` takes it.
 
@@ -101,7 +102,7 @@ class Planted:
     def truth(self) -> dict[str, Any]:
         """All that is not weights, as JSON has it.
 
-        >>> tasks.planted.plant("induction", pairs=4).truth()["direction"]
+        >>> planted.plant("induction", pairs=4).truth()["direction"]
         'denoise'
         """
         decode = self.model.tokenizer.convert_ids_to_tokens
@@ -112,21 +113,14 @@ class Planted:
             "direction": self.direction,
             "edges": sorted(self.edges),
             "hidden": sorted(self.hidden),
-            **{side: [" ".join(decode(row)) for row in rows] for side, rows in sides.items()},
+            **{side: [" ".join(decode(row[1:])) for row in rows] for side, rows in sides.items()},
             "answers": decode(self.task.answers.tolist()),
             "foils": decode(self.task.foils.tolist()),
         }
 
 
-class Factory(Protocol):
-    """What makes a planted circuit."""
-
-    __name__: str
-
-    def __call__(
-        self, pairs: int = 16, seed: int = 0, noise: float = 0.0, distractors: int = 0
-    ) -> Planted:
-        """Builds and boots it."""
+Factory = Callable[..., Planted]
+"""`(pairs=16, seed=0, noise=0.0, distractors=0)`."""
 
 
 def circuit(plan: Callable[[random.Random, int], Plan]) -> Factory:
@@ -146,7 +140,7 @@ def circuit(plan: Callable[[random.Random, int], Plan]) -> Factory:
         tokenizer = _tokenizer(drawn.wiring.words)
         model = transformer(drawn.wiring, noise=noise, distractors=distractors, seed=seed)
         model.config.name_or_path = f"planted-{name}"
-        original = _copy(model)
+        original = deepcopy(model)  # a bridge takes the other one apart
         columns = zip(*drawn.pairs, strict=True)
         clean, corrupt, answers, foils = (list(column) for column in columns)
         answers, foils = ([f" {word}" for word in side] for side in (answers, foils))
@@ -159,13 +153,6 @@ def circuit(plan: Callable[[random.Random, int], Plan]) -> Factory:
     del factory.__wrapped__  # type: ignore[attr-defined]  # help should show the dials
     factory.__annotations__ = {"pairs": int, "seed": int, "noise": float, "distractors": int}
     return factory
-
-
-def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of the same weights: a bridge takes the first one apart."""
-    twin = type(model)(model.config)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
 
 
 def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

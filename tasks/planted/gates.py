@@ -35,7 +35,7 @@ def and_gate(rng: random.Random, pairs: int) -> Plan:
 
     Built to break denoising, exact patching included.
 
-    >>> tasks.planted.and_gate(pairs=4).direction
+    >>> planted.and_gate(pairs=4).direction
     'noise'
     """
     return _gate(rng, pairs, "and")
@@ -47,7 +47,7 @@ def or_gate(rng: random.Random, pairs: int) -> Plan:
 
     Built to break noising, exact patching included.
 
-    >>> tasks.planted.or_gate(pairs=4).direction
+    >>> planted.or_gate(pairs=4).direction
     'denoise'
     """
     return _gate(rng, pairs, "or")

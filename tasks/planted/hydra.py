@@ -42,8 +42,8 @@ def backup(rng: random.Random, pairs: int) -> Plan:
     Built to break one-edge patching, which cannot see the backup's own edges, and gradients, which
     do not see that the main head holds it back.
 
-    >>> planted = tasks.planted.backup(pairs=4)
-    >>> sorted(planted.hidden)
+    >>> made = planted.backup(pairs=4)
+    >>> sorted(made.hidden)
     ['L1H0->logits.in', 'embed->L1H0.v']
     """
     s = Stream(token=(*NAMES, NOBODY, *CAME, *WHEN, "?"), place=5, somebody=1, done=1, answer=NAMES)

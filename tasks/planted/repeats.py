@@ -35,8 +35,8 @@ def induction(rng: random.Random, pairs: int) -> Plan:
     Built to break methods that lose an effect on its way through keys, or take active heads for
     causal ones: it is the plain case that all should pass.
 
-    >>> planted = tasks.planted.induction(pairs=4, distractors=8)
-    >>> planted.task
+    >>> made = planted.induction(pairs=4, distractors=8)
+    >>> made.task
     Task('induction', 4 pairs, 8 tokens, metric=logit_difference, spans=['end'])
     """
     s = Stream(token=NAMES + THINGS, place=LENGTH, previous=NAMES, answer=THINGS)

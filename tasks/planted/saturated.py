@@ -32,8 +32,8 @@ def saturation(rng: random.Random, pairs: int) -> Plan:
 
     Built to break gradients: those through q are 0 in float32, and with them all that is upstream.
 
-    >>> planted = tasks.planted.saturation(pairs=4)
-    >>> sorted(planted.edges)
+    >>> made = planted.saturation(pairs=4)
+    >>> sorted(made.edges)
     ['L0H0->L1H0.q', 'L1H0->logits.in', 'embed->L0KV0.v']
     """
     things = FRUIT + TOOLS

@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["SERVICE", "Head", "Neuron", "Rows", "Stream"]
 
-Rows = Float[Tensor, "row width"]
+Rows = Float[Tensor, "_ width"]
 """Directions of the stream, one a row: what is read, or where it is written."""
 Label = str | int
 SERVICE = ("one", "twin", "rest")
@@ -73,10 +73,10 @@ class Head:
     """
 
     name: str
-    query: Rows
-    key: Rows
-    value: Rows
-    out: Rows
+    query: Float[Tensor, "compared width"]
+    key: Float[Tensor, "compared width"]
+    value: Float[Tensor, "moved width"]
+    out: Float[Tensor, "moved width"]
     sharpness: float = field(default=12.0, kw_only=True)
 
     @property
@@ -95,5 +95,5 @@ class Neuron:
     """
 
     layer: int
-    reads: Rows
-    writes: Rows
+    reads: Float[Tensor, "1 width"]
+    writes: Float[Tensor, "1 width"]

@@ -180,7 +180,7 @@ def _distract(
         kinds = HEAD_KINDS if number // wiring.group not in served else ("query", "out")
         for kind in kinds:
             columns = spare if kind == "out" else read
-            size = shape.d_head**-0.5 if kind == "out" else RANDOM
+            size = 2 / math.sqrt(shape.d_head * count) if kind == "out" else RANDOM
             rows = size * torch.randn(shape.d_head, len(columns), generator=generator)
             weights[kind][layer, number][:, columns] = rows
     if count:
