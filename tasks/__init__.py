@@ -5,9 +5,16 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tasks import zoo
+from tasks import planted, zoo
 
 if TYPE_CHECKING:
+    from tasks.arithmetic import arithmetic
+    from tasks.capital_country import capital_country
+    from tasks.colored_objects import colored_objects
+    from tasks.docstring import docstring
+    from tasks.gendered_pronoun import gendered_pronoun
+    from tasks.greater_than import greater_than
+    from tasks.induction import induction
     from tasks.ioi import ioi
     from tasks.metrics import (
         Continuation,
@@ -16,7 +23,10 @@ if TYPE_CHECKING:
         mean_logit_difference,
         probability_difference,
     )
+    from tasks.multiple_choice import multiple_choice
     from tasks.pair import Pair
+    from tasks.registry import known_circuit
+    from tasks.subject_verb import subject_verb
     from tasks.task import Task
 
 __all__ = [
@@ -24,10 +34,21 @@ __all__ = [
     "KLDivergence",
     "Pair",
     "Task",
+    "arithmetic",
+    "capital_country",
+    "colored_objects",
+    "docstring",
+    "gendered_pronoun",
+    "greater_than",
+    "induction",
     "ioi",
+    "known_circuit",
     "logit_difference",
     "mean_logit_difference",
+    "multiple_choice",
+    "planted",
     "probability_difference",
+    "subject_verb",
     "zoo",
 ]
 
@@ -36,11 +57,18 @@ _HOME = {
     "KLDivergence": "metrics",
     "Pair": "pair",
     "Task": "task",
-    "ioi": "ioi",
+    "known_circuit": "registry",
     "logit_difference": "metrics",
     "mean_logit_difference": "metrics",
     "probability_difference": "metrics",
-}
+    **{
+        name: name
+        for name in (
+            "arithmetic", "capital_country", "colored_objects", "docstring", "gendered_pronoun",
+            "greater_than", "induction", "ioi", "multiple_choice", "subject_verb",
+        )
+    },
+}  # fmt: skip
 
 
 class _Package(ModuleType):

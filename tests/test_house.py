@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("relp", "circuits", "tasks")
-PACKAGES = (*ROOMS, "tasks.zoo")
+PACKAGES = (*ROOMS, "tasks.zoo", "tasks.planted")
 SOURCES = {str(p.relative_to(ROOT)): p for r in ROOMS for p in sorted((ROOT / r).rglob("*.py"))}
 MODULES = [s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for s in SOURCES]
 
@@ -74,7 +74,7 @@ ORDER = {
     "circuits": "choices graph masked exact search judge draw files __init__ cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than gendered_pronoun "
     "subject_verb induction docstring colored_objects capital_country arithmetic multiple_choice "
-    "registry zoo __init__",
+    "registry zoo planted __init__",
 }
 """The modules and folders of each room: what stands later may import what stands before."""
 
