@@ -30,8 +30,8 @@ from rich.table import Table
 
 from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
 from relp import Direction, Level, Preset
-from tasks import zoo
-from tasks.registry import TASKS, builder, check_task
+from tasks import able, zoo
+from tasks.registry import TASKS, about, builder, check_task
 from tasks.tables import SUFFIXES as TABLES
 from tasks.tables import Table as Rows
 from tasks.tables import columns_of, read_table
@@ -42,10 +42,10 @@ SHOWN = ("GRADIENT", "RELP", "CP_LRP", "DEEPLIFT", "PARTWAY")
 """The presets that `discover` compares."""
 EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
-LARGE = 10e6
-"""Weights from which on exact patching is of a sample, and of fewer pairs."""
 FEW = 8
 """Pairs of prompts for large models, if nobody says how many."""
+READY = 16
+"""Pairs per run that asks what the model does on them."""
 STEPS = 10
 """Of the integrated gradients that `compare` shows beside the presets."""
 
@@ -94,6 +94,10 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", help="Patch everything, however long it takes, not a sample of it."),
 ]
+FilterCorrect = Annotated[
+    bool,
+    typer.Option("--filter-correct", help="Keep the pairs whose clean prompt is answered rightly."),
+]
 
 
 @app.command()
@@ -123,6 +127,7 @@ def discover(
         ),
     ] = None,
     exact: Exact = False,
+    filter_correct: FilterCorrect = False,
 ) -> None:
     """Find the circuit of a task, check it against exact patching, draw it.
 
@@ -154,8 +159,8 @@ def discover(
             folder.mkdir(parents=True, exist_ok=True)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
 
+        prompts = _ready(bridge, prompts, filter_correct=filter_correct)
         scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
-        _say_able(prompts, scores[0])
         circuit = find(bridge, prompts, PRESETS[chosen])
         if size(circuit) == 0:
             raise ValueError(
@@ -198,6 +203,7 @@ def measure(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Measure anew, and replace a file that is there.")
     ] = False,
+    filter_correct: FilterCorrect = False,
 ) -> None:
     """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
     with _one_line_errors():
@@ -214,6 +220,7 @@ def measure(
             bridge = zoo.load(model)
             prompts = source.draw(bridge.tokenizer, pairs, seed)
             _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
+            prompts = _ready(bridge, prompts, filter_correct=filter_correct)
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            resume=finished)  # fmt: skip
             effect.save(out)
@@ -239,6 +246,7 @@ def compare(
     pairs: PairsBySize = None,
     seed: Seed = 0,
     exact: Exact = False,
+    filter_correct: FilterCorrect = False,
     circuits: Annotated[
         bool | None,
         typer.Option(
@@ -257,14 +265,15 @@ def compare(
             _check_folder(out)
 
         from circuits import draw
+        from circuits.grid import is_large
         from relp import written_whole
 
         bridge = zoo.load(model)
         pairs = pairs or _many(bridge, 16)
         prompts = source.draw(bridge.tokenizer, pairs, seed)
         _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
+        prompts = _ready(bridge, prompts, filter_correct=filter_correct)
         scores, seconds = _every_estimate(bridge, prompts)
-        _say_able(prompts, scores[0])
         effect = _measured(bridge, prompts, scores, exact=exact)
         frame = _print_agreement(scores, effect)
         took = ", ".join(f"{rules} {s:.1f}" for rules, s in seconds.items())
@@ -279,7 +288,7 @@ def compare(
                 with written_whole(page) as temporary:
                     figure.write_html(temporary, include_plotlyjs=True)
             _say(f"wrote {escape(str(page))}")
-        if circuits or (circuits is None and not _is_large(bridge)):
+        if circuits or (circuits is None and not is_large(bridge)):
             others, which = source.others(bridge.tokenizer, pairs, seed)
             if others is None:
                 _say(f"no circuits: {which}")
@@ -319,13 +328,121 @@ def coverage(
         )
 
 
+@app.command(name="bench")
+def judge(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A further model, on all tasks that it can do; may be given again."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further method, module:function; or, of those that are there, only this. May "
+            "be given again."
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of prompts of each case.")] = FEW,
+    seed: Seed = 0,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Of the planted circuits: noise on their weights.")
+    ] = 0.02,
+    distractors: Annotated[
+        int, typer.Option(min=0, help="Of the planted circuits: further heads.")
+    ] = 4,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; what is done there is not done again.")
+    ] = Path("runs/bench"),
+) -> None:
+    """Judge all methods by planted circuits, exact effects and circuits; tables and a figure.
+
+    Interrupted, it goes on when run again. `--method mine:scores` adds the function `scores(model,
+    task, level, direction)` of mine.py, which returns Scores.
+    """
+    started = perf_counter()
+    with _one_line_errors():
+        for name in model or ():
+            check_model(name)
+        _check_folder(out)
+
+        from circuits import draw
+        from circuits.grid import planted_cases, trained_cases
+        from circuits.judge.bench import bench
+        from relp import written_whole
+        from relp.bridge import versions
+
+        chosen = _methods(method or [])
+        models = [*shelf.shipped(), *(model or [])]
+        cases = [*planted_cases(pairs, seed, noise, distractors)]
+        cases += [case for name in models for case in trained_cases(name, pairs, seed)]
+        options = {"pairs": pairs, "seed": seed, "noise": noise, "distractors": distractors}
+        with _written(out), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the model must be able to do the task")
+            found = bench(cases, chosen, folder=out, options=options | {"versions": versions()})
+        for group in found.groups:
+            table = found.overview(group)
+            count = len({cell.case for cell in found.cells if cell.group == group})
+            rows = [
+                [str(name), *row] for name, row in zip(table.index, table.to_numpy(), strict=True)
+            ]
+            _print_table(f"{group}: mean over {count} cases", ["method", *table.columns], rows)
+        if "GRADIENT" in found.methods:
+            _say(
+                "+ better and ! worse than GRADIENT: permutation tests over pairs, Holm's correction"
+            )
+        figure = draw(found, title=f"relp bench · {pairs} pairs, seed {seed}")
+        with _written(out):
+            with written_whole(out / "bench.csv") as temporary:
+                found.table().to_csv(temporary, index=False)
+            with written_whole(out / "bench.md") as temporary:
+                temporary.write_text(found.to_markdown(), encoding="utf-8")
+            with written_whole(out / "bench.html") as temporary:
+                figure.write_html(temporary, include_plotlyjs=True)
+        for suffix in ("csv", "md", "html"):
+            _say(f"wrote {escape(str(out / f'bench.{suffix}'))}")
+    _say(f"done in {perf_counter() - started:.0f} s")
+
+
+def _methods(names: Sequence[str]) -> Any:
+    """The methods of a benchmark: all, with those of the user's own; or only some."""
+    import sys
+
+    from circuits.judge.methods import METHODS, from_name
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` would, for modules beside the user
+    asked = [from_name(name) for name in names]
+    own = {m.name: m for m in asked if m.name not in METHODS}
+    ours = {m.name: m for m in asked if m.name in METHODS} or METHODS
+    return {**ours, **own}
+
+
 @app.command(name="tasks")
-def list_tasks() -> None:
-    """List the tasks."""
-    table = Table("name", "what it is")
-    for name in TASKS:
-        table.add_row(name, (builder(name).__doc__ or "").strip().splitlines()[0])
-    console.print(table)
+def list_tasks(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Ask this model now, any that `--model` takes elsewhere."),
+    ] = None,
+) -> None:
+    """List the tasks, and how often models prefer the right answer."""
+    with _one_line_errors():
+        if model is None:
+            shares = able.recorded()
+            said = "as measured before (--model NAME: now)"
+        else:
+            check_model(model)
+            shares = {_called(model): able.measured(zoo.load(model))}
+            said = "measured now"
+        _print_table(
+            "tasks",
+            ["name", "what it is", *shares],
+            [
+                [name, about(name), *(_or_dash(of[name], ".0%") for of in shares.values())]
+                for name in TASKS
+            ],
+        )
+        _say(
+            f"share of {able.PAIRS} clean prompts on which the answer is preferred to the foil, "
+            f"{said}; –: the tokenizer has not the words"
+        )
 
 
 @app.command(name="models")
@@ -457,36 +574,48 @@ def _print_circuits(bridge: Any, prompts: Any, others: Any, which: str) -> None:
     )
 
 
-def _say_able(prompts: Any, scores: Any) -> None:
-    """What the model does on the prompts, and a warning if it cannot do the task."""
-    from circuits.masked import UNABLE, doubt
+def _ready(bridge: Any, prompts: Any, *, filter_correct: bool) -> Any:
+    """The pairs, after what the model does on them is said: it may be unable to do the task."""
+    import torch
 
-    clean, corrupt = scores.clean, scores.corrupt
-    _say(
-        f"{prompts.metric.name}: clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f}; "
-        f"the answer is preferred in {(clean > 0).float().mean():.1%} of the clean prompts"
-    )
-    if said := doubt(prompts, clean, corrupt):
+    from circuits.masked import UNABLE, doubt
+    from relp.bridge import Sites, observe
+
+    sites = Sites.of(bridge)
+    prompts.must_fit(bridge.cfg, sites.model_name)
+    if filter_correct:
+        every = len(prompts)
+        prompts = prompts.filter_correct(bridge)
+        _say(f"{len(prompts)} of {every} pairs are kept, on which the answer is preferred")
+    clean, corrupt = [], []
+    for side, values in (("clean", clean), ("corrupt", corrupt)):
+        for _, batch in prompts.buckets(READY):
+            values += observe(sites, batch, (), side=side)[1].float().tolist()
+    means = ", ".join(f"{side} {sum(v) / len(v):.3f}" for side, v in
+                      (("clean", clean), ("corrupt", corrupt)))  # fmt: skip
+    right = sum(value > 0 for value in clean) / len(clean)
+    preferred = f"; the answer is preferred in {right:.1%} of the clean prompts"
+    _say(f"{prompts.metric.name}: {means}{preferred if prompts.metric.compares_answers else ''}")
+    if said := doubt(prompts, torch.tensor(clean), torch.tensor(corrupt)):
         warnings.warn(said, stacklevel=2)
         warnings.filterwarnings("ignore", UNABLE)  # once is enough
-
-
-def _is_large(bridge: Any) -> bool:
-    """Whether patching all nodes of a few pairs takes more than a minute or so."""
-    return sum(p.numel() for p in bridge.parameters()) >= LARGE
+    return prompts
 
 
 def _many(bridge: Any, pairs: int) -> int:
     """Pairs of prompts, if nobody says how many."""
-    return FEW if _is_large(bridge) else pairs
+    from circuits.grid import is_large
+
+    return FEW if is_large(bridge) else pairs
 
 
 def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) -> Any:
     """Exact effects; of large models only some, and how much the others may hold is said."""
     from circuits import missed, patch, verify
     from circuits.exact.verify import BUDGET
+    from circuits.grid import is_large
 
-    if exact or scores[0].nodes[0].numel() <= BUDGET or not _is_large(bridge):
+    if exact or scores[0].nodes[0].numel() <= BUDGET or not is_large(bridge):
         return patch(bridge, prompts)
     effect = verify(bridge, prompts, scores, budget=BUDGET)
     if effect.strata is None:

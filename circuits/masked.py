@@ -46,6 +46,8 @@ from relp.bridge import (
 
 __all__ = ["UNABLE", "circuit_masks", "circuit_metrics", "circuit_sites", "doubt", "endpoints"]
 
+ABLE = 0.75
+"""Share of the clean prompts that a model which can do a task answers rightly, at least."""
 UNABLE = "the model must be able to do the task"
 """How the warning begins that shares of the gap would be shares of noise."""
 
@@ -103,7 +105,7 @@ def doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, 
     doubted = abs(mean) < 2 * error and bool((gap > 0).any()) and bool((gap < 0).any())
     right = int((clean > 0).sum())
     if task.metric.compares_answers:
-        doubted |= mean < 0 or 2 * right <= pairs or float(clean.mean()) <= 0
+        doubted |= mean < 0 or right < ABLE * pairs or float(clean.mean()) <= 0
     if not doubted:
         return ""
     able = f"it is right on {right} of {pairs} clean prompts, and " * task.metric.compares_answers

@@ -61,18 +61,20 @@ def builder(name: str) -> Callable[..., Task]:
 
 
 def about(name: str) -> str:
-    """What a task is, in a line.
+    """What a task is called in the field, and which of its forms it is.
 
     >>> from tasks.registry import about
-    >>> about("ioi")
-    'Indirect object identification: answer the indirect object (IO), foil the subject (S).'
+    >>> about("ioi_abc")
+    'Indirect object identification (abc)'
 
     Raises:
         ValueError: there is no such task.
     """
-    made = builder(name)
-    function = made.func if isinstance(made, partial) else made
-    return (function.__doc__ or "").strip().splitlines()[0]
+    check_task(name)
+    function, options = TASKS[name]
+    made = getattr(import_module(f"tasks.{function}"), function)
+    title = (made.__doc__ or "").strip().partition(":")[0]
+    return f"{title} ({', '.join(options.values())})" if options else title
 
 
 def known_circuit(name: str, model_name: str) -> dict[str, tuple[str, ...]]:

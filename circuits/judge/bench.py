@@ -253,6 +253,52 @@ class Bench:
         found["p_holm"] = holm(found["p_value"].to_numpy(dtype=float))
         return found
 
+    def overview(
+        self, group: str, *, baseline: str = "GRADIENT", intervals: bool = False, seed: int = 0
+    ) -> pd.DataFrame:
+        """One row per method, one column per measure, as text; `-` where there is none.
+
+        `+` marks what is better than the baseline, and `!` what is worse, at the level of 5 % for
+        all tests of the table together; nothing is marked without the baseline.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        if group not in self.groups:
+            raise ValueError(f"the group must be one of {self.groups}; got {group!r}")
+        found = self.summary(seed=seed).query("group == @group")
+        marks: dict[tuple[str, str], str] = {}
+        if baseline in self.methods:
+            sure = self.tests(baseline=baseline, seed=seed).query(
+                "group == @group and p_holm < 0.05"
+            )
+            for row in sure.itertuples():
+                better = (row.difference > 0) != (row.measure in LOWER)
+                marks[row.method, row.measure] = "+" if better else "!"
+        texts = {
+            (row.method, row.measure): _text(row, intervals)
+            + marks.get((row.method, row.measure), "")
+            for row in found.itertuples()
+        }
+        measures = [m for m in MEASURES if m in set(found["measure"])]
+        methods = [m for m in self.methods if m in set(found["method"])]
+        return pd.DataFrame(
+            [[texts.get((method, m), "-") for m in measures] for method in methods],
+            index=pd.Index(methods, name="method"), columns=measures,
+        )  # fmt: skip
+
+    def to_markdown(self, *, baseline: str = "GRADIENT", seed: int = 0) -> str:
+        """The tables of all groups, with intervals, and how the edges of each circuit are found."""
+        parts = []
+        for group in self.groups:
+            cases = len({cell.case for cell in self.cells if cell.group == group})
+            table = self.overview(group, baseline=baseline, intervals=True, seed=seed)
+            parts.append(f"**{group}**, mean over {cases} cases\n\n{_markdown(table)}")
+        if any(cell.true for cell in self.cells):
+            wide = self.by_case("auroc").map(lambda v: "-" if np.isnan(v) else f"{v:.2f}")
+            parts.append(f"**Area under the ROC curve of the true edges**\n\n{_markdown(wide)}")
+        return "\n\n".join(parts) + "\n"
+
     def by_case(self, measure: str) -> pd.DataFrame:
         """One row per method, one column per case that has the measure.
 
@@ -415,6 +461,20 @@ def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
     known = ~np.isnan(table)
     many = known.sum(0)
     return np.where(many, np.nansum(table, axis=0) / np.maximum(many, 1), np.nan)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _text(row: Any, intervals: bool) -> str:
+    text = f"{row.value:.1f}×" if row.measure in COST else f"{row.value:.2f}"
+    return f"{text} [{row.low:.2f}, {row.high:.2f}]" if intervals and row.low == row.low else text
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = [[table.index.name or "", *table.columns], ["---"] * (1 + len(table.columns))]
+    lines += [[str(name), *row] for name, row in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 # -- the folder ------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""What `relp bench` judges methods on: planted circuits, and models on tasks that they can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from circuits.judge.bench import Case, Loaded
+from circuits.masked import ABLE
+from tasks import able, planted, zoo
+from tasks.registry import builder
+
+__all__ = ["is_large", "planted_cases", "trained_cases"]
+
+LARGE = 10e6
+"""Weights from which on exact patching is of a sample, and of fewer pairs."""
+
+
+def planted_cases(
+    pairs: int, seed: int, noise: float, distractors: int, names: Sequence[str] | None = None
+) -> Iterator[Case]:
+    """The planted circuits, of one difficulty."""
+
+    def load(name: str) -> Loaded:
+        made, others = (
+            planted.plant(name, pairs=pairs, seed=s, noise=noise, distractors=distractors)
+            for s in (seed, seed + 1)
+        )
+        return Loaded(made.model, made.task, others.task, made.direction, made.edges)
+
+    for name in names or planted.names():
+        yield Case(name, "planted", lambda name=name: load(name))
+
+
+def trained_cases(model: str, pairs: int, seed: int) -> Iterator[Case]:
+    """A model on each task that it does on enough of the clean prompts."""
+    group = Path(model).name or model
+    known = able.recorded()
+    shares = known[model] if model in known else able.measured(_loaded(model))
+
+    def load(name: str) -> Loaded:
+        bridge = _loaded(model)
+        task, others = (builder(name)(bridge.tokenizer, pairs=pairs, seed=s)
+                        for s in (seed, seed + 1))  # fmt: skip
+        return Loaded(bridge, task, others)
+
+    large = is_large(_loaded(model))
+    for name, share in shares.items():
+        if share >= ABLE:  # NaN is not
+            yield Case(f"{name} · {group}", group, lambda name=name: load(name), large)
+
+
+def is_large(model: Any) -> bool:
+    """Whether patching all nodes of a few pairs takes more than a minute or so."""
+    return sum(p.numel() for p in model.parameters()) >= LARGE
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str) -> Any:
+    return zoo.load(model)
