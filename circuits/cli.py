@@ -587,7 +587,8 @@ def _ready(bridge: Any, prompts: Any, *, filter_correct: bool) -> Any:
         every = len(prompts)
         prompts = prompts.filter_correct(bridge)
         _say(f"{len(prompts)} of {every} pairs are kept, on which the answer is preferred")
-    clean, corrupt = [], []
+    clean: list[float] = []
+    corrupt: list[float] = []
     for side, values in (("clean", clean), ("corrupt", corrupt)):
         for _, batch in prompts.buckets(READY):
             values += observe(sites, batch, (), side=side)[1].float().tolist()

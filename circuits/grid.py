@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ def planted_cases(
 ) -> Iterator[Case]:
     """The planted circuits, of one difficulty."""
 
-    def load(name: str) -> Loaded:
-        made, others = (
-            planted.plant(name, pairs=pairs, seed=s, noise=noise, distractors=distractors)
-            for s in (seed, seed + 1)
-        )
-        return Loaded(made.model, made.task, others.task, made.direction, made.edges)
-
     for name in names or planted.names():
-        yield Case(name, "planted", lambda name=name: load(name))
+        yield Case(name, "planted", partial(_planted, name, pairs, seed, noise, distractors))
+
+
+def _planted(name: str, pairs: int, seed: int, noise: float, distractors: int) -> Loaded:
+    made: Any
+    others: Any  # of a model with other noise, which is not used
+    made, others = (
+        planted.plant(name, pairs=pairs, seed=s, noise=noise, distractors=distractors)
+        for s in (seed, seed + 1)
+    )
+    return Loaded(made.model, made.task, others.task, made.direction, made.edges)
 
 
 def trained_cases(model: str, pairs: int, seed: int) -> Iterator[Case]:
@@ -39,17 +42,18 @@ def trained_cases(model: str, pairs: int, seed: int) -> Iterator[Case]:
     group = Path(model).name or model
     known = able.recorded()
     shares = known[model] if model in known else able.measured(_loaded(model))
-
-    def load(name: str) -> Loaded:
-        bridge = _loaded(model)
-        task, others = (builder(name)(bridge.tokenizer, pairs=pairs, seed=s)
-                        for s in (seed, seed + 1))  # fmt: skip
-        return Loaded(bridge, task, others)
-
-    large = is_large(_loaded(model))
     for name, share in shares.items():
         if share >= ABLE:  # NaN is not
-            yield Case(f"{name} · {group}", group, lambda name=name: load(name), large)
+            load = partial(_trained, model, name, pairs, seed)
+            yield Case(f"{name} · {group}", group, load, is_large(_loaded(model)))
+
+
+def _trained(model: str, name: str, pairs: int, seed: int) -> Loaded:
+    bridge = _loaded(model)
+    task: Any
+    others: Any
+    task, others = (builder(name)(bridge.tokenizer, pairs=pairs, seed=s) for s in (seed, seed + 1))
+    return Loaded(bridge, task, others)
 
 
 def is_large(model: Any) -> bool:
