@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.lists import entries_of, texts_of
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tasks.lists import entries_of, texts_of, whole_numbers
 from tasks.text import (
     as_chat,
     encode_all,
@@ -114,30 +118,27 @@ class Tokenized:
             found[i].append(following(*given, pair) if whole else [one_token(*given, pair)])
         return found
 
-    def positions(self, spans: Mapping[str, Any]) -> dict[str, Any]:
+    def positions(self, spans: Mapping[str, Any]) -> dict[str, Int[Tensor, " pair"]]:
         """Positions, where a text stands for one: that of its last token in the clean prompt.
 
         Raises:
             ValueError: a text is not there exactly once, or does not end where a token ends.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Int[Tensor, " pair"]] = {}
         for name, given in spans.items():
-            entries = [given] * len(self.typed) if isinstance(given, str) else entries_of(given)
-            if not any(isinstance(entry, str) for entry in entries):
-                found[name] = entries
-                continue
+            if not isinstance(given, str):
+                entries = given if isinstance(given, Tensor) else entries_of(given)
+                if not any(isinstance(entry, str) for entry in entries):
+                    found[name] = whole_numbers(entries, f"span {name!r}")
+                    continue
+            else:
+                entries = [given] * len(self.typed)
             wanted = texts_of(entries, f"span {name!r}", len(self.typed))
             starts: Iterable[int] = [0] * len(self.typed)
             if self.chat:
                 starts = typed_at(self.tokenizer, self.texts, self.typed)
             typed = list(zip(starts, self.typed, strict=True))
-            found[name] = [
-                at + len(row) - len(bare)
-                for at, row, bare in zip(
-                    places(self.tokenizer, self.texts, typed, wanted, name),
-                    self.clean,
-                    self.bare,
-                    strict=True,
-                )
-            ]
+            at = places(self.tokenizer, self.texts, typed, wanted, name)
+            first = [len(row) - len(bare) for row, bare in zip(self.clean, self.bare, strict=True)]
+            found[name] = torch.tensor(at, device="cpu") + torch.tensor(first, device="cpu")
         return found

@@ -257,11 +257,12 @@ class Task:
                     f"token ids must be non-negative and a prompt non-empty: pair {i} is "
                     f"{row.tolist()} / {other.tolist()}; pass the tokenizer's ids without padding"
                 )
+        wrong = {} if foils is None else {"foils": id_sets(foils, "`foils`")}
         return cls(
             clean=stacked([row.tolist() for row in rows]),
             corrupt=stacked([row.tolist() for row in others]),
             answers=id_sets(answers, "`answers`"),
-            foils=None if foils is None else id_sets(foils, "`foils`"),  # type: ignore[arg-type]
+            **wrong,
             spans={k: whole_numbers(v, f"span {k!r}") for k, v in (spans or {}).items()},
             metric=metric,
             name=name,
@@ -322,13 +323,14 @@ class Task:
         made = Tokenized.of(tokenizer, clean, corrupt, prepend_bos=prepend_bos, chat=chat)
         whole = continuation is not None
         follow = made.after("answers", right, whole=whole)
-        given = {
+        given: dict[str, Any] = {
             "answers": _first(follow, several),
-            "foils": _first(made.after("foils", wrong, whole=whole), unlike) if wrong else None,
             "spans": made.positions(spans or {}),
-            "metric": metric or "logit_difference",
+            "metric": "logit_difference" if metric is None else metric,
             "name": name,
         }
+        if wrong:
+            given["foils"] = _first(made.after("foils", wrong, whole=whole), unlike)
         if continuation is None:
             return cls._of(made, made.clean, made.corrupt, **given)
         return cls._continued(made, follow, mean=continuation == "mean", **given)
@@ -727,7 +729,8 @@ def _must_be_continuation(continuation: str | None, metric: Any) -> None:
 
 def _must_be_in(tokenizer: Any, task: Task) -> None:
     """Refuses token ids that a tokenizer does not have: they are another's."""
-    highest, size = max(int(task.answers.max()), *task.foils.flatten().tolist()), len(tokenizer)
+    highest = int(torch.cat([task.answers.flatten(), task.foils.flatten()]).max())
+    size = len(tokenizer)
     if highest >= size:
         raise ValueError(
             f"token ids of a table must be those of its tokenizer, below {size}; got {highest}; "

@@ -230,6 +230,11 @@ def places(
         for offsets in made["offset_mapping"]:
             k = len(found)
             end = _end(*typed[k], wanted[k], f"span {name!r} of pair {k}")
+            if prompts[k][: max(end, 0)][-len(wanted[k]) :] != wanted[k]:
+                raise ValueError(
+                    f"span {name!r} of pair {k} must stand in the chat as it was typed; the "
+                    f"template cuts {wanted[k]!r}; leave out spaces at the prompt's ends"
+                )
             ends = [pos for pos, (_, last) in enumerate(offsets) if last == end]
             if not ends:
                 inside = next((prompts[k][a:b] for a, b in offsets if a < end <= b), "no token")
