@@ -267,11 +267,13 @@ def _end(start: int, typed: str, wanted: str, what: str) -> int:
 
 
 def read(tokenizer: Any, row: Sequence[int]) -> str:
-    """The text of token ids, without a first token that stands for the beginning."""
-    row = list(row)
-    if row[:1] == [getattr(tokenizer, "bos_token_id", None)]:
-        row = row[1:]
-    return str(tokenizer.decode(row, clean_up_tokenization_spaces=False))
+    """The text of token ids, without a first token that stands for the beginning alone.
+
+    In a chat it may open each turn: then it is part of the text.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = int(list(row[:1]) == [bos] and bos not in row[1:])
+    return str(tokenizer.decode(list(row[start:]), clean_up_tokenization_spaces=False))
 
 
 def read_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:

@@ -299,6 +299,15 @@ def test_a_template_may_cut_the_ends_of_a_prompt() -> None:
         )  # fmt: skip
 
 
+def test_a_first_token_that_opens_each_turn_is_part_of_the_text() -> None:
+    tokenizer = talking("{{ bos_token }}user {{ messages[0]['content'] }}{{ bos_token }}model")
+    task = Task.from_prompts(tokenizer, *LISTS, chat=True)
+    bos = tokenizer.bos_token
+    assert [p.clean for p in task] == [f"{bos}user {text}{bos}model" for text in CLEAN]
+    sides = [[getattr(p, name) for p in task] for name in ("clean", "corrupt")]
+    assert torch.equal(Task.from_prompts(tokenizer, *sides, *LISTS[2:]).clean, task.clean)
+
+
 def test_chats_that_are_refused() -> None:
     silent = copy.deepcopy(gpt2())
     assert full_message(lambda: Task.from_prompts(silent, *LISTS, chat=True)) == (
