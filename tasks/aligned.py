@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.lists import entries_of, texts_of
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tasks.lists import entries_of, texts_of, whole_numbers
 from tasks.text import (
     as_chat,
     encode_all,
@@ -114,30 +118,78 @@ class Tokenized:
             found[i].append(following(*given, pair) if whole else [one_token(*given, pair)])
         return found
 
-    def positions(self, spans: Mapping[str, Any]) -> dict[str, Any]:
+    def positions(self, spans: Mapping[str, Any]) -> dict[str, Int[Tensor, " pair"]]:
         """Positions, where a text stands for one: that of its last token in the clean prompt.
 
         Raises:
             ValueError: a text is not there exactly once, or does not end where a token ends.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Int[Tensor, " pair"]] = {}
         for name, given in spans.items():
-            entries = [given] * len(self.typed) if isinstance(given, str) else entries_of(given)
-            if not any(isinstance(entry, str) for entry in entries):
-                found[name] = entries
-                continue
+            if not isinstance(given, str):
+                entries = given if isinstance(given, Tensor) else entries_of(given)
+                if not any(isinstance(entry, str) for entry in entries):
+                    found[name] = whole_numbers(entries, f"span {name!r}")
+                    continue
+            else:
+                entries = [given] * len(self.typed)
             wanted = texts_of(entries, f"span {name!r}", len(self.typed))
             starts: Iterable[int] = [0] * len(self.typed)
             if self.chat:
                 starts = typed_at(self.tokenizer, self.texts, self.typed)
             typed = list(zip(starts, self.typed, strict=True))
-            found[name] = [
-                at + len(row) - len(bare)
-                for at, row, bare in zip(
-                    places(self.tokenizer, self.texts, typed, wanted, name),
-                    self.clean,
-                    self.bare,
-                    strict=True,
-                )
-            ]
+            at = places(self.tokenizer, self.texts, typed, wanted, name)
+            first = [len(row) - len(bare) for row, bare in zip(self.clean, self.bare, strict=True)]
+            found[name] = torch.tensor(at, device="cpu") + torch.tensor(first, device="cpu")
         return found
+
+    def continued(
+        self, follow: Sequence[Sequence[Sequence[int]]]
+    ) -> tuple[Tokenized, dict[str, Int[Tensor, " pair"]]]:
+        """The same with each answer's tokens but the last behind both prompts, and where these are.
+
+        `end` is where an answer's first token is read, `last` where its last is.
+
+        Raises:
+            ValueError: a pair has several answers.
+        """
+        if any(len(answers) != 1 for answers in follow):
+            raise ValueError(
+                "`continuation` must get one answer per pair; got a list of several; give the one "
+                "that is measured"
+            )
+        clean, corrupt = (
+            [[*row, *answers[0][:-1]] for row, answers in zip(side, follow, strict=True)]
+            for side in (self.clean, self.corrupt)
+        )
+        ends = {
+            name: torch.tensor([len(row) - 1 for row in rows], device="cpu")
+            for name, rows in (("end", self.clean), ("last", clean))
+        }
+        return replace(self, clean=clean, corrupt=corrupt), ends
+
+
+# -- answers of several tokens ---------------------------------------------------------------------
+
+
+def must_be_continuation(continuation: str | None, metric: Any) -> None:
+    """Refuses another way to sum than there is, and two metrics."""
+    if continuation not in (None, "sum", "mean"):
+        raise ValueError(
+            f"`continuation` must be 'sum' or 'mean'; got {continuation!r}; 'mean' is per token, "
+            "so that answers of different lengths compare"
+        )
+    if continuation is not None and metric is not None:
+        raise ValueError(
+            "`continuation` must go without `metric`: it is one itself; got "
+            f"{getattr(metric, '__name__', metric)!r}; leave one out"
+        )
+
+
+def must_be_free(spans: Mapping[str, Any], ends: Mapping[str, Any]) -> None:
+    """Refuses spans of a name that a continuation gives its own."""
+    if taken := [name for name in ends if name in spans]:
+        raise ValueError(
+            f"span {taken[0]!r} must be left to `continuation`, which reads from 'end' to "
+            "'last'; got one of that name; give it another"
+        )

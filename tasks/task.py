@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tasks.aligned import Tokenized
+from tasks.aligned import Tokenized, must_be_continuation, must_be_free
+from tasks.answers import first_tokens, must_be_disjoint, must_be_in, must_be_sets
 from tasks.lists import (
     PAD,
     as_tensor,
@@ -34,7 +35,7 @@ from tasks.lists import (
 from tasks.metrics import BUILT_IN, Continuation, Metric, clean_answers, logit_difference
 from tasks.pair import Pair, pair_of, table
 from tasks.tables import Table, columns_of, read_csv, read_frame, read_jsonl
-from tasks.text import filling, must_be_tokenizer, read_tokens
+from tasks.text import filling, must_be_tokenizer
 
 __all__ = ["Task"]
 
@@ -91,7 +92,7 @@ class Task:
         self._set_spans()
         function = self._function()
         if function in BUILT_IN.values():
-            self._must_be_disjoint()
+            must_be_disjoint(self.answers, self.foils, self.tokenizer)
         object.__setattr__(self, "metric", Metric(function, self))
 
     def _set_prompts(self) -> None:
@@ -149,12 +150,14 @@ class Task:
     def _set_answers(self) -> None:
         """Takes answers and foils: a token or a set of tokens for each pair."""
         if self.foils is None:
-            object.__setattr__(self, "foils", torch.empty(len(self), 0, dtype=torch.long))
+            object.__setattr__(
+                self, "foils", torch.empty(len(self), 0, dtype=torch.long, device="cpu")
+            )
         for label in ("answers", "foils"):
             ids = whole_numbers(getattr(self, label), f"`{label}`")
             object.__setattr__(self, label, ids)
             if label == "answers" or ids.numel() or ids.dim() != 2:
-                _must_be_sets(label, ids, len(self))
+                must_be_sets(label, ids, len(self))
 
     def _set_spans(self) -> None:
         """Takes named positions; the answer is read at the prompt's end if nothing else is said."""
@@ -186,26 +189,6 @@ class Task:
                 f"{type(function).__name__}; pass a function logits -> [pair]"
             )
         return function
-
-    def _must_be_disjoint(self) -> None:
-        """Checks, for a metric that compares them, that no answer of a pair is among its foils."""
-        if not self.foils.numel():
-            raise ValueError(
-                "`foils` must be given for a metric that compares answers with them; got none; "
-                "give what a model might say instead, or a metric that reads none"
-            )
-        for foil in self.foils.reshape(len(self), -1).T:
-            same = (self.answers.reshape(len(self), -1) == foil[:, None]).any(-1) & (foil != PAD)
-            if bool(same.any()):
-                i = int(same.nonzero()[0])
-                token = int(foil[i])
-                words = [] if self.tokenizer is None else read_tokens(self.tokenizer, [token])
-                text = "".join(f" ({word!r})" for word in words)
-                raise ValueError(
-                    "an answer must differ from its foil, or their difference is always 0: pair "
-                    f"{i} has token {token}{text} for both; choose another foil, or give a metric "
-                    "that reads none"
-                )
 
     # a copy, and what another process gets, has spans of its own that are as read-only as these
     def __getstate__(self) -> dict[str, Any]:
@@ -257,11 +240,12 @@ class Task:
                     f"token ids must be non-negative and a prompt non-empty: pair {i} is "
                     f"{row.tolist()} / {other.tolist()}; pass the tokenizer's ids without padding"
                 )
+        wrong = {} if foils is None else {"foils": id_sets(foils, "`foils`")}
         return cls(
             clean=stacked([row.tolist() for row in rows]),
             corrupt=stacked([row.tolist() for row in others]),
             answers=id_sets(answers, "`answers`"),
-            foils=None if foils is None else id_sets(foils, "`foils`"),  # type: ignore[arg-type]
+            **wrong,
             spans={k: whole_numbers(v, f"span {k!r}") for k, v in (spans or {}).items()},
             metric=metric,
             name=name,
@@ -314,7 +298,7 @@ class Task:
             TypeError: an entry is no text, or `tokenizer` is none.
         """
         must_be_tokenizer(tokenizer)
-        _must_be_continuation(continuation, metric)
+        must_be_continuation(continuation, metric)
         clean = texts_of(clean, "clean")
         corrupt = texts_of(corrupt, "corrupt", len(clean))
         right, several = text_sets(answers, "answers", len(clean))
@@ -322,53 +306,23 @@ class Task:
         made = Tokenized.of(tokenizer, clean, corrupt, prepend_bos=prepend_bos, chat=chat)
         whole = continuation is not None
         follow = made.after("answers", right, whole=whole)
-        given = {
-            "answers": _first(follow, several),
-            "foils": _first(made.after("foils", wrong, whole=whole), unlike) if wrong else None,
+        given: dict[str, Any] = {
+            "answers": first_tokens(follow, several=several),
             "spans": made.positions(spans or {}),
-            "metric": metric or "logit_difference",
+            "metric": "logit_difference" if metric is None else metric,
             "name": name,
         }
-        if continuation is None:
-            return cls._of(made, made.clean, made.corrupt, **given)
-        return cls._continued(made, follow, mean=continuation == "mean", **given)
-
-    @classmethod
-    def _of(
-        cls, made: Tokenized, clean: list[list[int]], corrupt: list[list[int]], **given: Any
-    ) -> Task:
-        """The task of prompts that are aligned."""
+        if wrong:
+            given["foils"] = first_tokens(made.after("foils", wrong, whole=whole), several=unlike)
+        if continuation is not None:
+            made, ends = made.continued(follow)
+            must_be_free(given["spans"], ends)
+            tokens = stacked([answers[0] for answers in follow])
+            given["metric"] = Continuation(tokens, mean=continuation == "mean")
+            given["spans"] |= ends
         return cls(
-            clean=stacked(clean), corrupt=stacked(corrupt), tokenizer=made.tokenizer, **given
+            clean=stacked(made.clean), corrupt=stacked(made.corrupt), tokenizer=tokenizer, **given
         )
-
-    @classmethod
-    def _continued(
-        cls, made: Tokenized, follow: list[list[list[int]]], *, mean: bool, **given: Any
-    ) -> Task:
-        """The task of prompts that hold each answer's tokens but the last."""
-        if any(len(answers) != 1 for answers in follow):
-            raise ValueError(
-                "`continuation` must get one answer per pair; got a list of several; give the one "
-                "that is measured"
-            )
-        tokens = [answers[0] for answers in follow]
-        clean, corrupt = (
-            [row + more[:-1] for row, more in zip(side, tokens, strict=True)]
-            for side in (made.clean, made.corrupt)
-        )
-        ends = {
-            "end": [len(row) - 1 for row in made.clean],
-            "last": [len(row) - 1 for row in clean],
-        }
-        if taken := [name for name in ends if name in given["spans"]]:
-            raise ValueError(
-                f"span {taken[0]!r} must be left to `continuation`, which reads from 'end' to "
-                "'last'; got one of that name; give it another"
-            )
-        spans = {**given.pop("spans"), **{k: torch.tensor(v) for k, v in ends.items()}}
-        metric = Continuation(stacked(tokens), mean)
-        return cls._of(made, clean, corrupt, **{**given, "spans": spans, "metric": metric})
 
     # -- out of tables -------------------------------------------------------------------------
 
@@ -462,17 +416,24 @@ class Task:
                 f"`continuation` must get answers as texts; those of {rows.source} are token ids; "
                 "give a column of texts"
             )
-        settings = {k: options.pop(k) for k in ("prepend_bos", "chat") if k in options}
         made = Tokenized.of(
-            tokenizer, read.clean, read.corrupt, **{"prepend_bos": True, "chat": False} | settings
+            tokenizer,
+            read.clean,
+            read.corrupt,
+            prepend_bos=options.pop("prepend_bos", True),
+            chat=options.pop("chat", False),
         )
         options["spans"] = made.positions(options["spans"])
+        if metric is None:
+            options["metric"] = "logit_difference"
         for label, sets in (("answers", read.answers), ("foils", read.foils)):
             if sets is not None:
                 options[label] = id_sets(sets, f"`{label}`")
-        made_task = cls._of(made, made.clean, made.corrupt, **options)
-        _must_be_in(tokenizer, made_task)
-        return made_task
+        task = cls(
+            clean=stacked(made.clean), corrupt=stacked(made.corrupt), tokenizer=tokenizer, **options
+        )
+        must_be_in(tokenizer, task.answers, task.foils)
+        return task
 
     # -- checking ------------------------------------------------------------------------------
 
@@ -667,69 +628,3 @@ class Task:
                 f"{len(self)} pairs of task {self.name!r}; use a model that can do the task"
             )
         return self.select(right)
-
-
-# -- answers ---------------------------------------------------------------------------------------
-
-
-def _must_be_sets(label: str, ids: Tensor, pairs: int) -> None:
-    """Checks that each pair has a token, or a set of tokens that holds each once."""
-    if ids.dim() not in (1, 2) or len(ids) != pairs:
-        raise ValueError(
-            f"`{label}` must hold one token id per pair, shape [{pairs}], or a set of them, "
-            f"[{pairs}, set]; got {list(ids.shape)}; give one answer token, or one list of "
-            "several, for every prompt"
-        )
-    sets = ids.reshape(pairs, -1)
-    lowest = PAD if ids.dim() == 2 else 0
-    if bool((wrong := (sets < lowest).any(-1)).any()):
-        i = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"`{label}` must hold token ids, 0 or more; pair {i} has {int(sets[i].min())}; "
-            "use the ids that the tokenizer gives"
-        )
-    if bool((empty := (sets == PAD).all(-1)).any()):
-        raise ValueError(
-            f"`{label}` must hold at least one token per pair; pair {int(empty.nonzero()[0])} has "
-            "none; give it one, or leave that pair out"
-        )
-    ordered = sets.sort(-1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PAD)
-    if bool(twice.any()):
-        i = int(twice.any(-1).nonzero()[0])
-        raise ValueError(
-            f"`{label}` must hold each token of a pair once; pair {i} has "
-            f"{int(ordered[i, 1:][twice[i]][0])} twice in {sets[i].tolist()}; leave one out (two "
-            "words may share their first token)"
-        )
-
-
-def _first(follow: list[list[list[int]]], several: bool) -> Tensor:
-    """The first token of each answer: one per pair, or sets of them."""
-    if several:
-        return stacked([[tokens[0] for tokens in answers] for answers in follow])
-    return torch.tensor([answers[0][0] for answers in follow], device="cpu")
-
-
-def _must_be_continuation(continuation: str | None, metric: Any) -> None:
-    """Refuses another way to sum than there is, and two metrics."""
-    if continuation not in (None, "sum", "mean"):
-        raise ValueError(
-            f"`continuation` must be 'sum' or 'mean'; got {continuation!r}; 'mean' is per token, "
-            "so that answers of different lengths compare"
-        )
-    if continuation is not None and metric is not None:
-        raise ValueError(
-            "`continuation` must go without `metric`: it is one itself; got "
-            f"{getattr(metric, '__name__', metric)!r}; leave one out"
-        )
-
-
-def _must_be_in(tokenizer: Any, task: Task) -> None:
-    """Refuses token ids that a tokenizer does not have: they are another's."""
-    highest, size = max(int(task.answers.max()), *task.foils.flatten().tolist()), len(tokenizer)
-    if highest >= size:
-        raise ValueError(
-            f"token ids of a table must be those of its tokenizer, below {size}; got {highest}; "
-            "take the tokenizer that the table was made with, or columns of texts"
-        )

@@ -230,6 +230,11 @@ def places(
         for offsets in made["offset_mapping"]:
             k = len(found)
             end = _end(*typed[k], wanted[k], f"span {name!r} of pair {k}")
+            if prompts[k][: max(end, 0)][-len(wanted[k]) :] != wanted[k]:
+                raise ValueError(
+                    f"span {name!r} of pair {k} must stand in the chat as it was typed; the "
+                    f"template cuts {wanted[k]!r}; leave out spaces at the prompt's ends"
+                )
             ends = [pos for pos, (_, last) in enumerate(offsets) if last == end]
             if not ends:
                 inside = next((prompts[k][a:b] for a, b in offsets if a < end <= b), "no token")
@@ -262,11 +267,13 @@ def _end(start: int, typed: str, wanted: str, what: str) -> int:
 
 
 def read(tokenizer: Any, row: Sequence[int]) -> str:
-    """The text of token ids, without a first token that stands for the beginning."""
-    row = list(row)
-    if row[:1] == [getattr(tokenizer, "bos_token_id", None)]:
-        row = row[1:]
-    return str(tokenizer.decode(row, clean_up_tokenization_spaces=False))
+    """The text of token ids, without a first token that stands for the beginning alone.
+
+    In a chat it may open each turn: then it is part of the text.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = int(list(row[:1]) == [bos] and bos not in row[1:])
+    return str(tokenizer.decode(list(row[start:]), clean_up_tokenization_spaces=False))
 
 
 def read_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from conftest import able_task, on, ragged_task
 from test_ioi import gpt2
 from test_task import full_message
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from circuits import faithfulness, patch, top
 from relp import DEEPLIFT, GRADIENT, RELP, attribute
@@ -239,3 +242,148 @@ def test_circuits_on_sets_are_those_of_a_metric_by_hand(tiny: Any) -> None:
     assert faithfulness(tiny, task, circuit) == pytest.approx(
         faithfulness(tiny, other, circuit), rel=1e-3
     )
+
+
+# -- answers of several tokens ---------------------------------------------------------------------
+
+PROMPTS = ["When Mary and John went to the store, John gave", "Then Tom smiled at the"]
+OTHERS = ["When Mary and John went to the store, Mary gave", "Then Paul smiled at the"]
+ENDINGS = [" a drink to Mary", " store"]
+
+
+def continued(tokenizer: Any, how: str = "sum", **options: Any) -> Task:
+    return Task.from_prompts(tokenizer, PROMPTS, OTHERS, ENDINGS, continuation=how, **options)
+
+
+def test_prompts_hold_an_answer_but_its_last_token() -> None:
+    tokenizer = gpt2()
+    task = continued(tokenizer, spans={"who": ["Mary", "Tom"]}, name="endings")
+    for i, (prompt, other, ending) in enumerate(zip(PROMPTS, OTHERS, ENDINGS, strict=True)):
+        short, whole, corrupt = (
+            [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+            for text in (prompt, prompt + ending, other + ending)
+        )
+        length = int(task.lengths[i])
+        assert task.clean[i, :length].tolist() == whole[:-1]
+        assert task.corrupt[i, :length].tolist() == corrupt[:-1]
+        assert int(task.spans["end"][i]) == len(short) - 1 and task.spans["last"][i] == length - 1
+        kept = [t for t in task.metric.targets[i].tolist() if t >= 0]
+        assert kept == whole[len(short) :] and task.answers[i] == kept[0]
+    assert task.foils.shape == (2, 0) and len(task.lengths.unique()) == 2
+    assert (task.metric.name, continued(tokenizer, "mean").metric.name) == (
+        "log_probability", "mean_log_probability",
+    )  # fmt: skip
+    assert not task.metric.reads_answer_only and not task.metric.compares_answers
+    assert [pair.answers for pair in task] == [(ending,) for ending in ENDINGS]
+    assert [pair.clean for pair in task] == PROMPTS and [pair.corrupt for pair in task] == OTHERS
+    assert task[0].spans["who"] == (" Mary", int(task.spans["who"][0])) and task.name == "endings"
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_a_continuation_is_the_models_own_log_softmax(tiny: Any, how: str) -> None:
+    tokenizer, task = tiny.tokenizer, continued(tiny.tokenizer, how)
+    for index, bucket in task.buckets():
+        with torch.no_grad():
+            found = bucket.metric(tiny(bucket.clean))
+        for i, value in zip(index.tolist(), found.tolist(), strict=True):
+            ids = tokenizer(PROMPTS[i] + ENDINGS[i], add_special_tokens=False).input_ids
+            whole = torch.tensor([[tokenizer.bos_token_id, *ids]])
+            start = 1 + len(tokenizer(PROMPTS[i], add_special_tokens=False).input_ids)
+            with torch.no_grad():
+                logs = tiny.original_model(whole).logits[0].log_softmax(-1)
+            wanted = [float(logs[k - 1, whole[0, k]]) for k in range(start, whole.shape[1])]
+            total = sum(wanted) / (len(wanted) if how == "mean" else 1)
+            assert value == pytest.approx(total, rel=1e-4)
+    with torch.no_grad():  # shorter rows are filled up, which changes nothing before their end
+        together = task.metric(tiny(task.clean))
+        apart = [float(part.metric(tiny(part.clean))) for part in (task[:1], task[1:])]
+    assert together.tolist() == pytest.approx(apart, rel=1e-4)
+
+
+@on("tiny", "gpt2", "llama")
+def test_verbs_on_continuations_are_those_of_a_metric_by_hand(tiny: Any) -> None:
+    task = continued(tiny.tokenizer, "mean")
+
+    def metric(logits: Tensor, task: Task) -> Tensor:
+        found = []
+        for i in range(len(task)):
+            last = int(task.lengths[i])
+            row = next(k for k, p in enumerate(PROMPTS) if task[i].clean.startswith(p[:12]))
+            ids = whole.metric.targets[row]
+            logs = logits[i, last - int((ids >= 0).sum()) : last].log_softmax(-1)
+            found.append(logs[range(len(logs)), ids[ids >= 0]].mean())
+        return torch.stack(found)
+
+    whole, other = task, task.with_metric(metric)
+    near = {"rtol": 1e-3, "atol": 1e-5}
+    for one, two in (
+        [attribute(tiny, t, rules=RELP).nodes for t in (task, other)],
+        [patch(tiny, t, progress=False).nodes for t in (task, other)],
+    ):
+        assert bool(one.nan_to_num().any())
+        torch.testing.assert_close(one, two, equal_nan=True, **near)
+    scores = attribute(tiny, task, rules=DEEPLIFT, components=["embed"])
+    gap = scores.clean - scores.corrupt
+    torch.testing.assert_close(scores.nodes.sum((1, 2)), gap, rtol=1e-3, atol=1e-4)
+    edges = attribute(tiny, task, level="edge")
+    with pytest.warns(UserWarning) if gap.min() < 0 < gap.max() else nullcontext():
+        assert math.isfinite(faithfulness(tiny, task, top(edges, edges=20)))
+
+
+def test_continuations_that_are_refused() -> None:
+    tokenizer = gpt2()
+    make = continued
+    assert full_message(lambda: make(tokenizer, "product")) == (
+        "`continuation` must be 'sum' or 'mean'; got 'product'; 'mean' is per token, so that "
+        "answers of different lengths compare"
+    )
+    assert full_message(lambda: make(tokenizer, metric="logit_difference")) == (
+        "`continuation` must go without `metric`: it is one itself; got 'logit_difference'; leave "
+        "one out"
+    )
+    assert full_message(lambda: make(tokenizer, spans={"last": [0, 0]})) == (
+        "span 'last' must be left to `continuation`, which reads from 'end' to 'last'; got one of "
+        "that name; give it another"
+    )
+    assert full_message(
+        lambda: Task.from_prompts(
+            tokenizer, PROMPTS, OTHERS, [[" a", " drink"], " a"], continuation="sum"
+        )
+    ) == (
+        "`continuation` must get one answer per pair; got a list of several; give the one that is "
+        "measured"
+    )
+    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "d", "bc"])}
+    pairs = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [("b", "c")]))
+    )
+    for answer in ("", "cd"):  # nothing, and `a bc d` after `a b`
+        with pytest.raises(ValueError, match="`answers` of pair 0: an answer must add tokens to"):
+            Task.from_prompts(pairs, ["ab"], ["bb"], [answer], continuation="sum")
+    task = make(tokenizer)
+    for call in (lambda: task.with_metric("logit_difference"), lambda: task.preferred(None)):
+        assert full_message(call).startswith("`foils` must be given")
+    with pytest.raises(ValueError, match="must be made of the task it is used on; it holds 2"):
+        task.select([0]).with_metric(task.metric.function).metric(torch.zeros(1, 14, 900))
+
+
+def test_foils_of_continuations_are_their_first_tokens() -> None:
+    tokenizer = gpt2()
+    task = continued(tokenizer, foils=[" the drink", " office"])
+    the, office = (tokenizer(w, add_special_tokens=False).input_ids[0] for w in (" the", " office"))
+    assert task.foils.tolist() == [the, office]
+    assert task.with_metric("logit_difference").metric.name == "logit_difference"
+
+
+def test_sweeps_tell_continuations_apart(tiny: Any) -> None:
+    """The last token of an answer stands in no prompt."""
+    from circuits.exact.sweep import identity
+    from relp.bridge import Sites
+
+    tasks = [
+        Task.from_prompts(tiny.tokenizer, PROMPTS[:1], OTHERS[:1], [e], continuation="sum")
+        for e in (" a drink", " a book")
+    ]
+    assert torch.equal(tasks[0].clean, tasks[1].clean)
+    one, two = (identity(Sites.of(tiny), t, "denoise", "patch")["prompts"] for t in tasks)
+    assert one != two

@@ -16,6 +16,7 @@ from time import sleep
 from typing import Any
 
 import networkx as nx
+import pandas as pd
 import pytest
 import torch
 from conftest import boot
@@ -27,13 +28,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 import circuits
-from circuits import acdc, cli, connect, load, patch, save
+from circuits import acdc, cli, connect, load, patch, save, top
 from circuits.cli import SHOWN, _one_line_errors, app
 from circuits.draw.heatmaps import lined_up
 from circuits.graph import size
-from relp import PRESETS, Scores
+from relp import PRESETS, RELP, Scores, attribute
 from relp.bridge.rerun import Rerun
-from tasks import ioi
+from tasks import Task, ioi
 
 NUMBER = r"-?\d+\.\d{3}"
 
@@ -344,6 +345,98 @@ def test_compare_gives_both_tables(model: Path, monkeypatch: Any) -> None:
         (row,) = [line for line in after.splitlines() if re.search(rf"^\W*{rules}\b", line)]
         assert len(re.findall(NUMBER, row)) == 7
     assert files(Path.cwd()) == []
+
+
+# -- prompts of one's own --------------------------------------------------------------------------
+
+
+def prompts(name: str, rows: int, model: Path) -> None:
+    """The first pairs of a task, as somebody would have typed them."""
+    pairs = ioi(boot(model).tokenizer, pairs=rows)
+    frame = pd.DataFrame([vars(pair) for pair in pairs])
+    for side in ("answers", "foils"):
+        frame[side] = [texts[0] for texts in frame[side]]
+    frame = frame.drop(columns="spans")
+    if name.endswith(".csv"):
+        frame.to_csv(name, index=False)
+    else:
+        frame.to_json(name, orient="records", lines=True)
+
+
+def test_a_file_of_prompts_is_a_task(model: Path) -> None:
+    prompts("my [b] own.csv", 3, model)
+    common = ("--model", model, "--pairs", 2)
+    result = relp("discover", "my [b] own.csv", *common, "--edges", 20, "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert files(Path("out")) == [f"my [b] own.{s}" for s in ("html", "json", "svg")]
+    assert "'my [b] own.csv': the first 2 of 3 rows (--pairs)\n" in result.stdout
+    assert "tiny on Task('my [b] own', 2 pairs, " in result.stdout
+    circuit, bridge = load("out/my [b] own.json"), boot(model)
+    task = Task.from_csv(bridge.tokenizer, "my [b] own.csv")[:2]
+    edges = attribute(bridge, task, rules=RELP, level="edge")
+    assert set(circuit.edges(keys=True)) == set(top(edges, edges=20).edges(keys=True))
+    assert circuit.graph["task"] == "my [b] own"
+
+
+def test_a_file_has_its_rows_shuffled_by_the_seed(model: Path) -> None:
+    prompts("own.jsonl", 6, model)
+    bridge = boot(model)
+    whole = Task.from_jsonl(bridge.tokenizer, "own.jsonl")
+    texts = [pair.clean for pair in whole]
+    source = cli._source("own.jsonl")
+    first, again, other = (source.draw(bridge.tokenizer, 4, seed) for seed in (0, 0, 1))
+    assert [p.clean for p in first] == [p.clean for p in again] == texts[:4]
+    drawn = [p.clean for p in other]
+    assert set(drawn) < set(texts) and drawn != texts[:4]
+    for seed, used in ((0, first), (1, other)):
+        left, which = source.others(bridge.tokenizer, 4, seed)
+        assert {p.clean for p in left} == set(texts) - {p.clean for p in used}
+        assert which == "2 other rows of 'own.jsonl'"
+    assert [p.clean for p in source.draw(bridge.tokenizer, 99, 0)] == texts
+    before = source.identity
+    prompts("own.jsonl", 5, model)
+    assert cli._source("own.jsonl").identity != before
+
+
+def test_compare_judges_circuits_on_other_rows(model: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=100))
+    prompts("own.csv", 4, model)
+    result = relp("compare", "own.csv", "--model", model, "--pairs", 2)
+    assert result.exit_code == 0, result.output
+    assert "faithfulness by share of edges, on 2 other rows of 'own.csv'" in result.stdout
+    prompts("own.csv", 2, model)
+    result = relp("compare", "own.csv", "--model", model)
+    assert result.exit_code == 0 and "'own.csv': all 2 rows\n" in result.stdout
+    assert (
+        "no circuits: 'own.csv' has no rows but those that the edges were scored on; give fewer "
+        "--pairs, or more rows\n"
+    ) in result.stdout
+
+
+def test_patch_takes_a_file(model: Path) -> None:
+    prompts("own.csv", 2, model)
+    result = relp("patch", "own.csv", "--model", model, "--out", "e.safetensors")
+    assert result.exit_code == 0, result.output
+    bridge = boot(model)
+    effect = patch(bridge, Task.from_csv(bridge.tokenizer, "own.csv"), progress=False)
+    assert torch.equal(Scores.load("e.safetensors").nodes, effect.nodes)
+
+
+@pytest.mark.parametrize("command", ["discover", "compare", "patch"])
+def test_files_that_hold_no_prompts_are_errors(command: str) -> None:
+    assert refused(command, "none.csv").endswith(
+        ", or a file of prompts; there is no file 'none.csv'; check the path"
+    )
+    Path("a.csv").write_text("clean,corrupt,answer\na,b,c\n")
+    assert refused(command, "a.csv") == (
+        "'a.csv' must have a column foil or foils; it has clean, corrupt, answer; rename one, or "
+        'say which it is: columns={"foil": …}'
+    )
+    Path("b.txt").write_text("a")
+    assert refused(command, "b.txt") == (
+        "a file of prompts must end in .csv or .jsonl; got 'b.txt'; save it as one of these, in "
+        "UTF-8"
+    )
 
 
 def test_coverage_lists_operations_and_adds_up(model: Path) -> None:
