@@ -345,10 +345,10 @@ def judge(
     seed: Seed = 0,
     noise: Annotated[
         float, typer.Option(min=0, help="Of the planted circuits: noise on their weights.")
-    ] = 0.02,
+    ] = 0.0,
     distractors: Annotated[
         int, typer.Option(min=0, help="Of the planted circuits: further heads.")
-    ] = 4,
+    ] = 8,
     out: Annotated[
         Path, typer.Option(help="Folder of the results; what is done there is not done again.")
     ] = Path("runs/bench"),

@@ -34,7 +34,7 @@ def _planted(name: str, pairs: int, seed: int, noise: float, distractors: int) -
         planted.plant(name, pairs=pairs, seed=s, noise=noise, distractors=distractors)
         for s in (seed, seed + 1)
     )
-    return Loaded(made.model, made.task, others.task, made.direction, made.edges)
+    return Loaded(made.model, made.task, others.task, made.direction, made.edges, made.hidden)
 
 
 def trained_cases(model: str, pairs: int, seed: int) -> Iterator[Case]:

@@ -322,6 +322,14 @@ def test_dials_out_of_range_are_refused(dials: dict[str, Any], said: str) -> Non
         planted.plant("parity", **dials)
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("induction", 3), ("ioi_chain", 2), ("parity", 2)])
+def test_there_are_pairs_enough_for_every_edge_to_show(name: str, kinds: int) -> None:
+    with pytest.raises(ValueError, match=rf"at least {kinds} for '{name}', .* got {kinds - 1}; "):
+        planted.plant(name, pairs=kinds - 1)
+    one = planted.plant(name, pairs=kinds)
+    assert area(effects(one, one.direction), one) == 1
+
+
 def test_an_unknown_circuit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be one of induction, .*; got 'nand'; `planted\."):
         planted.plant("nand")

@@ -61,6 +61,8 @@ class Loaded:
     direction: str = "denoise"
     edges: frozenset[str] | None = None
     """The true circuit as names `writer->reader`, if it is known."""
+    hidden: frozenset[str] = frozenset()
+    """Edges that are neither true nor false: they act only while others are cut."""
 
 
 @dataclass(frozen=True)
@@ -451,8 +453,10 @@ def _known(method: Method, it: Loaded, scores: Scores) -> tuple[list[list[float]
             method.scores(it.model, it.task.select([i]), "edge", it.direction)
             for i in range(len(it.task))
         ]
-    found = [edge_labels(s.resolved(), it.edges) for s in each if isinstance(s, EdgeScores)]
-    return [of.score.tolist() for of in found], found[0].inside.tolist()
+    edges = [s.resolved() for s in each if isinstance(s, EdgeScores)]
+    found = [edge_labels(s, it.edges) for s in edges]
+    ranked = ~edge_labels(edges[0], it.hidden).inside
+    return [of.score[ranked].tolist() for of in found], found[0].inside[ranked].tolist()
 
 
 def _mean(values: Sequence[np.ndarray]) -> np.ndarray:

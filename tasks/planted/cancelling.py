@@ -8,7 +8,8 @@
 
 The MLP takes back what the head says, but no more than a quarter. At the corrupt run, where nothing
 is said, the two slopes are equal and opposite: to first order nothing that comes before matters.
-Over the whole step three quarters are left.
+Over the whole step three quarters are left. Noise makes the two slopes unequal: distractors without
+noise are the harder test.
 
 Source: Kramár et al. 2024, arXiv:2403.00745 (AtP*), where direct and indirect effects cancel.
 """

@@ -61,6 +61,7 @@ def ioi_chain(rng: random.Random, pairs: int) -> Plan:
         edges=["embed->L0H0.q", "L0H0->L1H0.v", "L1H0->L2H0.q", "embed->L2H0.v", "L2H0->logits.in"],
         direction="denoise",
         about="errors that multiply: a chain of three heads, each seen through the next one",
+        kinds=2,
     )
 
 

@@ -62,6 +62,7 @@ def parity(rng: random.Random, pairs: int) -> Plan:
                "L0.mlp->logits.in"],
         direction="denoise",
         about="gradients and y/x rules: neurons that are all off at the own run",
+        kinds=2,
     )  # fmt: skip
 
 

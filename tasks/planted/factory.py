@@ -14,6 +14,7 @@ from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -46,6 +47,8 @@ class Plan:
     direction: str
     about: str
     hidden: Iterable[str] = ()
+    kinds: int = 1
+    """How many kinds of pairs take turns: all of them together show all of the edges."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,24 +138,43 @@ def circuit(plan: Callable[[random.Random, int], Plan]) -> Factory:
         pairs: int = 16, seed: int = 0, noise: float = 0.0, distractors: int = 0
     ) -> Planted:
         _check(pairs, noise, distractors)
-        name = plan.__name__
-        drawn = plan(random.Random(f"{name} {seed}"), pairs)
-        tokenizer = _tokenizer(drawn.wiring.words)
-        model = transformer(drawn.wiring, noise=noise, distractors=distractors, seed=seed)
-        model.config.name_or_path = f"planted-{name}"
-        original = deepcopy(model)  # a bridge takes the other one apart
-        columns = zip(*drawn.pairs, strict=True)
-        clean, corrupt, answers, foils = (list(column) for column in columns)
-        answers, foils = ([f" {word}" for word in side] for side in (answers, foils))
-        task = Task.from_prompts(tokenizer, clean, corrupt, answers, foils, name=name)
-        bridge = wrapped(model, tokenizer, name=f"planted-{name}")
-        return Planted(name, bridge, task, frozenset(drawn.edges), drawn.direction, drawn.about,
-                       frozenset(drawn.hidden), original)  # fmt: skip
+        drawn = plan(random.Random(f"{plan.__name__} {seed}"), pairs)
+        if pairs < drawn.kinds:
+            raise ValueError(
+                f"`pairs` must be at least {drawn.kinds} for {plan.__name__!r}, one of each kind, "
+                f"or some true edges would carry nothing; got {pairs}; ask for 16"
+            )
+        with torch.random.fork_rng(devices=[]):  # libraries draw weights that are written over
+            model = transformer(drawn.wiring, noise=noise, distractors=distractors, seed=seed)
+            return _planted(plan.__name__, drawn, model)
 
     update_wrapper(factory, plan)
     del factory.__wrapped__  # type: ignore[attr-defined]  # help should show the dials
     factory.__annotations__ = {"pairs": int, "seed": int, "noise": float, "distractors": int}
     return factory
+
+
+def _planted(name: str, drawn: Plan, model: PreTrainedModel) -> Planted:
+    """Boots the model, and makes the task of its prompts."""
+    tokenizer = _tokenizer(drawn.wiring.words)
+    original = deepcopy(model)  # a bridge takes the other one apart
+    return Planted(
+        name=name,
+        model=wrapped(model, tokenizer, name=f"planted-{name}"),
+        task=Task.from_prompts(
+            tokenizer,
+            clean=[pair.clean for pair in drawn.pairs],
+            corrupt=[pair.corrupt for pair in drawn.pairs],
+            answers=[f" {pair.answer}" for pair in drawn.pairs],
+            foils=[f" {pair.foil}" for pair in drawn.pairs],
+            name=name,
+        ),
+        edges=frozenset(drawn.edges),
+        direction=drawn.direction,
+        about=drawn.about,
+        hidden=frozenset(drawn.hidden),
+        original=original,
+    )
 
 
 def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

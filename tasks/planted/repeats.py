@@ -58,6 +58,7 @@ def induction(rng: random.Random, pairs: int) -> Plan:
                "L1H0->logits.in"],
         direction="denoise",
         about="nothing: the plain case, an effect that goes through q, k and v",
+        kinds=3,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["SERVICE", "Head", "Neuron", "Rows", "Stream"]
+__all__ = ["SERVICE", "Head", "Neuron", "Stream"]
 
 Rows = Float[Tensor, "_ width"]
 """Directions of the stream, one a row: what is read, or where it is written."""
@@ -68,8 +68,9 @@ class Stream:
 class Head:
     """An attention head: scores are `sharpness` times the product of what q and k read.
 
-    >>> from tasks.planted.stream import Head
-    >>> Head("L0H1", query=s["place", 5], key=s["place", 1], value=s["seen"], out=s["told"])
+    >>> from tasks.planted.stream import Head, Stream
+    >>> s = Stream(place=6, seen=1, told=1)
+    >>> head = Head("L0H1", query=s["place", 5], key=s["place", 1], value=s["seen"], out=s["told"])
     """
 
     name: str
@@ -90,8 +91,9 @@ class Head:
 class Neuron:
     """An MLP neuron that adds `relu(reads) · writes`, but for a smooth corner (GELU, SiLU).
 
-    >>> from tasks.planted.stream import Neuron
-    >>> Neuron(layer=0, reads=s["seen"] - 0.5 * s["one"], writes=2 * s["told"])
+    >>> from tasks.planted.stream import Neuron, Stream
+    >>> s = Stream(seen=1, told=1)
+    >>> neuron = Neuron(layer=0, reads=s["seen"] - 0.5 * s["one"], writes=2 * s["told"])
     """
 
     layer: int

@@ -97,8 +97,8 @@ class _Shape:
 
     @classmethod
     def of(cls, wiring: Wiring, distractors: int) -> _Shape:
-        all_heads = len(wiring.heads) + distractors
-        heads = max(HEADS, math.ceil(all_heads / wiring.layers))
+        named = 1 + max(h.at[1] for h in wiring.heads)
+        heads = max(HEADS, named, math.ceil((len(wiring.heads) + distractors) / wiring.layers))
         heads += -heads % wiring.group
         rows = max(max(len(h.query), len(h.value)) for h in wiring.heads)
         width = wiring.stream.width + SPARE
@@ -119,7 +119,7 @@ Weights = dict[str, Float[Tensor, "*part row d_model"]]
 def transformer(
     wiring: Wiring, *, noise: float = 0.0, distractors: int = 0, seed: int = 0
 ) -> PreTrainedModel:
-    """The model of a wiring, in float32 and eval mode."""
+    """The model of a wiring, in float32 and eval mode; transformers draws from the global state."""
     shape = _Shape.of(wiring, distractors)
     generator = torch.Generator().manual_seed(seed)
     weights = _wired(wiring, shape)
@@ -132,8 +132,7 @@ def transformer(
     weights["embed"][:, SERVICE.index("one")] += BALLAST
     weights["embed"][:, SERVICE.index("twin")] -= BALLAST
     made = {"gpt2": _gpt2, "llama": _llama}[wiring.architecture]
-    with torch.random.fork_rng(devices=[]):  # what transformers draws first is written over
-        return made(wiring, shape, weights).eval()
+    return made(wiring, shape, weights).eval()
 
 
 def _wired(wiring: Wiring, shape: _Shape) -> Weights:
