@@ -389,7 +389,7 @@ def judge(
             _say(
                 "+ better and ! worse than GRADIENT: permutation tests over pairs, Holm's correction"
             )
-        figure = draw(found, title=f"relp bench · {pairs} pairs, seed {seed}")
+        figure = draw(found.table(), title=f"relp bench · {pairs} pairs, seed {seed}")
         with _written(out):
             with written_whole(out / "bench.csv") as temporary:
                 found.table().to_csv(temporary, index=False)

@@ -4,7 +4,7 @@
     draw(scores, effect)          # one panel per kind, with Pearson's r and the relative error
     draw(agreement(many, effect))  # r, ρ, signs and error of several sets of scores, side by side
     draw(edges)                   # writer x reader
-    draw(bench(cases, folder=…))  # methods by cases
+    draw(found.table())           # of a benchmark: methods by cases
     draw(circuit)                 # layered diagram, `embed` at the bottom, `logits` on top
 
 Blue is positive and red negative everywhere, on a scale that is symmetric about 0. Where things
@@ -18,14 +18,13 @@ import networkx as nx
 import pandas as pd
 import plotly.graph_objects as go
 
-from circuits.judge.bench import Bench
 from relp import EdgeScores, NodeScores, Scores
 
 __all__ = ["draw"]
 
 
 def draw(
-    what: Scores | nx.MultiDiGraph | pd.DataFrame | Bench,
+    what: Scores | nx.MultiDiGraph | pd.DataFrame,
     against: Scores | None = None,
     *,
     kind: str | None = None,
@@ -42,7 +41,7 @@ def draw(
     Args:
         what: `Scores` or `Effects` of nodes (heatmap, mean over pairs; by position, or by span if
             the prompts have their spans at different positions) or edges (writer x reader, summed
-            over positions), a table of `agreement`, a `Bench`, or a circuit.
+            over positions), a table of `agreement` or of a `Bench`, or a circuit.
         against: `Effects` to compare `what` with: a scatter plot, one point per pair, component
             and position (edges: per edge), with the line y = x.
         kind: which components a heatmap of nodes shows; `resid` if there, else the first.
@@ -77,14 +76,14 @@ def _figure(what: object, against: object, kind: str | None, positions: bool) ->
         from circuits.draw.heatmaps import lined_up, node_heatmap
 
         return node_heatmap(what if positions else lined_up(what), kind)
+    if isinstance(what, pd.DataFrame) and "case" in what and against is None:
+        from circuits.draw.grid import grid
+
+        return grid(what)
     if isinstance(what, pd.DataFrame) and against is None:
         from circuits.draw.measures import measures
 
         return measures(what)
-    if isinstance(what, Bench) and against is None:
-        from circuits.draw.grid import grid
-
-        return grid(what)
     if isinstance(what, nx.MultiDiGraph) and against is None:
         from circuits.draw.diagram import diagram
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuits.draw.paint import plain
-from circuits.judge.bench import LOWER, Bench
 
 __all__ = ["grid"]
 
@@ -16,19 +16,34 @@ SHOWN = {
     "pearson": "Pearson's r with exact effects of nodes",
     "spearman": "Spearman's ρ with exact effects of nodes",
 }
-LEAST = {"auroc": 0.5, "CMD": 0.0, "pearson": 0.0, "spearman": 0.0}
-MOST = {"auroc": 1.0, "CMD": 0.5, "pearson": 1.0, "spearman": 1.0}
+WORST = {"CMD": 0.5, "auroc": 0.5}
+BEST = {"CMD": 0.0}
+"""What colors tell apart: from 0 to 1 where nothing else is said."""
 LINE = 22
 """Pixels of a row."""
 
 
-def grid(found: Bench) -> go.Figure:
+def grid(found: pd.DataFrame) -> go.Figure:
     """A panel for each measure that was taken: a row for each method, a column for each case.
 
     Dark is good, and the number stands in each cell.
+
+    Raises:
+        ValueError: the table is not one of a `Bench`, or has none of these measures.
     """
-    tables = {measure: found.by_case(measure) for measure in SHOWN}
-    tables = {measure: table for measure, table in tables.items() if not table.empty}
+    if lacking := {"case", "method", "measure", "value"} - set(found.columns):
+        raise ValueError(
+            f"a table to draw must be one of a Bench; it has no column {min(lacking)!r}; give "
+            "draw(found.table())"
+        )
+    tables = {m: by_case(found[found["measure"] == m]) for m in SHOWN}
+    tables = {m: table for m, table in tables.items() if not table.empty}
+    if not tables:
+        raise ValueError(
+            f"a table to draw must have one of the measures {', '.join(SHOWN)}; it has none; look "
+            "at the table itself"
+        )
+    ends = {m: (WORST.get(m, 0.0), BEST.get(m, 1.0)) for m in tables}
     heights = [len(table) + 6 for table in tables.values()]
     figure = make_subplots(
         rows=len(tables), cols=1, subplot_titles=[SHOWN[m] for m in tables],
@@ -39,9 +54,9 @@ def grid(found: Bench) -> go.Figure:
             z=table.to_numpy(),
             x=[plain(str(case)) for case in table.columns],
             y=[plain(str(method)) for method in table.index],
-            zmin=LEAST[measure],
-            zmax=MOST[measure],
-            colorscale="Blues_r" if measure in LOWER else "Blues",
+            zmin=min(ends[measure]),
+            zmax=max(ends[measure]),
+            colorscale="Blues_r" if ends[measure][1] < ends[measure][0] else "Blues",
             texttemplate="%{z:.2f}",
             showscale=False,
             hovertemplate="%{y} · %{x}<br>%{z:.3f}<extra></extra>",
@@ -56,3 +71,11 @@ def grid(found: Bench) -> go.Figure:
         margin={"l": 140, "t": 90},
     )
     return figure
+
+
+def by_case(found: pd.DataFrame) -> pd.DataFrame:
+    """A row for each method, a column for each case, in the order in which they come."""
+    wide = found.pivot(index="method", columns="case", values="value")
+    return wide.reindex(
+        index=list(dict.fromkeys(found["method"])), columns=list(dict.fromkeys(found["case"]))
+    )

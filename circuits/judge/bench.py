@@ -25,8 +25,6 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from circuits.exact.patch import patch
-from circuits.exact.verify import BUDGET, verify
 from circuits.judge.agreement import by_pair
 from circuits.judge.cost import floor, seconds
 from circuits.judge.evaluation import Evaluation, evaluate
@@ -427,8 +425,11 @@ def _effects(path: Path, case: Case, it: Loaded, scores: Sequence[Scores]) -> Sc
         return None
     if path.exists():
         return Scores.load(path)
+    from circuits.exact.patch import patch
+    from circuits.exact.verify import verify
+
     if case.large:
-        effect: Scores = verify(it.model, it.task, scores, budget=BUDGET, progress=False)
+        effect: Scores = verify(it.model, it.task, scores, progress=False)
     else:
         effect = patch(it.model, it.task, direction=it.direction, progress=False)
     effect.save(path)

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from circuits.exact.patch import patch
 from circuits.graph import real_edges
-from circuits.search.acdc import acdc
 from relp import (
     GRADIENT,
     PRESETS,
@@ -64,11 +62,15 @@ def _rules(rules: Rules, steps: int = 1) -> Function:
 
 
 def _exact(model: ModelLike, task: TaskLike, level: str, direction: str) -> Scores:
+    from circuits.exact.patch import patch
+
     return patch(model, task, level=level, direction=direction, progress=False)
 
 
 def _acdc(model: ModelLike, task: TaskLike, level: str, direction: str) -> Scores:
     """What the cut of each edge cost that ACDC left; 0 for the others. It knows one direction."""
+    from circuits.search.acdc import acdc
+
     like = _edges(model, task, direction)
     gap = float(like.gap.mean().abs())
     circuit = acdc(model, task, tau=SHARE * gap, progress=False)
