@@ -30,7 +30,7 @@ from rich.table import Table
 
 from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
 from relp import Direction, Level, Preset
-from tasks import able, zoo
+from tasks import able, planted, zoo
 from tasks.registry import TASKS, about, builder, check_task
 from tasks.tables import SUFFIXES as TABLES
 from tasks.tables import Table as Rows
@@ -341,6 +341,10 @@ def judge(
             "be given again."
         ),
     ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this planted circuit, or task on all models; may be given again."),
+    ] = None,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of prompts of each case.")] = FEW,
     seed: Seed = 0,
     noise: Annotated[
@@ -362,6 +366,12 @@ def judge(
     with _one_line_errors():
         for name in model or ():
             check_model(name)
+        for name in case or ():
+            if name not in (*TASKS, *planted.names()):
+                raise ValueError(
+                    f"`--case` must be a task or one of {', '.join(planted.names())}; got "
+                    f"{name!r}; `relp tasks` lists the tasks"
+                )
         _check_folder(out)
 
         from circuits import draw
@@ -371,9 +381,9 @@ def judge(
         from relp.bridge import versions
 
         chosen = _methods(method or [])
-        models = [*shelf.shipped(), *(model or [])]
-        cases = [*planted_cases(pairs, seed, noise, distractors)]
-        cases += [case for name in models for case in trained_cases(name, pairs, seed)]
+        models = dict.fromkeys([*shelf.shipped(), *(model or [])])
+        cases = [*planted_cases(case, pairs, seed, noise, distractors)]
+        cases += [of for name in models for of in trained_cases(name, case, pairs, seed)]
         options = {"pairs": pairs, "seed": seed, "noise": noise, "distractors": distractors}
         with _written(out), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the model must be able to do the task")
@@ -386,9 +396,7 @@ def judge(
             ]
             _print_table(f"{group}: mean over {count} cases", ["method", *table.columns], rows)
         if "GRADIENT" in found.methods:
-            _say(
-                "+ better and ! worse than GRADIENT: permutation tests over pairs, Holm's correction"
-            )
+            _say("+ better, ! worse than GRADIENT: permutation tests over pairs, Holm's correction")
         figure = draw(found.table(), title=f"relp bench · {pairs} pairs, seed {seed}")
         with _written(out):
             with written_whole(out / "bench.csv") as temporary:

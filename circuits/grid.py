@@ -19,11 +19,13 @@ LARGE = 10e6
 
 
 def planted_cases(
-    pairs: int, seed: int, noise: float, distractors: int, names: Sequence[str] | None = None
+    only: Sequence[str] | None, pairs: int, seed: int, noise: float, distractors: int
 ) -> Iterator[Case]:
-    """The planted circuits, of one difficulty."""
+    """The planted circuits, of one difficulty; `only` those."""
 
-    for name in names or planted.names():
+    for name in planted.names():
+        if only and name not in only:
+            continue
         yield Case(name, "planted", partial(_planted, name, pairs, seed, noise, distractors))
 
 
@@ -37,13 +39,13 @@ def _planted(name: str, pairs: int, seed: int, noise: float, distractors: int) -
     return Loaded(made.model, made.task, others.task, made.direction, made.edges, made.hidden)
 
 
-def trained_cases(model: str, pairs: int, seed: int) -> Iterator[Case]:
-    """A model on each task that it does on enough of the clean prompts."""
+def trained_cases(model: str, only: Sequence[str] | None, pairs: int, seed: int) -> Iterator[Case]:
+    """A model on each task that it does on enough of the clean prompts; `only` those tasks."""
     group = Path(model).name or model
     known = able.recorded()
     shares = known[model] if model in known else able.measured(_loaded(model))
     for name, share in shares.items():
-        if share >= ABLE:  # NaN is not
+        if share >= ABLE and (not only or name in only):  # NaN is not enough
             load = partial(_trained, model, name, pairs, seed)
             yield Case(f"{name} · {group}", group, load, is_large(_loaded(model)))
 
