@@ -72,7 +72,7 @@ ORDER = {
     "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked exact search judge draw files __init__ cli",
-    "tasks": "lists text answers aligned tables metrics pair task ioi registry zoo __init__",
+    "tasks": "lists text aligned tables metrics pair task ioi registry zoo __init__",
 }
 """The modules and folders of each room: what stands later may import what stands before."""
 
