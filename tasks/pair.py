@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING
-
-from tasks.text import read, read_after, read_tokens
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tasks.task import Task
@@ -112,3 +110,32 @@ def _line(tag: str, label: str, cells: list[str], marked: list[bool] | None = No
         for style, cell in zip(styles, cells, strict=True)
     )
     return f"<tr><th>{escape(label)}</th>{shown}</tr>"
+
+
+# -- texts of ids ----------------------------------------------------------------------------------
+
+
+def read(tokenizer: Any, row: Sequence[int]) -> str:
+    """The text of token ids, without a first token that stands for the beginning alone.
+
+    In a chat it may open each turn: then it is part of the text.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = int(list(row[:1]) == [bos] and bos not in row[1:])
+    return str(tokenizer.decode(list(row[start:]), clean_up_tokenization_spaces=False))
+
+
+def read_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that tokens add to those before them, with its leading space."""
+    short, long, alone = (
+        str(tokenizer.decode(list(row), clean_up_tokenization_spaces=False))
+        for row in (before, [*before, *tokens], tokens)
+    )
+    return long[len(short) :] if long.startswith(short) else alone
+
+
+def read_tokens(tokenizer: Any, row: Sequence[int]) -> list[str]:
+    """Each token by itself, as the vocabulary spells it where it is no whole text."""
+    spelled = tokenizer.convert_ids_to_tokens(list(row))
+    texts = [str(tokenizer.decode([token])) for token in row]
+    return [s if "\ufffd" in t or not t else t for s, t in zip(spelled, texts, strict=True)]

@@ -20,13 +20,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tasks.aligned import Tokenized, must_be_continuation, must_be_free
-from tasks.answers import first_tokens, must_be_disjoint, must_be_in, must_be_sets
 from tasks.lists import (
     PAD,
     as_tensor,
+    first_tokens,
     id_rows,
     id_sets,
+    must_be_disjoint,
+    must_be_in,
+    must_be_sets,
     stacked,
     text_sets,
     texts_of,
@@ -297,6 +299,9 @@ class Task:
                 length.
             TypeError: an entry is no text, or `tokenizer` is none.
         """
+        # not at the top, as below: tasks end long chains of imports
+        from tasks.aligned import Tokenized, must_be_continuation, must_be_free
+
         must_be_tokenizer(tokenizer)
         must_be_continuation(continuation, metric)
         clean = texts_of(clean, "clean")
@@ -416,6 +421,8 @@ class Task:
                 f"`continuation` must get answers as texts; those of {rows.source} are token ids; "
                 "give a column of texts"
             )
+        from tasks.aligned import Tokenized
+
         made = Tokenized.of(
             tokenizer,
             read.clean,

@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer: ids of texts, texts of ids, and where in a prompt a text stands.
+"""What is asked of a tokenizer: the token ids of texts, and where in a prompt a text stands.
 
 Texts are tokenized many at a time; what follows a prompt is read off both together, so that it is
 right for byte-level and for SentencePiece tokenizers alike.
@@ -263,33 +263,7 @@ def _end(start: int, typed: str, wanted: str, what: str) -> int:
     return start + first + len(wanted)
 
 
-# -- texts of ids ----------------------------------------------------------------------------------
-
-
-def read(tokenizer: Any, row: Sequence[int]) -> str:
-    """The text of token ids, without a first token that stands for the beginning alone.
-
-    In a chat it may open each turn: then it is part of the text.
-    """
-    bos = getattr(tokenizer, "bos_token_id", None)
-    start = int(list(row[:1]) == [bos] and bos not in row[1:])
-    return str(tokenizer.decode(list(row[start:]), clean_up_tokenization_spaces=False))
-
-
-def read_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text that tokens add to those before them, with its leading space."""
-    short, long, alone = (
-        str(tokenizer.decode(list(row), clean_up_tokenization_spaces=False))
-        for row in (before, [*before, *tokens], tokens)
-    )
-    return long[len(short) :] if long.startswith(short) else alone
-
-
-def read_tokens(tokenizer: Any, row: Sequence[int]) -> list[str]:
-    """Each token by itself, as the vocabulary spells it where it is no whole text."""
-    spelled = tokenizer.convert_ids_to_tokens(list(row))
-    texts = [str(tokenizer.decode([token])) for token in row]
-    return [s if "\ufffd" in t or not t else t for s, t in zip(spelled, texts, strict=True)]
+# -- for messages --------------------------------------------------------------------------------
 
 
 def side_by_side(tokenizer: Any, clean: Sequence[int], corrupt: Sequence[int]) -> str:
