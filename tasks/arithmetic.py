@@ -31,7 +31,7 @@ def arithmetic(
 ) -> Task:
     """Arithmetic: the answer is the sum of two digits, the foil that of the corrupt prompt.
 
-    >>> task = arithmetic(model.tokenizer, pairs=4)
+    >>> task = arithmetic(tokenizer, pairs=4)
 
     Two other sums stand before, worked out. `"first"` changes the first number and `"second"` the
     second, so that the corrupt prompt's answer is the foil. Spans: `x`, `y`, `end`.

@@ -46,7 +46,7 @@ def capital_country(
 ) -> Task:
     """Capitals: the answer is the country's capital, the foil that of another country.
 
-    >>> task = capital_country(model.tokenizer, pairs=4)
+    >>> task = capital_country(tokenizer, pairs=4)
 
     `"flip"`, the only corruption, names the other country, so that the corrupt prompt's answer is
     the foil. Countries are those that are one token, as their capital is. Spans: `country`, `end`.

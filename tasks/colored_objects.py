@@ -36,7 +36,7 @@ def colored_objects(
 ) -> Task:
     """Colored objects: the answer is the asked object's color, the foil that of another.
 
-    >>> task = colored_objects(model.tokenizer, pairs=4)
+    >>> task = colored_objects(tokenizer, pairs=4)
 
     `"flip"` asks for the other object, so that the corrupt prompt's answer is the foil; `"colors"`
     swaps the two colors instead. Spans: `color` and `object` (of what is asked for, in the list),

@@ -48,7 +48,7 @@ def docstring(
 ) -> Task:
     """Docstrings: the answer is the third argument of a function, after two are described.
 
-    >>> task = docstring(model.tokenizer, pairs=4)
+    >>> task = docstring(tokenizer, pairs=4)
 
     `"flip"` swaps the third and the fourth argument in the definition, so that the corrupt prompt's
     answer is the foil. `"definition"` renames all four there, so that the description has nothing

@@ -38,7 +38,7 @@ def gendered_pronoun(
 ) -> Task:
     """Gendered pronouns: answer and foil are " she" and " he", as the name asks for.
 
-    >>> task = gendered_pronoun(model.tokenizer, pairs=4)
+    >>> task = gendered_pronoun(tokenizer, pairs=4)
 
     Women and men in turn. `"flip"`, the only corruption, puts a name of the other gender, so that
     the corrupt prompt's answer is the foil. Spans: `name`, `end`. The names are those of `ioi` that

@@ -48,7 +48,7 @@ def greater_than(
 ) -> Task:
     """Greater-than: answers are the years after the one named, foils it and those before.
 
-    >>> task = greater_than(model.tokenizer, pairs=4)
+    >>> task = greater_than(tokenizer, pairs=4)
 
     `"01"`, the only corruption, puts year 01 in place of the year, after which every year is right.
     Where the tokenizer makes a year's last two digits one token (GPT-2), answers and foils are all

@@ -41,7 +41,7 @@ def induction(
 ) -> Task:
     """Induction: the answer is the word that followed the last one before, foil a word of no list.
 
-    >>> task = induction(model.tokenizer, pairs=4)
+    >>> task = induction(tokenizer, pairs=4)
 
     `length` random words and, after a comma, their repetition up to one of them. `"flip"` puts the
     foil in the answer's place in the first list, so that the corrupt prompt's answer is the foil;

@@ -40,7 +40,7 @@ def multiple_choice(
 ) -> Task:
     """Multiple choice: the answer is the letter of the right one of four colors.
 
-    >>> task = multiple_choice(model.tokenizer, pairs=4)
+    >>> task = multiple_choice(tokenizer, pairs=4)
 
     `"options"` swaps the right color with that of another letter, the foil, which is then the
     corrupt prompt's answer; `"color"` gives the object that other color instead. Spans: `color`

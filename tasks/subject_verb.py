@@ -49,7 +49,7 @@ def subject_verb(
 ) -> Task:
     """Subject-verb agreement: answers are verbs in the subject's number, foils in the other.
 
-    >>> task = subject_verb(model.tokenizer, pairs=4, structure="relative")
+    >>> task = subject_verb(tokenizer, pairs=4, structure="relative")
 
     Structures: `"simple"` (The old keys), `"prepositional"` (The keys near the cabinet) and
     `"relative"` (The keys that the man saw), whose second noun is of either number. Singular and

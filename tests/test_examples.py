@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import state
 from test_house import MODULES, PACKAGES, ROOMS, SOURCES
+from test_tasks import byte_level
 
 import circuits
 import relp
@@ -39,6 +40,7 @@ def known(annotations_unchecked: None) -> dict[str, Any]:
     return names | {
         "torch": torch,
         "model": model,
+        "tokenizer": byte_level(),  # has the words of every task, as the shipped ones have not
         "task": task,
         "scores": relp.attribute(model, task),
         "edges": edges,

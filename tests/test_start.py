@@ -35,7 +35,7 @@ def last(run: subprocess.CompletedProcess[str]) -> str:
 # -- the command -----------------------------------------------------------------------------------
 
 REFUSED = {
-    "discover no": "the task must be one of ioi, 'no'",
+    "discover no": "the task must be one of ioi, ioi_abc",
     "discover --rules no": "rules must be one of",
     "discover --search no": "`--search` must be one of",
     "discover --search acdc": "`--search acdc` must get --tau",
@@ -44,7 +44,7 @@ REFUSED = {
     "discover --search acdc --tau -1": "`tau` must be above 0",
     "discover --out file/folder": "`--out` must be a folder that can be written",
     "discover --model a/b/c": "the model must be one of",
-    "patch no": "the task must be one of ioi, 'no'",
+    "patch no": "the task must be one of ioi, ioi_abc",
     "patch --level no": "`level` must be",
     "patch --direction no": "`direction` must be",
     "patch --ablation no": "`ablation` must be",
@@ -52,7 +52,7 @@ REFUSED = {
     "patch --out no/e.safetensors": "`--out` must lie in an existing folder",
     "patch --out old.safetensors": "`--out` must be a new file",
     "patch --model a/b/c": "the model must be one of",
-    "compare no": "the task must be one of ioi, 'no'",
+    "compare no": "the task must be one of ioi, ioi_abc",
     "compare --model .": "a model's folder must hold",
     "coverage a/b/c": "the model must be one of",
     "coverage --rules no": "rules must be one of",

@@ -344,7 +344,10 @@ def bench(
 ) -> Bench:
     """Judges every method on every case, and keeps what is done.
 
-    >>> found = bench(cases, {"RELP": METHODS["RELP"]}, folder="runs/bench")
+    >>> from circuits.judge.bench import Case, Loaded, bench
+    >>> from circuits.judge.methods import METHODS
+    >>> case = Case("mine", "trained", lambda: Loaded(model, task, others=task))
+    >>> found = bench([case], {"RELP": METHODS["RELP"]}, folder="runs/mine")
 
     Args:
         cases: what the methods are judged on.
