@@ -390,7 +390,7 @@ def judge(
             found = bench(cases, chosen, folder=out, options=options | {"versions": versions()})
         for group in found.groups:
             table = found.overview(group)
-            count = len({cell.case for cell in found.cells if cell.group == group})
+            count = len({entry.case for entry in found.entries if entry.group == group})
             rows = [
                 [str(name), *row] for name, row in zip(table.index, table.to_numpy(), strict=True)
             ]

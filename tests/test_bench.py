@@ -12,7 +12,8 @@ from conftest import able_task
 from test_task import full_message
 
 from circuits import assemble, auroc, draw
-from circuits.judge.bench import MEASURES, Bench, Case, Cell, Loaded, bench
+from circuits.judge.bench import Case, Loaded, bench
+from circuits.judge.entries import MEASURES, Bench, Entry
 from circuits.judge.known import areas
 from circuits.judge.methods import METHODS, Method, from_name
 from circuits.judge.resampling import holm
@@ -29,12 +30,12 @@ def test_areas_of_a_ranking_worked_out_by_hand() -> None:
     size = np.array([5.0, 4.0, 3.0, 2.0, 1.0])
     inside = np.array([True, False, True, False, False])
     # five of the six pairs are in order; precisions at the two that are inside: 1/1 and 2/3
-    assert areas(size, inside) == (pytest.approx(5 / 6), pytest.approx((1 + 2 / 3) / 2))
+    assert areas(size, inside) == pytest.approx([5 / 6, (1 + 2 / 3) / 2])
     tied = np.array([1.0, 1.0, 0.0, 0.0, 0.0])  # one inside ties with one outside, one with two
-    assert areas(tied, inside) == (
-        pytest.approx((0.5 + 1 + 1 + 0 + 0.5 + 0.5) / 6), pytest.approx((1 / 2 + 2 / 5) / 2)
-    )  # fmt: skip
-    assert areas(size, size > 2) == (1.0, 1.0)
+    both = (0.5 + 1 + 1 + 0 + 0.5 + 0.5) / 6, (1 / 2 + 2 / 5) / 2
+    assert areas(tied, inside) == pytest.approx(both)
+    assert areas(np.stack([size, tied]), inside)[1] == pytest.approx(both)
+    assert areas(size, size > 2).tolist() == [1, 1]
 
 
 def test_edges_by_name_are_those_of_a_graph(tiny: Any) -> None:
@@ -90,7 +91,7 @@ def test_measures_are_those_of_the_verbs(found: tuple[Bench, Path]) -> None:
 
     (case,) = cases("saturation")
     it = case.load()
-    (cell,) = (c for c in found[0].cells if (c.case, c.method) == ("saturation", "GRADIENT"))
+    (cell,) = (c for c in found[0].entries if (c.case, c.method) == ("saturation", "GRADIENT"))
     edges = METHODS["GRADIENT"].scores(it.model, it.task, "edge", it.direction)
     assert it.edges is not None
     (row,) = auroc(edges, it.edges).itertuples()
@@ -114,9 +115,9 @@ def test_what_is_done_is_not_done_again(found: tuple[Bench, Path]) -> None:
 
     asleep = {name: replace(METHODS[name], scores=never) for name in ("GRADIENT", "exact")}
     again = bench(cases("or_gate"), asleep, folder=found[1], progress=False)
-    assert [c.method for c in again.cells] == ["GRADIENT", "exact"]
-    before = {(c.case, c.method): c.metric for c in found[0].cells}
-    assert all(c.metric == before[c.case, c.method] for c in again.cells)
+    assert [c.method for c in again.entries] == ["GRADIENT", "exact"]
+    before = {(c.case, c.method): c.metric for c in found[0].entries}
+    assert all(c.metric == before[c.case, c.method] for c in again.entries)
 
 
 def test_an_interrupted_bench_goes_on(tmp_path: Path) -> None:
@@ -134,14 +135,14 @@ def test_an_interrupted_bench_goes_on(tmp_path: Path) -> None:
     kept = sorted(path.name for path in (tmp_path / "or_gate").iterdir())
     assert kept == ["GRADIENT.json", "effects.safetensors"]
     again = bench(cases("or_gate"), some("GRADIENT", "RELP"), folder=tmp_path, progress=False)
-    assert [c.method for c in again.cells] == ["GRADIENT", "RELP"]
+    assert [c.method for c in again.entries] == ["GRADIENT", "RELP"]
 
 
 def test_large_models_get_a_sample_and_no_method_that_runs_each_edge(tmp_path: Path) -> None:
     (case,) = cases("or_gate")
     methods = some("GRADIENT", "exact", "ACDC")
     only = bench([replace(case, large=True)], methods, folder=tmp_path, progress=False)
-    assert [c.method for c in only.cells] == ["GRADIENT"]
+    assert [c.method for c in only.entries] == ["GRADIENT"]
     effects = Scores.load(tmp_path / "or_gate" / "effects.safetensors")
     assert effects.rules.startswith("exact")
 
@@ -158,7 +159,7 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert mine.name == "halves"
     both = bench(cases("or_gate"), some("RELP") | {"halves": mine}, folder=tmp_path,
                  progress=False)  # fmt: skip
-    one, other = both.cells
+    one, other = both.entries
     assert one.scores == other.scores and one.metric == other.metric
     message = full_message(lambda: from_name("mine_for_the_bench:number"))
     assert message.startswith("a method of your own must be a function (model, task, level, ")
@@ -183,23 +184,23 @@ def test_a_folder_holds_cells_of_one_set_of_options(tmp_path: Path) -> None:
     assert full_message(
         lambda: bench([], {}, folder=tmp_path, options={"pairs": 9, "seed": 0}, progress=False)
     ) == (
-        f"`folder` must hold cells of the same options; {str(tmp_path)!r} has pairs 8 there and 9 "
-        "now; give the options of then, another folder, or delete it"
+        f"`folder` must hold entries of the same options; {str(tmp_path)!r} has pairs 8 there and "
+        "9 now; give the options of then, another folder, or delete it"
     )
 
 
 # -- statistics ------------------------------------------------------------------------------------
 
 
-def cell(case: str, method: str, values: list[float], **more: Any) -> Cell:
-    return Cell(case, "trained", method, {"node cost": 2.0}, agreement={"signs": values}, **more)
+def made_entry(case: str, method: str, values: list[float], **more: Any) -> Entry:
+    return Entry(case, "trained", method, {"node cost": 2.0}, agreement={"signs": values}, **more)
 
 
 def test_means_are_over_cases_and_pairs_without_a_value_are_left_out() -> None:
     nan = float("nan")
     made = Bench((
-        cell("a", "GRADIENT", [0.2, 0.4, nan]), cell("b", "GRADIENT", [0.9]),
-        cell("a", "RELP", [nan, nan, nan]), cell("b", "RELP", [0.5]),
+        made_entry("a", "GRADIENT", [0.2, 0.4, nan]), made_entry("b", "GRADIENT", [0.9]),
+        made_entry("a", "RELP", [nan, nan, nan]), made_entry("b", "RELP", [0.5]),
     ))  # fmt: skip
     table = made.summary().set_index(["method", "measure"])
     assert table.loc[("GRADIENT", "signs"), "value"] == pytest.approx((0.3 + 0.9) / 2)
@@ -213,7 +214,7 @@ def test_a_difference_in_every_pair_is_told_from_none() -> None:
     rng = np.random.default_rng(0)
     base = rng.random((2, 8))
     made = Bench(tuple(
-        cell(case, method, (base[i] + shift + spread * rng.standard_normal(8)).tolist())
+        made_entry(case, method, (base[i] + shift + spread * rng.standard_normal(8)).tolist())
         for i, case in enumerate("ab")
         for method, shift, spread in (
             ("GRADIENT", 0, 0), ("RELP", 0.3, 0.05), ("GIM", 0, 0), ("CP_LRP", 0, 0.2),

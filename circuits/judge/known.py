@@ -66,15 +66,21 @@ def auroc(
 
 
 def areas(
-    size: Float[np.ndarray, " item"], inside: Bool[np.ndarray, " item"]
-) -> tuple[float, float]:
+    size: Float[np.ndarray, "*row item"], inside: Bool[np.ndarray, " item"]
+) -> Float[np.ndarray, "*row 2"]:
     """Areas under the ROC curve and under precision by recall, of sizes and what is inside."""
-    least, outside = size[inside], np.sort(size[~inside])
-    # Mann and Whitney: how often one inside outranks one outside, of ties half
-    beaten = sum(np.searchsorted(outside, least, side) for side in ("left", "right")) / 2
-    # for each inside: how many there are of at least its size, and how many of these are inside
-    every, right = (len(of) - np.searchsorted(np.sort(of), least) for of in (size, least))
-    return float(beaten.mean() / len(outside)), float((right / every).mean())
+    known, others = size[..., inside], size[..., ~inside]
+    roc, precision = np.zeros(size.shape[:-1]), np.zeros(size.shape[:-1])
+    for i in range(known.shape[-1]):
+        least = known[..., i : i + 1]
+        below, as_large = (others < least).sum(-1), (others >= least).sum(-1)
+        # Mann and Whitney: how often one inside outranks one outside, of ties half
+        roc += (below + others.shape[-1] - (others > least).sum(-1)) / 2
+        # how many there are of at least its size, and how many of these are inside
+        right = (known >= least).sum(-1)
+        precision += right / (right + as_large)
+    many = known.shape[-1]
+    return np.stack([roc / (many * others.shape[-1]), precision / many], -1)
 
 
 class Labels(NamedTuple):
