@@ -35,6 +35,7 @@ from circuits.graph import size
 from relp import PRESETS, RELP, Scores, attribute
 from relp.bridge.rerun import Rerun
 from tasks import Task, ioi
+from tasks.registry import TASKS
 
 NUMBER = r"-?\d+\.\d{3}"
 
@@ -133,6 +134,7 @@ def test_discover_searches_as_it_is_told(model: Path) -> None:
     assert 0 < size(circuit) < 46 and nx.has_path(circuit, "embed", "logits")
 
 
+@pytest.mark.filterwarnings("ignore:the model must be able to do the task")
 @pytest.mark.parametrize(("level", "column"), [("node", "component"), ("edge", "writer")])
 def test_patch_writes_exact_effects_and_goes_on(
     model: Path, level: str, column: str, monkeypatch: pytest.MonkeyPatch
@@ -476,10 +478,61 @@ def test_no_table_cuts_a_number(width: int, columns: int, monkeypatch: Any) -> N
     assert not drawn or max(map(len, said.splitlines())) <= width
 
 
-def test_tasks_lists_tasks() -> None:
+def test_tasks_says_what_models_can_do() -> None:
     result = relp("tasks")
     assert result.exit_code == 0
-    assert re.search(r"^\W*ioi\s", result.stdout, re.M)
+    words = result.stdout.split()
+    for name in (*TASKS, "smollm2-135m"):
+        assert name in words
+    assert "induction" in words and "84%" in words and "as measured before" in result.stdout
+    now = relp("tasks", "--model", "ioi-gpt2")
+    assert now.exit_code == 0 and "measured now" in now.stdout
+    assert "84%" in now.stdout.split() and "smollm2-135m" not in now.stdout
+    assert refused("tasks", "--model", "a/b/c").startswith("the model must be one of")
+
+
+@pytest.mark.filterwarnings("always")
+def test_who_cannot_do_a_task_is_told_first_and_right_pairs_can_be_kept() -> None:
+    command = ("patch", "gendered_pronoun", "--pairs", 8, "--out", "e.safetensors")
+    result = relp(*command)
+    assert result.exit_code == 0 and plain(result.stderr).startswith(
+        "warning: the model must be able to do the task, or circuits explain noise; it is right "
+    )
+    assert result.stdout.index("the answer is preferred in") < result.stdout.index("strongest: ")
+    right = re.search(r"it is right on (\d) of 8 clean prompts", plain(result.stderr))
+    assert right and 0 < int(right.group(1)) < 6
+    kept = relp(*command, "--filter-correct", "--overwrite")
+    assert kept.exit_code == 0, kept.output
+    assert f"{right.group(1)} of 8 pairs are kept, on which the answer is" in kept.stdout
+    assert "the answer is preferred in 100.0% of the clean prompts" in kept.stdout
+
+
+def test_bench_judges_keeps_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine_for_the_command.py").write_text(
+        "from relp import RELP, attribute\n"
+        "def mine(model, task, level, direction):\n"
+        "    return attribute(model, task, rules=RELP, level=level, direction=direction)\n"
+    )
+    command = ("bench", "--case", "or_gate", "--method", "GRADIENT", "--method",
+               "mine_for_the_command:mine", "--pairs", 2, "--distractors", 1, "--out", "b")  # fmt: skip
+    result = relp(*command)
+    assert result.exit_code == 0, result.output
+    assert "planted: mean over 1 cases" in result.stdout and "wrote b/bench.html" in result.stdout
+    assert files(Path("b")) == [
+        "bench.csv", "bench.html", "bench.json", "bench.md", "or_gate", "or_gate/GRADIENT.json",
+        "or_gate/effects.safetensors", "or_gate/mine.json",
+    ]  # fmt: skip
+    table = pd.read_csv("b/bench.csv")
+    assert set(table["method"]) == {"GRADIENT", "mine"} and set(table["case"]) == {"or_gate"}
+    assert "| mine | 1.00 " in Path("b/bench.md").read_text()
+    before = {name: Path("b", name).stat().st_mtime_ns for name in files(Path("b/or_gate"))
+              if Path("b", name).exists()}  # fmt: skip
+    assert relp(*command).exit_code == 0
+    assert all(Path("b", name).stat().st_mtime_ns == then for name, then in before.items())
+    other = refused(*command, "--pairs", 3)
+    assert other.startswith("`folder` must hold entries of the same options; 'b' has pairs 2 there")
+    assert refused("bench", "--case", "no").startswith("`--case` must be a task or one of induct")
+    assert refused("bench", "--method", "no").startswith("a method must be one of GRADIENT, ")
 
 
 def test_export_there_and_back() -> None:
@@ -531,7 +584,7 @@ def refused(*arguments: Any) -> str:
 @pytest.mark.parametrize("command", ["discover", "compare"])
 def test_an_unknown_task_is_an_error(command: str) -> None:
     assert refused(command, "[red]") == (
-        "the task must be one of ioi; got '[red]'; `relp tasks` lists them"
+        f"the task must be one of {', '.join(TASKS)}; got '[red]'; `relp tasks` lists them"
     )
 
 
@@ -741,7 +794,7 @@ def test_counts_below_one_are_wrong_usage(option: str) -> None:
 
 
 def test_large_models_are_verified_within_a_budget(model: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cli, "LARGE", 0)
+    monkeypatch.setattr("circuits.grid.LARGE", 0)
     monkeypatch.setattr("circuits.exact.verify.BUDGET", 20)
     result = relp("compare", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output

@@ -15,9 +15,10 @@ from test_ioi import FAMILIES, metaspace, with_bos
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tasks import Task
+from tasks import Task, able, zoo
 from tasks.prompts import fill, whole_words
 from tasks.registry import TASKS, about, builder, check_task, known_circuit
+from tasks.zoo.shelf import shipped
 
 ENOUGH = 11
 
@@ -289,6 +290,13 @@ def test_a_filled_template_knows_where_its_words_are() -> None:
     row = byte_level()("Mary saw Tom and Mary").input_ids
     at = made.tokens(byte_level(), "A2", [0, *row], bos=1)
     assert at.stop == len(row) + 1 and byte_level().decode([0, *row][at.start : at.stop]) == " Mary"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_recorded_of_shipped_models_is_what_they_do(name: str) -> None:
+    recorded, measured = able.recorded()[name], able.measured(zoo.load(name))
+    assert recorded == pytest.approx(measured, nan_ok=True)
+    assert recorded["ioi"] > 0.95 and list(recorded) == list(TASKS)
 
 
 # -- by name ---------------------------------------------------------------------------------------
