@@ -513,8 +513,9 @@ def test_bench_judges_keeps_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
         "def mine(model, task, level, direction):\n"
         "    return attribute(model, task, rules=RELP, level=level, direction=direction)\n"
     )
-    command = ("bench", "--case", "or_gate", "--method", "GRADIENT", "--method",
-               "mine_for_the_command:mine", "--pairs", 2, "--distractors", 1, "--out", "b")  # fmt: skip
+    own = "mine_for_the_command:mine"
+    command = ("bench", "--case", "or_gate", "--method", "GRADIENT", "--method", own,
+               "--pairs", 2, "--distractors", 1, "--out", "b")  # fmt: skip
     result = relp(*command)
     assert result.exit_code == 0, result.output
     assert "planted: mean over 1 cases" in result.stdout and "wrote b/bench.html" in result.stdout
