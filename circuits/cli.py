@@ -377,6 +377,7 @@ def judge(
         from circuits import draw
         from circuits.grid import planted_cases, trained_cases
         from circuits.judge.bench import bench
+        from circuits.masked import UNABLE
         from relp import written_whole
         from relp.bridge import versions
 
@@ -385,9 +386,15 @@ def judge(
         cases = [*planted_cases(case, pairs, seed, noise, distractors)]
         cases += [of for name in models for of in trained_cases(name, case, pairs, seed)]
         options = {"pairs": pairs, "seed": seed, "noise": noise, "distractors": distractors}
-        with _written(out), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the model must be able to do the task")
-            found = bench(cases, chosen, folder=out, options=options | {"versions": versions()})
+        try:
+            with _written(out), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", UNABLE)  # the cases are those that it can do
+                found = bench(cases, chosen, folder=out, options=options | {"versions": versions()})
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"the entries that are done are kept in {str(out)!r}; run the same command again "
+                "to go on"
+            ) from stop
         for group in found.groups:
             table = found.overview(group)
             count = len({entry.case for entry in found.entries if entry.group == group})

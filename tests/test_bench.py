@@ -12,9 +12,9 @@ from conftest import able_task
 from test_task import full_message
 
 from circuits import assemble, auroc, draw
+from circuits.judge.areas import areas
 from circuits.judge.bench import Case, Loaded, bench
 from circuits.judge.entries import MEASURES, Bench, Entry
-from circuits.judge.known import areas
 from circuits.judge.methods import METHODS, Method, from_name
 from circuits.judge.resampling import holm
 from relp import RELP, EdgeScores, Scores, attribute

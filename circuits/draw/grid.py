@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuits.draw.paint import plain
+from circuits.judge.entries import by_case
 
 __all__ = ["grid"]
 
@@ -71,11 +72,3 @@ def grid(found: pd.DataFrame) -> go.Figure:
         margin={"l": 140, "t": 90},
     )
     return figure
-
-
-def by_case(found: pd.DataFrame) -> pd.DataFrame:
-    """A row for each method, a column for each case, in the order in which they come."""
-    wide = found.pivot(index="method", columns="case", values="value")
-    return wide.reindex(
-        index=list(dict.fromkeys(found["method"])), columns=list(dict.fromkeys(found["case"]))
-    )

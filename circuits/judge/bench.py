@@ -79,7 +79,8 @@ def bench(
     Args:
         cases: what the methods are judged on.
         methods: by name; a method that measures every edge is left out where the model is large.
-        folder: where each entry is kept as a file; what is there is not done again.
+        folder: where each entry is kept as a file; what is there is not done again. A method of
+            one's own is, when its file has changed.
         options: what the cases were made with; a folder holds entries of one set of options.
         progress: show a bar over the entries that are to do.
 
@@ -203,7 +204,7 @@ def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
 
 def _file(home: Path, case: Case, method: Method) -> Path:
     name = "".join(c if c.isalnum() else "_" for c in method.name)
-    return home / case.name / f"{name}.json"
+    return home / case.name / f"{'-'.join(filter(None, (name, method.version)))}.json"
 
 
 def _must_be_ours(home: Path, options: Mapping[str, object]) -> None:

@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
+from circuits.judge.areas import areas
 from circuits.judge.evaluation import Evaluation
-from circuits.judge.known import areas
 from circuits.judge.measures import percentiles
 from circuits.judge.resampling import holm, p_value, random_swaps, resamples
 
-__all__ = ["AGREEMENT", "MEASURES", "Bench", "Entry"]
+__all__ = ["AGREEMENT", "MEASURES", "Bench", "Entry", "by_case"]
 
 Samples = Float[np.ndarray, " sample"]
 AGREEMENT = ("pearson", "spearman", "signs", "relative_error")
@@ -235,10 +235,7 @@ class Bench:
             raise ValueError(
                 f"the measure must be one of {', '.join(MEASURES)}; got {measure!r}; see `table`"
             )
-        table = self.table().query("measure == @measure")
-        wide = table.pivot(index="method", columns="case", values="value")
-        cases = list(dict.fromkeys(table["case"]))
-        return wide.reindex(index=[m for m in self.methods if m in wide.index], columns=cases)
+        return by_case(self.table().query("measure == @measure"))
 
     def grid(self) -> Iterator[tuple[str, str, str]]:
         """Every group, method and measure."""
@@ -298,6 +295,13 @@ def _mean_over_cases(each: Sequence[Samples]) -> Samples:
     """As many samples as all have: one alone if some case has no more."""
     many = min(map(len, each))
     return np.mean([samples[:many] for samples in each], axis=0)
+
+
+def by_case(table: pd.DataFrame) -> pd.DataFrame:
+    """Of some rows of `Bench.table`, one measure's: a row per method, a column per case."""
+    wide = table.pivot(index="method", columns="case", values="value")
+    methods, cases = (list(dict.fromkeys(table[name])) for name in ("method", "case"))
+    return wide.reindex(index=methods, columns=cases)
 
 
 # -- tables ----------------------------------------------------------------------------------------

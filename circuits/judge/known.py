@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 
 from circuits.graph import check_circuit, real_edges
 from circuits.judge.agreement import several
+from circuits.judge.areas import areas
 from relp import Component, EdgeScores, Scores
 
 __all__ = ["auroc"]
@@ -63,24 +64,6 @@ def auroc(
                 rows.append((s.rules, kind, *areas(size, inside), *many))
     columns = ["rules", "kind", "auroc", "average_precision", "known", "others"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def areas(
-    size: Float[np.ndarray, "*row item"], inside: Bool[np.ndarray, " item"]
-) -> Float[np.ndarray, "*row 2"]:
-    """Areas under the ROC curve and under precision by recall, of sizes and what is inside."""
-    known, others = size[..., inside], size[..., ~inside]
-    roc, precision = np.zeros(size.shape[:-1]), np.zeros(size.shape[:-1])
-    for i in range(known.shape[-1]):
-        least = known[..., i : i + 1]
-        below, as_large = (others < least).sum(-1), (others >= least).sum(-1)
-        # Mann and Whitney: how often one inside outranks one outside, of ties half
-        roc += (below + others.shape[-1] - (others > least).sum(-1)) / 2
-        # how many there are of at least its size, and how many of these are inside
-        right = (known >= least).sum(-1)
-        precision += right / (right + as_large)
-    many = known.shape[-1]
-    return np.stack([roc / (many * others.shape[-1]), precision / many], -1)
 
 
 class Labels(NamedTuple):

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Method:
     """Whether it runs the model once for each edge, which only small models allow."""
     averages: bool = True
     """Whether its scores of many pairs are the mean of those of each."""
+    version: str = ""
+    """Of a function of one's own: it changes when the file does that it stands in."""
 
 
 def _rules(rules: Rules, steps: int = 1) -> Function:
@@ -141,4 +144,5 @@ def from_name(name: str) -> Method:
             f"a method of your own must be a function (model, task, level, direction) -> Scores; "
             f"{name!r} is a {type(found).__name__}; give the name of a function"
         )
-    return Method(function, found)
+    source = Path(str(import_module(module).__file__)).read_bytes()
+    return Method(function, found, version=hashlib.sha256(source).hexdigest()[:8])
