@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from circuits import agreement, missed, patch, verify
 from relp import DEEPLIFT, GRADIENT, PARTWAY, RELP, attribute
 from relp.bridge import quantization
-from tasks import Task, ioi, zoo
+from tasks import Task, able, ioi, zoo
+from tasks.registry import builder
 from tasks.zoo.downloads import DOWNLOADS, cache, kept
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("annotations_unchecked")]
@@ -73,6 +74,28 @@ def test_the_folder_is_that_of_an_ordinary_model(folder: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "NOTICE"} <= names
     assert "Apache License" in (folder / "LICENSE").read_text()
     assert not [p for p in folder.parent.iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "name", ["greater_than", "gendered_pronoun", "subject_verb_relative", "docstring", "arithmetic"]
+)
+def test_what_is_recorded_of_tasks_is_what_it_does(model: Any, name: str) -> None:
+    task = builder(name)(model.tokenizer, pairs=able.PAIRS)
+    share = float(task.preferred(model).float().mean())
+    assert able.recorded()[NAME][name] == pytest.approx(share, abs=1.5 / able.PAIRS)
+
+
+def test_a_chat_template_stands_around_prompts(model: Any) -> None:
+    asked = ["Say yes, please.", "Say no, please."]
+    task = Task.from_prompts(
+        model.tokenizer, asked[:1], asked[1:], ["Yes"], ["No"], chat=True, spans={"word": "yes"}
+    )
+    wanted = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked[0]}], add_generation_prompt=True, return_dict=False
+    )
+    assert task.clean[0].tolist() == list(wanted)
+    assert model.tokenizer.decode(task.clean[0, task.spans["word"]]) == " yes"
+    assert model.tokenizer.decode(task.answers) == "Yes" and task.preferred(model).shape == (1,)
 
 
 def test_a_second_load_reads_the_cache(

@@ -13,6 +13,7 @@ scores of edges by the faithfulness of their best edges on other pairs.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,11 +116,11 @@ def bench(
 def _fill(home: Path, case: Case, methods: Sequence[Method], bar: Any) -> None:
     """The entries of one case: all scores first, as the sample of effects depends on them."""
     it = case.load()
-    (home / case.name).mkdir(parents=True, exist_ok=True)
+    _folder(home, case).mkdir(parents=True, exist_ok=True)
     it.model(it.task.select([0]).clean)  # the first run of a model sets it up
     least = floor(it.model, it.task)
     nodes = {m.name: _scored(m, it, "node") for m in methods if m.nodes}
-    effect = _effects(home / case.name / EFFECTS, case, it, [s for s, _ in nodes.values()])
+    effect = _effects(_folder(home, case) / EFFECTS, case, it, [s for s, _ in nodes.values()])
     for method in methods:
         edges, took = _scored(method, it, "edge")
         cost = {"edge cost": took / least}
@@ -202,9 +203,18 @@ def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
 # -- the folder ------------------------------------------------------------------------------------
 
 
+def _folder(home: Path, case: Case) -> Path:
+    return home / _plain(case.name)
+
+
 def _file(home: Path, case: Case, method: Method) -> Path:
-    name = "".join(c if c.isalnum() else "_" for c in method.name)
-    return home / case.name / f"{'-'.join(filter(None, (name, method.version)))}.json"
+    name = "-".join(filter(None, (_plain(method.name), method.version)))
+    return _folder(home, case) / f"{name}.json"
+
+
+def _plain(name: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
 
 
 def _must_be_ours(home: Path, options: Mapping[str, object]) -> None:
