@@ -7,34 +7,23 @@ are where they are used, behind the checks.
 from __future__ import annotations
 
 import errno
-import hashlib
-import math
 import os
-import signal
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from threading import Timer
 from time import perf_counter
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
+from circuits.screen import one_line_errors, or_dash, print_table, say
+from circuits.source import source_of
 from relp import Direction, Level, Preset
 from tasks import able, planted, zoo
-from tasks.registry import TASKS, about, builder, check_task
-from tasks.tables import SUFFIXES as TABLES
-from tasks.tables import Table as Rows
-from tasks.tables import columns_of, read_table
+from tasks.registry import TASKS, about
 from tasks.zoo import shelf
 from tasks.zoo.boot import check_model
 
@@ -55,8 +44,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-console = Console()
-errors = Console(stderr=True)
 
 TaskName = Annotated[
     str,
@@ -134,7 +121,7 @@ def discover(
     An interrupted acdc goes on when run again.
     """
     started = perf_counter()
-    with _one_line_errors():
+    with one_line_errors():
         chosen = Preset(rules or Preset.RELP)
         if search == "acdc" and rules is not None:
             raise ValueError(
@@ -142,7 +129,7 @@ def discover(
                 f"edge; got --rules {chosen}; leave it out, or give --search top"
             )
         folder = out or Path("runs") / _called(model)
-        source = _source(task)
+        source = source_of(task)
         many = "" if pairs is None else f" --pairs {pairs}"
         asked = f"{source.identity} --model {model}{many} --seed {seed}"
         find = _search(search, edges, tau, folder / f"{source.name}.part.json", asked)
@@ -157,7 +144,7 @@ def discover(
         prompts = source.draw(bridge.tokenizer, pairs or _many(bridge, 32), seed)
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
+        say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
 
         prompts = _ready(bridge, prompts, filter_correct=filter_correct)
         scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
@@ -170,7 +157,7 @@ def discover(
             )
         # what took long and is small comes first: the rest can be made from it
         with _written(folder):
-            _say(f"wrote {escape(str(save(circuit, folder / f'{source.name}.json')))}")
+            say(f"wrote {escape(str(save(circuit, folder / f'{source.name}.json')))}")
         _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
         kept = faithfulness(bridge, prompts, circuit)
         total = circuit.graph["total_edges"]
@@ -179,13 +166,13 @@ def discover(
             f"{circuit.number_of_nodes()} nodes, faithfulness {kept:.3f}"
         )
         by = circuit.graph["rules"] + (", greedy" if search == "greedy" else "")
-        _say(f"circuit by {by}: [bold]{summary}[/]")
+        say(f"circuit by {by}: [bold]{summary}[/]")
         title = f"{source.name} circuit of {_shown(bridge)} · {by} · {summary}"
         for suffix in ("svg", "html"):
             with _written(folder):
                 written = save(circuit, folder / f"{source.name}.{suffix}", title=title)
-            _say(f"wrote {escape(str(written))}")
-    _say(f"done in {perf_counter() - started:.0f} s")
+            say(f"wrote {escape(str(written))}")
+    say(f"done in {perf_counter() - started:.0f} s")
 
 
 @app.command(name="patch")
@@ -206,11 +193,11 @@ def measure(
     filter_correct: FilterCorrect = False,
 ) -> None:
     """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
-    with _one_line_errors():
+    with one_line_errors():
         Level(level)
         Direction(direction)
         check_ablation(ablation)
-        source = _source(task)
+        source = source_of(task)
         check_model(model)
         with _claimed(out, overwrite=overwrite) as finished, _going_on(out, finished):
             from circuits import patch
@@ -219,7 +206,7 @@ def measure(
 
             bridge = zoo.load(model)
             prompts = source.draw(bridge.tokenizer, pairs, seed)
-            _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
+            say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
             prompts = _ready(bridge, prompts, filter_correct=filter_correct)
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            resume=finished)  # fmt: skip
@@ -228,7 +215,7 @@ def measure(
         shown = lined_up(effect) if isinstance(effect, NodeScores) else effect
         strongest = shown.top(10).drop(columns=["kind", "layer", "head", "slot"], errors="ignore")
         rest = "; other: the sum over all other positions" if shown.places else ""
-        _print_table(
+        print_table(
             f"strongest: {effect.rules}, {direction}{rest}",
             list(strongest.columns),
             [
@@ -236,7 +223,7 @@ def measure(
                 for row in strongest.itertuples(index=False)
             ],
         )
-        _say(f"wrote {escape(str(out))}")
+        say(f"wrote {escape(str(out))}")
 
 
 @app.command()
@@ -258,8 +245,8 @@ def compare(
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
     started = perf_counter()
-    with _one_line_errors():
-        source = _source(task)
+    with one_line_errors():
+        source = source_of(task)
         check_model(model)
         if out is not None:
             _check_folder(out)
@@ -271,13 +258,13 @@ def compare(
         bridge = zoo.load(model)
         pairs = pairs or _many(bridge, 16)
         prompts = source.draw(bridge.tokenizer, pairs, seed)
-        _say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
+        say(f"[bold]{escape(_shown(bridge))}[/] on {escape(repr(prompts))}")
         prompts = _ready(bridge, prompts, filter_correct=filter_correct)
         scores, seconds = _every_estimate(bridge, prompts)
         effect = _measured(bridge, prompts, scores, exact=exact)
         frame = _print_agreement(scores, effect)
         took = ", ".join(f"{rules} {s:.1f}" for rules, s in seconds.items())
-        _say(f"seconds for the scores of all nodes: {took}")
+        say(f"seconds for the scores of all nodes: {took}")
         if out is not None:
             called = f"{_shown(bridge)} · {source.name}"
             title = f"{called} · agreement with exact effects, {len(prompts)} pairs"
@@ -287,14 +274,14 @@ def compare(
                 out.mkdir(parents=True, exist_ok=True)
                 with written_whole(page) as temporary:
                     figure.write_html(temporary, include_plotlyjs=True)
-            _say(f"wrote {escape(str(page))}")
+            say(f"wrote {escape(str(page))}")
         if circuits or (circuits is None and not is_large(bridge)):
             others, which = source.others(bridge.tokenizer, pairs, seed)
             if others is None:
-                _say(f"no circuits: {which}")
+                say(f"no circuits: {which}")
             else:
                 _print_circuits(bridge, prompts, others, which)
-    _say(f"done in {perf_counter() - started:.0f} s")
+    say(f"done in {perf_counter() - started:.0f} s")
 
 
 @app.command()
@@ -303,7 +290,7 @@ def coverage(
     rules: Annotated[str, typer.Option(help="Rules to look at.")] = "RELP",
 ) -> None:
     """List the operations of a model that carry relevance, and the rule that each gets."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = Preset(rules)
         check_model(model)
 
@@ -315,14 +302,14 @@ def coverage(
         tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
         frame = coverage(bridge, tokens, rules=PRESETS[chosen])
         groups = frame.groupby(["operation", "kind", "rule"], sort=False)
-        _print_table(
+        print_table(
             f"{_shown(bridge)} · {chosen}",
             ["operation", "kind", "rule", "modules", "times"],
             [[*key, str(g["module"].nunique()), str(g["count"].sum())] for key, g in groups],
         )
         total = frame["count"].sum()
         covered = total - frame.query("kind in ('unknown', 'opaque')")["count"].sum()
-        _say(
+        say(
             f"{covered} of {total} operations that carry relevance have a rule "
             f"({covered / total:.1%})"
         )
@@ -363,7 +350,7 @@ def judge(
     task, level, direction)` of mine.py, which returns Scores.
     """
     started = perf_counter()
-    with _one_line_errors():
+    with one_line_errors():
         for name in model or ():
             check_model(name)
         for name in case or ():
@@ -401,9 +388,9 @@ def judge(
             rows = [
                 [str(name), *row] for name, row in zip(table.index, table.to_numpy(), strict=True)
             ]
-            _print_table(f"{group}: mean over {count} cases", ["method", *table.columns], rows)
+            print_table(f"{group}: mean over {count} cases", ["method", *table.columns], rows)
         if "GRADIENT" in found.methods:
-            _say("+ better, ! worse than GRADIENT: permutation tests over pairs, Holm's correction")
+            say("+ better, ! worse than GRADIENT: permutation tests over pairs, Holm's correction")
         figure = draw(found.table(), title=f"relp bench · {pairs} pairs, seed {seed}")
         with _written(out):
             with written_whole(out / "bench.csv") as temporary:
@@ -413,8 +400,8 @@ def judge(
             with written_whole(out / "bench.html") as temporary:
                 figure.write_html(temporary, include_plotlyjs=True)
         for suffix in ("csv", "md", "html"):
-            _say(f"wrote {escape(str(out / f'bench.{suffix}'))}")
-    _say(f"done in {perf_counter() - started:.0f} s")
+            say(f"wrote {escape(str(out / f'bench.{suffix}'))}")
+    say(f"done in {perf_counter() - started:.0f} s")
 
 
 def _methods(names: Sequence[str]) -> Any:
@@ -438,7 +425,7 @@ def list_tasks(
     ] = None,
 ) -> None:
     """List the tasks, and how often models prefer the right answer."""
-    with _one_line_errors():
+    with one_line_errors():
         if model is None:
             shares = able.recorded()
             said = "as measured before (--model NAME: now)"
@@ -446,15 +433,15 @@ def list_tasks(
             check_model(model)
             shares = {_called(model): able.measured(zoo.load(model))}
             said = "measured now"
-        _print_table(
+        print_table(
             "tasks",
             ["name", "what it is", *shares],
             [
-                [name, about(name), *(_or_dash(of[name], ".0%") for of in shares.values())]
+                [name, about(name), *(or_dash(of[name], ".0%") for of in shares.values())]
                 for name in TASKS
             ],
         )
-        _say(
+        say(
             f"share of {able.PAIRS} clean prompts on which the answer is preferred to the foil, "
             f"{said}; –: the tokenizer has not the words"
         )
@@ -467,15 +454,15 @@ def list_models(
     ] = None,
 ) -> None:
     """List the models known by name: those that come with the package, and those to fetch."""
-    with _one_line_errors():
+    with one_line_errors():
         if remove is not None:
-            _say(f"removed {escape(str(shelf.remove(remove)))}")
+            say(f"removed {escape(str(shelf.remove(remove)))}")
             return
         rows = [
             [m.name, f"{m.parameters / 1e6:,.1f} M", f"{m.size / 1e6:,.1f} MB", m.state, m.licence]
             for m in shelf.models()
         ]
-        _print_table(
+        print_table(
             f"models; those to fetch are kept in {shelf.cache()}",
             ["name", "parameters", "on disk", "where", "licence"],
             rows,
@@ -506,7 +493,7 @@ def export(
     """Convert a circuit from one file format to another, by the names of the files."""
     from circuits import from_mib, load, save
 
-    with _one_line_errors():
+    with one_line_errors():
         reads, writes = source.name.endswith(MIB), target.name.endswith(MIB)
         if (in_graph and not reads) or (model and not (reads or writes)):
             raise ValueError(
@@ -518,38 +505,10 @@ def export(
         if writes and bridge is None:
             bridge = zoo.load(graph.graph["model"])
         written = save(graph, target, model=bridge if writes else None)
-        _say(f"wrote {escape(str(written))}")
+        say(f"wrote {escape(str(written))}")
 
 
 # -- what is printed -------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    """One line, however long: paths and numbers stay whole when the output is read by a program."""
-    console.print(line, soft_wrap=True, highlight=False)
-
-
-def _print_table(
-    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, blocks: bool = False
-) -> None:
-    """A table; where the screen would cut a word or a number of it, a line for each cell.
-
-    `blocks`: a line between rows that begin with another word.
-    """
-    table = Table(*map(escape, headers), title=escape(title))
-    for row, below in zip(rows, [*rows[1:], rows[-1]], strict=True):
-        table.add_row(*map(escape, row), end_section=blocks and row[0] != below[0])
-    shown = ["".join(part.text for part in line) for line in console.render_lines(table)]
-    words = Counter(" ".join(cell for row in (headers, *rows) for cell in row).split())
-    if words <= Counter(" ".join(shown).split()):
-        console.print(table)
-        return
-    _say(f"[italic]{escape(title)}[/]")
-    width = max(map(len, headers))
-    for row in rows:
-        _say("")
-        for header, cell in zip(headers, row, strict=True):
-            _say(f"{escape(header):{width}} {escape(cell)}")
 
 
 def _every_estimate(bridge: Any, prompts: Any) -> tuple[list[Any], dict[str, float]]:
@@ -582,7 +541,7 @@ def _print_circuits(bridge: Any, prompts: Any, others: Any, which: str) -> None:
     for rules, row in zip(found.rules, found.faithfulness.tolist(), strict=True):
         both = (f"{areas.loc[rules, name]:.3f}" for name in ("CPR", "CMD"))
         rows.append([rules, *both, *(f"{round(row[i], 3) + 0.0:.3f}" for i in shown)])
-    _print_table(
+    print_table(
         f"faithfulness by share of edges, on {which}",
         ["rules", "CPR", "CMD", *(f"{found.sizes[i]:.1%}" for i in shown)],
         rows,
@@ -601,7 +560,7 @@ def _ready(bridge: Any, prompts: Any, *, filter_correct: bool) -> Any:
     if filter_correct:
         every = len(prompts)
         prompts = prompts.filter_correct(bridge)
-        _say(f"{len(prompts)} of {every} pairs are kept, on which the answer is preferred")
+        say(f"{len(prompts)} of {every} pairs are kept, on which the answer is preferred")
     clean: list[float] = []
     corrupt: list[float] = []
     for side, values in (("clean", clean), ("corrupt", corrupt)):
@@ -611,7 +570,7 @@ def _ready(bridge: Any, prompts: Any, *, filter_correct: bool) -> Any:
                       (("clean", clean), ("corrupt", corrupt)))  # fmt: skip
     right = sum(value > 0 for value in clean) / len(clean)
     preferred = f"; the answer is preferred in {right:.1%} of the clean prompts"
-    _say(f"{prompts.metric.name}: {means}{preferred if prompts.metric.compares_answers else ''}")
+    say(f"{prompts.metric.name}: {means}{preferred if prompts.metric.compares_answers else ''}")
     if said := doubt(prompts, torch.tensor(clean), torch.tensor(corrupt)):
         warnings.warn(said, stacklevel=2)
         warnings.filterwarnings("ignore", UNABLE)  # once is enough
@@ -637,14 +596,14 @@ def _measured(bridge: Any, prompts: Any, scores: Sequence[Any], *, exact: bool) 
     if effect.strata is None:
         return effect
     some = effect.rules.removeprefix("exact (").removesuffix(")")
-    _say(
+    say(
         f"measured {some} that change anything: for each kind half of them the strongest by any of "
         "the rules, half drawn from the rest (--exact: all)"
     )
     rows = missed(effect).query("at_most > 0").itertuples()
     few = ", ".join(f"{r.at_most:,} of {r.cells - r.measured:,} {r.kind} cells" for r in rows)
     if few:
-        _say(f"not measured, but perhaps as large as the tenth largest (95 %): at most {few}")
+        say(f"not measured, but perhaps as large as the tenth largest (95 %): at most {few}")
     return effect
 
 
@@ -658,10 +617,10 @@ def _print_agreement(scores: Sequence[Any], effect: Any) -> Any:
     rows = [
         [
             *(row.kind, row.rules),
-            _or_dash(row.pearson, ".3f") + "*" * int(row.hangs),
-            _or_dash(row.pearson_rest, ".3f"),
-            *(_or_dash(v, ".2f") for v in (row.spearman, row.signs, row.relative_error)),
-            *([_or_dash(row.overlap, ".2f")] if overlaps else []),
+            or_dash(row.pearson, ".3f") + "*" * int(row.hangs),
+            or_dash(row.pearson_rest, ".3f"),
+            *(or_dash(v, ".2f") for v in (row.spearman, row.signs, row.relative_error)),
+            *([or_dash(row.overlap, ".2f")] if overlaps else []),
             f"{row.cells:,}",
         ]
         for row in frame.itertuples()
@@ -669,13 +628,13 @@ def _print_agreement(scores: Sequence[Any], effect: Any) -> Any:
     title = "agreement with exact patching, mean over pairs"
     headers = ["kind", "rules", "r", "r rest", "ρ", "signs", "error"]
     headers += ["overlap"] * overlaps + ["cells"]
-    _print_table(title, headers, rows, blocks=True)
-    _say(
+    print_table(title, headers, rows, blocks=True)
+    say(
         "r: Pearson's, over all cells; r rest: without the one of the largest effect; ρ "
         "(Spearman's) and share of right signs: over effects above rounding and 1 % of the gap"
     )
     if frame["hangs"].any():
-        _say(
+        say(
             "*: one cell decides r: it has more than half of the squared effects, or r moves by "
             "more than 0.1 without it"
         )
@@ -688,131 +647,7 @@ def _as_met(kinds: Any) -> Any:
     return kinds.map(order)
 
 
-def _or_dash(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else format(value, form)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can mend is one sentence on stderr and exit code 1, not a traceback.
-
-    So is a warning, without the line of our source that Python would show.
-    """
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
-
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
-    try:
-        if ours:
-            signal.signal(signal.SIGINT, _interrupt)
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as stop:
-        kept = str(stop) or "files that were said to be written are whole, nothing else is kept"
-        errors.print(f"[red]interrupted:[/] {escape(kept)}", soft_wrap=True)
-        raise typer.Exit(128 + signal.SIGINT) from stop
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C, which Python would swallow in a finalizer: there it comes again a little later."""
-    while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            Timer(0.05, signal.raise_signal, [number]).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
 # -- options ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A task that is known by name, which draws as many pairs as are asked for."""
-
-    name: str
-
-    @property
-    def identity(self) -> str:
-        """What tells it from others."""
-        return self.name
-
-    def draw(self, tokenizer: Any, pairs: int, seed: int) -> Any:
-        """Some pairs; the task is imported now."""
-        return builder(self.name)(tokenizer, pairs=pairs, seed=seed)
-
-    def others(self, tokenizer: Any, pairs: int, seed: int) -> tuple[Any, str]:
-        """As many pairs that are drawn anew, and which these are."""
-        return self.draw(tokenizer, pairs, seed + 1), f"the pairs of seed {seed + 1}"
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file of prompts, which has as many pairs as it has rows."""
-
-    name: str
-    rows: Rows
-
-    @property
-    def identity(self) -> str:
-        """What tells it from others, and from what may stand in the file later."""
-        digest = hashlib.sha256(repr(self.rows.columns).encode()).hexdigest()[:16]
-        return f"{self.rows.source} ({digest})"
-
-    def draw(self, tokenizer: Any, pairs: int, seed: int) -> Any:
-        """The first rows, or the first after a shuffle; how many is said."""
-        order = self._order(seed)[:pairs]
-        of = f"all {len(self.rows)} rows"
-        if len(order) < len(self.rows):
-            drawn = f"{len(order)} rows drawn by seed {seed}" if seed else f"the first {len(order)}"
-            of = f"{drawn} of {len(self.rows):,} rows (--pairs)"
-        _say(f"{escape(self.rows.source)}: {of}")
-        return self._of(tokenizer, order)
-
-    def others(self, tokenizer: Any, pairs: int, seed: int) -> tuple[Any, str]:
-        """The rows that come next, and which these are; none if there is no row left."""
-        order = self._order(seed)[pairs : 2 * pairs]
-        if not order:
-            return None, (
-                f"{escape(self.rows.source)} has no rows but those that the edges were scored on; "
-                "give fewer --pairs, or more rows"
-            )
-        return self._of(tokenizer, order), f"{len(order)} other rows of {self.rows.source}"
-
-    def _order(self, seed: int) -> list[int]:
-        order = list(range(len(self.rows)))
-        if seed:
-            Random(seed).shuffle(order)
-        return order
-
-    def _of(self, tokenizer: Any, order: Sequence[int]) -> Any:
-        from tasks import Task
-
-        return Task.from_table(tokenizer, self.rows.select(order), name=self.name)
-
-
-def _source(name: str) -> _Drawn | _File:
-    """Where the pairs come from: a task, or a file, which is read now."""
-    path = Path(name)
-    if name in TASKS or not (path.suffix.lower() in TABLES or path.is_file()):
-        check_task(name)
-        return _Drawn(name)
-    if not path.is_file():
-        raise ValueError(
-            f"the task must be one of {', '.join(TASKS)}, or a file of prompts; there is no file "
-            f"{name!r}; check the path"
-        )
-    rows = read_table(path)
-    columns_of(rows)
-    return _File(path.stem, rows)
 
 
 def _search(

@@ -29,9 +29,11 @@ from typer.testing import CliRunner, Result
 
 import circuits
 from circuits import acdc, cli, connect, load, patch, save, top
-from circuits.cli import SHOWN, _one_line_errors, app
+from circuits.cli import SHOWN, app
 from circuits.draw.heatmaps import lined_up
 from circuits.graph import size
+from circuits.screen import one_line_errors, print_table
+from circuits.source import source_of
 from relp import PRESETS, RELP, Scores, attribute
 from relp.bridge.rerun import Rerun
 from tasks import Task, ioi
@@ -385,7 +387,7 @@ def test_a_file_has_its_rows_shuffled_by_the_seed(model: Path) -> None:
     bridge = boot(model)
     whole = Task.from_jsonl(bridge.tokenizer, "own.jsonl")
     texts = [pair.clean for pair in whole]
-    source = cli._source("own.jsonl")
+    source = source_of("own.jsonl")
     first, again, other = (source.draw(bridge.tokenizer, 4, seed) for seed in (0, 0, 1))
     assert [p.clean for p in first] == [p.clean for p in again] == texts[:4]
     drawn = [p.clean for p in other]
@@ -397,7 +399,7 @@ def test_a_file_has_its_rows_shuffled_by_the_seed(model: Path) -> None:
     assert [p.clean for p in source.draw(bridge.tokenizer, 99, 0)] == texts
     before = source.identity
     prompts("own.jsonl", 5, model)
-    assert cli._source("own.jsonl").identity != before
+    assert source_of("own.jsonl").identity != before
 
 
 def test_compare_judges_circuits_on_other_rows(model: Path, monkeypatch: Any) -> None:
@@ -461,7 +463,7 @@ def test_no_table_cuts_a_number(width: int, columns: int, monkeypatch: Any) -> N
 
     @cli.app.command(hidden=True)
     def table() -> None:
-        cli._print_table("a [b] title of more than forty letters, as they are", ["", *names], rows)
+        print_table("a [b] title of more than forty letters, as they are", ["", *names], rows)
 
     try:
         said = relp("table").stdout
@@ -754,7 +756,7 @@ def test_exports_that_cannot_be_made_are_errors() -> None:
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     shown = warnings.showwarning
-    with _one_line_errors():
+    with one_line_errors():
         warnings.warn("the model [a] must " + 30 * "be able ", stacklevel=2)
     assert capsys.readouterr().err == f"warning: the model [a] must {30 * 'be able '}\n"
     assert warnings.showwarning is shown

@@ -20,6 +20,8 @@ TOP_LEVEL = {
     *("pyproject.toml", "relp", "circuits", "tasks", "tests", "notebooks", "README.md"),
     *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs"),
 }
+COMMAND = ("circuits/cli.py", "circuits/source.py", "circuits/grid.py")
+"""What knows all three rooms."""
 HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|q|k|v|z)\w*")
 
 
@@ -58,10 +60,8 @@ def test_rooms_import_in_one_direction(source: str) -> None:
         "tasks": {"tasks"},
         "circuits": {"circuits", "relp"},
     }[room] | {
-        "circuits/cli.py": {"tasks"},
-        "circuits/grid.py": {"tasks"},
-        "relp/__main__.py": {"circuits"},
-    }.get(source, set())
+        **dict.fromkeys(COMMAND, {"tasks"}), "relp/__main__.py": {"circuits"}
+    }.get(source, set())  # fmt: skip
     assert imported_rooms(ast.parse(SOURCES[source].read_text())) <= allowed
 
 
@@ -75,7 +75,8 @@ def test_the_import_reader_sees_every_form() -> None:
 ORDER = {
     "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
-    "circuits": "choices graph masked exact search judge draw files __init__ grid cli",
+    "circuits": "choices graph masked exact search judge draw files __init__ grid screen source "
+    "cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than "
     "gendered_pronoun subject_verb induction docstring colored_objects capital_country arithmetic "
     "multiple_choice registry able zoo planted __init__",
