@@ -86,9 +86,9 @@ class Drawn:
 
     clean: Text
     corrupt: Text
-    answers: Sequence[str]
-    """What may follow the clean prompt, such as `" Mary"`; each is one token there."""
-    foils: Sequence[str]
+    answers: Sequence[str | int]
+    """What may follow the clean prompt, such as `" Mary"`, which is one token there; or that."""
+    foils: Sequence[str | int]
     changed: Collection[str]
     """The slots in which the two texts differ, and nowhere else."""
     spans: Mapping[str, str] = field(default_factory=dict)
@@ -260,7 +260,12 @@ def build(
         clean.append(row)
         corrupt.append(other)
         for ids, texts in ((answers, pair.answers), (foils, pair.foils)):
-            ids.append([answer_id(tokenizer, pair.clean.text, text) for text in texts])
+            ids.append(
+                [
+                    said if isinstance(said, int) else answer_id(tokenizer, pair.clean.text, said)
+                    for said in texts
+                ]
+            )
         for span, slot in pair.spans.items():
             at = pair.clean.tokens(tokenizer, slot, row, bos=bos)
             spans.setdefault(span, []).append(at[-1])

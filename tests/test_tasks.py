@@ -20,6 +20,9 @@ from tasks.prompts import fill, whole_words
 from tasks.registry import TASKS, about, builder, check_task, known_circuit
 
 ENOUGH = 11
+WHOLE = (*range(1100, 1800, 100), 1776, 1799)
+"""Years that are one token by themselves, as some are in GPT-2: they are not split to be asked for,
+and yet right or wrong behind their century."""
 
 
 def vocabulary() -> list[str]:
@@ -55,7 +58,8 @@ def byte_level() -> PreTrainedTokenizerFast:
 def two_digits() -> PreTrainedTokenizerFast:
     """As GPT-2's in that two digits are one token."""
     texts = [f" {n}" for n in range(10, 18)] * 99 + [f"{n:02}" for n in range(100)] * 99
-    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False), texts)
+    whole = [f" {year}" for year in WHOLE] * 99
+    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False), texts + whole)
 
 
 def trained(before: Any, more: list[str] | None = None) -> PreTrainedTokenizerFast:
@@ -202,7 +206,7 @@ def test_greater_than_has_the_years_above_on_one_side_and_the_rest_on_the_other(
         if len(at) == 1:
             assert {*answers, *foils} == {*"0123456789"} - {at}
         else:
-            assert len({*answers, *foils}) > 30 and at in foils
+            assert {*answers, *foils} == {f"{n:02}" for n in range(100)} and at in foils
         start = int(task.spans["year"][i])
         assert tokenizer.decode(task.clean[i, start : start + 1]) == at
 
