@@ -111,20 +111,30 @@ def whole_words(tokenizer: Any, pool: Sequence[str], *, least: int, what: str) -
         ValueError: fewer than `least` are.
         TypeError: `tokenizer` is none.
     """
+    groups = whole_groups(tokenizer, [(word,) for word in pool], least=least, what=what)
+    return [word for (word,) in groups]
+
+
+def whole_groups(
+    tokenizer: Any, groups: Sequence[tuple[str, ...]], *, least: int, what: str
+) -> list[tuple[str, ...]]:
+    """As `whole_words`, of words that belong together: those groups all of whose words are."""
     must_be_tokenizer(tokenizer)
     base = encode(tokenizer, "Then", prepend_bos=False)
-    rows = {word: encode(tokenizer, f"Then {word}", prepend_bos=False) for word in pool}
-    # Decoding refuses the unknown token and lone bytes, which are one token as well.
-    whole = [
-        word
-        for word, row in rows.items()
-        if row[:-1] == base and tokenizer.decode(row[-1:]).strip() == word
-    ]
+
+    def is_whole(word: str) -> bool:
+        row = encode(tokenizer, f"Then {word}", prepend_bos=False)
+        # Decoding refuses the unknown token and lone bytes, which are one token as well.
+        return row[:-1] == base and tokenizer.decode(row[-1:]).strip() == word
+
+    split = {word: not is_whole(word) for group in groups for word in group}
+    whole = [group for group in groups if not any(split[word] for word in group)]
     if len(whole) < least:
-        split = [word for word in pool if word not in set(whole)][:SHOWN]
+        got = ", ".join(" and ".join(group) for group in whole) or "none"
+        first = [word for word, is_split in split.items() if is_split][:SHOWN]
         raise ValueError(
-            f"the tokenizer must keep at least {least} of {len(pool)} {what} as one token after a "
-            f"space; got {len(whole)} ({', '.join(whole) or 'none'}); {nearest(tokenizer, split)}"
+            f"the tokenizer must keep at least {least} of {len(groups)} {what} as one token after "
+            f"a space; got {len(whole)} ({got}); {nearest(tokenizer, first)}"
             "use a tokenizer with a larger vocabulary, or build the pairs with Task.from_prompts"
         )
     return whole

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_ioi import FAMILIES, metaspace, with_bos
+from test_ioi import whole_words as only_words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -279,6 +280,30 @@ def test_words_in_pieces_are_told_with_the_nearest_that_are_whole() -> None:
         "the nearest that it has to 'books': 'book', 'Marie': 'Maria', 'Mar', 'Martin'; use a "
         "tokenizer with a larger vocabulary, or build the pairs with Task.from_prompts"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "subject_verb_relative",
+            "author student students teacher doctor child artist farmer driver singer",
+            "the tokenizer must keep at least 4 of 20 nouns, each both as one and as many, as one "
+            "token after a space; got 1 (student and students); ",
+        ),
+        (
+            "capital_country",
+            "France Germany Italy Spain Japan Paris China Rome Russia",
+            "the tokenizer must keep at least 4 of 35 countries, each with its capital, as one "
+            "token after a space; got 2 (France and Paris, Italy and Rome); ",
+        ),
+    ],
+)
+def test_words_that_belong_together_must_all_be_whole(name: str, words: str, message: str) -> None:
+    tokenizer = only_words(["Then", *words.split()])
+    with pytest.raises(ValueError) as error:
+        builder(name)(tokenizer)
+    assert str(error.value).startswith(message)
 
 
 def test_years_that_are_never_split_are_an_error() -> None:
