@@ -82,9 +82,16 @@ def docstring(
         return Drawn(clean, corrupt, [f" {own[2]}"], [f" {own[3]}"], tuple(slots), spans)
 
     return drawn_task(
-        tokenizer, draw, name="docstring", pairs=pairs, seed=seed, mixed_lengths=mixed_lengths,
+        tokenizer,
+        draw,
+        name="docstring",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
         prepend_bos=prepend_bos,
-    )  # fmt: skip
+    )
 
 
 def known_circuit(model_name: str) -> dict[str, tuple[str, ...]]:

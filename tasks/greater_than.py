@@ -83,9 +83,17 @@ def greater_than(
         return Drawn(clean, corrupt, later, earlier, ("year", "unit"), spans)
 
     return drawn_task(
-        tokenizer, draw, name="greater_than", pairs=pairs, seed=seed,
-        metric="probability_difference", mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name="greater_than",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        metric="probability_difference",
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )
 
 
 def split_years(tokenizer: Any) -> tuple[Years, bool]:

@@ -166,6 +166,8 @@ def drawn_task(
     draw: Callable[[random.Random, int], Drawn],
     *,
     name: str,
+    corruption: str,
+    corruptions: Mapping[str, str],
     pairs: int,
     seed: int,
     metric: str = "logit_difference",
@@ -178,6 +180,8 @@ def drawn_task(
         tokenizer: of Hugging Face.
         draw: given a generator and how many pairs there are already, draws one.
         name: of the task; with `seed` it says which pairs are drawn.
+        corruption: which one; the task's name says it, unless it is the usual one.
+        corruptions: all that there are, the usual one first.
         pairs: how many.
         seed: another draws others.
         metric: the task's.
@@ -197,7 +201,8 @@ def drawn_task(
         )
     rng = random.Random(f"{name} {seed}")
     found = _different(tokenizer, draw, rng, pairs, one_length=not mixed_lengths)
-    return build(tokenizer, list(found), name=name, metric=metric, prepend_bos=prepend_bos)
+    full = name if corruption == next(iter(corruptions)) else f"{name}_{corruption}"
+    return build(tokenizer, list(found), name=full, metric=metric, prepend_bos=prepend_bos)
 
 
 def _different(

@@ -96,9 +96,16 @@ def subject_verb(
         return Drawn(clean, corrupt, verbs[number], verbs[1 - number], ("subject",), spans)
 
     return drawn_task(
-        tokenizer, draw, name=f"subject_verb_{structure}", pairs=pairs, seed=seed,
-        mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name=f"subject_verb_{structure}",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )
 
 
 def both_numbers(tokenizer: Any, nouns: tuple[str, ...]) -> list[tuple[str, ...]]:

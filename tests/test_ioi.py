@@ -183,7 +183,11 @@ def test_spans_and_answers_name_the_people(
     tokenizer: PreTrainedTokenizerFast, corruption: str
 ) -> None:
     task = ioi(tokenizer, pairs=40, corruption=corruption)
-    assert task.name == "ioi" and len(task) == 40 and len(set(task.lengths.tolist())) == 1
+    assert (
+        task.name == ("ioi" if corruption == "flip" else "ioi_abc")
+        and len(task) == 40
+        and len(set(task.lengths.tolist())) == 1
+    )
     rows = torch.arange(len(task))
     at = task.spans
     assert torch.equal(task.clean[rows, at["IO"]], task.answers)

@@ -216,7 +216,7 @@ def test_greater_than_has_the_years_above_on_one_side_and_the_rest_on_the_other(
 @pytest.mark.parametrize("structure", ["simple", "prepositional", "relative"])
 def test_verbs_agree_with_their_subject(tokenizer: Any, structure: str, corruption: str) -> None:
     task = builder(f"subject_verb_{structure}")(tokenizer, pairs=ENOUGH, corruption=corruption)
-    assert task.name == f"subject_verb_{structure}"
+    assert task.name == f"subject_verb_{structure}{'_noun' if corruption == 'noun' else ''}"
     where = 2 if structure == "simple" else 1
     for i in range(ENOUGH):
         clean, corrupt, answers, foils = texts(tokenizer, task, i)
@@ -241,7 +241,7 @@ def test_pairs_are_as_many_as_asked_for_all_different_and_of_one_length(
 ) -> None:
     make = builder(name)
     task = make(tokenizer, pairs=37, seed=5)
-    assert len(task) == 37 and len(set(task.lengths.tolist())) == 1
+    assert task.name == name and len(task) == 37 and len(set(task.lengths.tolist())) == 1
     both = torch.cat([task.clean, task.corrupt], 1)
     assert len(both.unique(dim=0)) == 37
     again, other = make(tokenizer, pairs=37, seed=5), make(tokenizer, pairs=37, seed=6)
