@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_ioi
 import torch
-from test_ioi import FAMILIES, metaspace, with_bos
+from test_ioi import BYTES, FAMILIES, llama_new, metaspace, with_bos
 from test_ioi import whole_words as only_words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -63,6 +64,23 @@ def two_digits() -> PreTrainedTokenizerFast:
     return trained(pre_tokenizers.ByteLevel(add_prefix_space=False), texts + whole)
 
 
+@cache
+def spaces() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space begins a token as "▁", and every digit is one."""
+    before = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *BYTES, *"0123456789"]
+    learned = test_ioi.trained(before, special=special, size=6000, texts=vocabulary())
+    return llama_new(
+        Tokenizer(models.BPE(**learned, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    )
+
+
 def trained(before: Any, more: list[str] | None = None) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = before, decoders.ByteLevel()
@@ -78,6 +96,7 @@ def trained(before: Any, more: list[str] | None = None) -> PreTrainedTokenizerFa
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "digits": byte_level,
     "two digits": two_digits,
+    "spaces": spaces,
 }
 
 
