@@ -131,7 +131,8 @@ def discover(
         folder = out or Path("runs") / _called(model)
         source = source_of(task)
         many = "" if pairs is None else f" --pairs {pairs}"
-        asked = f"{source.identity} --model {model}{many} --seed {seed}"
+        kept = " --filter-correct" * filter_correct
+        asked = f"{source.identity} --model {model}{many} --seed {seed}{kept}"
         find = _search(search, edges, tau, folder / f"{source.name}.part.json", asked)
         check_model(model)
         _check_folder(folder)
@@ -159,11 +160,11 @@ def discover(
         with _written(folder):
             say(f"wrote {escape(str(save(circuit, folder / f'{source.name}.json')))}")
         _print_agreement(scores, _measured(bridge, prompts, scores, exact=exact))
-        kept = faithfulness(bridge, prompts, circuit)
+        share = faithfulness(bridge, prompts, circuit)
         total = circuit.graph["total_edges"]
         summary = (
             f"{size(circuit)} of {total} edges ({size(circuit) / total:.1%}), "
-            f"{circuit.number_of_nodes()} nodes, faithfulness {kept:.3f}"
+            f"{circuit.number_of_nodes()} nodes, faithfulness {share:.3f}"
         )
         by = circuit.graph["rules"] + (", greedy" if search == "greedy" else "")
         say(f"circuit by {by}: [bold]{summary}[/]")
@@ -280,6 +281,9 @@ def compare(
             if others is None:
                 say(f"no circuits: {which}")
             else:
+                if filter_correct:
+                    others = others.filter_correct(bridge)
+                    which += f", the {len(others)} that are answered rightly"
                 _print_circuits(bridge, prompts, others, which)
     say(f"done in {perf_counter() - started:.0f} s")
 

@@ -17,9 +17,12 @@ from tasks.text import (
     following,
     must_know_all,
     one_token,
+    one_word,
     places,
     side_by_side,
+    tail,
     typed_at,
+    warn_caller,
     with_bos,
 )
 
@@ -116,6 +119,13 @@ class Tokenized:
             given = (self.tokenizer, self.texts[i], answer, self.bare[i], row)
             pair = f"`{label}` of pair {i}: "
             found[i].append(following(*given, pair) if whole else [one_token(*given, pair)])
+        joined = [at for at in zip(whose, flat, strict=True) if one_word(self.texts[at[0]], at[1])]
+        for i, answer in joined[:1]:
+            warn_caller(
+                f"`{label}` of pair {i} must begin where a word begins; {answer!r} goes on with "
+                f"the last word of {tail(self.texts[i])}; give it its leading space "
+                f"({' ' + answer!r}), or ignore this if one word is meant"
+            )
         return found
 
     def positions(self, spans: Mapping[str, Any]) -> dict[str, Int[Tensor, " pair"]]:

@@ -60,6 +60,13 @@ def arithmetic(
                      {"x": "x", "y": "y"})  # fmt: skip
 
     return drawn_task(
-        tokenizer, draw, name="arithmetic", pairs=pairs, seed=seed, mixed_lengths=mixed_lengths,
+        tokenizer,
+        draw,
+        name="arithmetic",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
         prepend_bos=prepend_bos,
-    )  # fmt: skip
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tasks.prompts import Drawn, chosen, drawn_task, fill, whole_words
+from tasks.prompts import Drawn, chosen, drawn_task, fill, whole_groups
 from tasks.task import Task
 
 __all__ = ["capital_country"]
@@ -60,24 +60,26 @@ def capital_country(
         TypeError: `tokenizer` is none.
     """
     chosen(corruption, CORRUPTIONS)
-    whole = set(whole_words(tokenizer, [*CAPITALS, *CAPITALS.values()], least=2 * NEEDED,
-                            what="countries and capitals"))  # fmt: skip
-    countries = [c for c, capital in CAPITALS.items() if {c, capital} <= whole]
-    if len(countries) < NEEDED:
-        raise ValueError(
-            f"the tokenizer must keep at least {NEEDED} countries whole together with their "
-            f"capitals; got {', '.join(countries) or 'none'}; use a tokenizer with a larger "
-            "vocabulary, or build the pairs with Task.from_prompts"
-        )
+    both = whole_groups(
+        tokenizer, [*CAPITALS.items()], least=NEEDED, what="countries, each with its capital,"
+    )
 
     def draw(rng: random.Random, _: int) -> Drawn:
         template = rng.choice(TEMPLATES)
-        own, other = rng.sample(countries, 2)
+        (own, answer), (other, foil) = rng.sample(both, 2)
         clean, corrupt = (fill(template, country=country) for country in (own, other))
-        answers, foils = ([f" {CAPITALS[country]}"] for country in (own, other))
-        return Drawn(clean, corrupt, answers, foils, ("country",), {"country": "country"})
+        return Drawn(
+            clean, corrupt, [f" {answer}"], [f" {foil}"], ("country",), {"country": "country"}
+        )
 
     return drawn_task(
-        tokenizer, draw, name="capital_country", pairs=pairs, seed=seed,
-        mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name="capital_country",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )

@@ -77,6 +77,13 @@ def colored_objects(
         )  # fmt: skip
 
     return drawn_task(
-        tokenizer, draw, name="colored_objects", pairs=pairs, seed=seed,
-        mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name="colored_objects",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )

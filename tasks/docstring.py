@@ -23,8 +23,8 @@ TEMPLATE = '''def {function}(self, {a}, {b}, {c}, {d}):
     :param'''
 WORDS = words(
     "load size file last port name test data list line time date user path color width order count "
-    "state model text image field group level point table value index score price image table key "
-    "new old page code item area city book game team word year sound light water power water room"
+    "state model text image field group level point table value index score price key new old page "
+    "code item area city book game team word year sound light water power room"
 )
 CORRUPTIONS = {
     "flip": "swaps the answer with the argument behind it",
@@ -65,7 +65,7 @@ def docstring(
         TypeError: `tokenizer` is none.
     """
     chosen(corruption, CORRUPTIONS)
-    pool = whole_words(tokenizer, tuple(dict.fromkeys(WORDS)), least=WORDS_NEEDED, what="words")
+    pool = whole_words(tokenizer, WORDS, least=WORDS_NEEDED, what="words")
 
     def draw(rng: random.Random, _: int) -> Drawn:
         function, *rest = rng.sample(pool, WORDS_NEEDED)
@@ -82,9 +82,16 @@ def docstring(
         return Drawn(clean, corrupt, [f" {own[2]}"], [f" {own[3]}"], tuple(slots), spans)
 
     return drawn_task(
-        tokenizer, draw, name="docstring", pairs=pairs, seed=seed, mixed_lengths=mixed_lengths,
+        tokenizer,
+        draw,
+        name="docstring",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
         prepend_bos=prepend_bos,
-    )  # fmt: skip
+    )
 
 
 def known_circuit(model_name: str) -> dict[str, tuple[str, ...]]:

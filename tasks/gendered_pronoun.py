@@ -66,6 +66,13 @@ def gendered_pronoun(
         return Drawn(clean, corrupt, [answer], [foil], ("name",), {"name": "name"})
 
     return drawn_task(
-        tokenizer, draw, name="gendered_pronoun", pairs=pairs, seed=seed,
-        mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name="gendered_pronoun",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )

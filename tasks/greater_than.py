@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tasks.prompts import Drawn, chosen, drawn_task, fill, known, words
@@ -22,11 +22,13 @@ NOUNS = words(
     "mission exile drought protest conflict rebellion festival"
 )
 CENTURIES = tuple(map(str, range(11, 18)))
+ANYWHERE = "_"
+"""Before two digits that are one token with each century, as 00 is in GPT-2; so has the source."""
 CORRUPTIONS = {"01": "makes every later year right"}
 YEARS_NEEDED = 20
 
-Years = dict[tuple[str, str], tuple[list[str], list[str]]]
-"""Century and year, and what is later and earlier."""
+Years = dict[tuple[str, str], tuple[list[int], list[int]]]
+"""Century and year, and the tokens of what is later and earlier."""
 
 KNOWN = {
     "gpt2": {
@@ -52,10 +54,10 @@ def greater_than(
 
     `"01"`, the only corruption, puts year 01 in place of the year, after which every year is right.
     Where the tokenizer makes a year's last two digits one token (GPT-2), answers and foils are all
-    two-digit tokens, as in the paper; where each digit is a token (Llama, SmolLM2, Gemma), they are
-    the tens above and below, and the year's own tens, right or wrong by the unit, are neither. The
-    metric is `probability_difference`: of all answers minus that of all foils. Spans: `year` (its
-    last two digits, or the tens), `century`, `end`.
+    two-digit tokens, 00 to 99, as in the paper; where each digit is a token (Llama, SmolLM2,
+    Gemma), they are the tens above and below, and the year's own tens, right or wrong by the unit,
+    are neither. The metric is `probability_difference`: of all answers minus that of all foils.
+    Spans: `year` (its last two digits, or the tens), `century`, `end`.
 
     Source: Hanna et al. 2023, arXiv:2305.00586.
 
@@ -81,13 +83,21 @@ def greater_than(
         return Drawn(clean, corrupt, later, earlier, ("year", "unit"), spans)
 
     return drawn_task(
-        tokenizer, draw, name="greater_than", pairs=pairs, seed=seed,
-        metric="probability_difference", mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name="greater_than",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        metric="probability_difference",
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )
 
 
 def split_years(tokenizer: Any) -> tuple[Years, bool]:
-    """The years whose century is whole tokens, with what comes later and earlier; if by digits.
+    """The years that are split behind their century, with what is later and earlier; if by digits.
 
     Raises:
         ValueError: there are too few.
@@ -95,22 +105,27 @@ def split_years(tokenizer: Any) -> tuple[Years, bool]:
     """
     must_be_tokenizer(tokenizer)
 
-    def behind(century: str, year: str) -> int:
-        """How many tokens a year is behind its century; 0 if it is none by itself."""
+    def behind(century: str, year: str) -> list[int]:
+        """The tokens of a year behind its century; none if it is none by itself."""
         first, both = (
             encode(tokenizer, f"The year {text}", prepend_bos=False)
             for text in (century, century + year)
         )
-        whole = both[: len(first)] == first and tokenizer.decode(both[len(first) :]) == year
-        return (len(both) - len(first)) * whole
+        rest = both[len(first) :]
+        return rest if first + rest == both and tokenizer.decode(rest) == year else []
 
-    tokens = {(c, y): behind(c, y) for c in CENTURIES for y in [f"{n:02}" for n in range(1, 100)]}
+    years = [f"{n:02}" for n in range(100)]
+    tokens = {(c, y): behind(c, y) for c in (*CENTURIES, ANYWHERE) for y in years}
     for digits in (False, True):
+        split = {at: ids for at, ids in tokens.items() if len(ids) == 1 + digits}
+        # all that may be said: a year that is one token with its century may be said behind it
+        said = dict(sorted((year[: 2 - digits], ids[0]) for (_, year), ids in split.items()))
         found: Years = {}
-        for century in CENTURIES:
-            years = [y for c, y in tokens if c == century and tokens[c, y] == 1 + digits]
-            if "01" in years:  # the corrupt year must be split in the same way
-                found |= {(century, year): sides for year, sides in _sides(years, digits)}
+        for century, year in split:
+            sides = _sides(said, year, digits)
+            # the corrupt year must be split in the same way
+            if century != ANYWHERE and year > "01" and (century, "01") in split and all(sides):
+                found[century, year] = sides
         if len(found) >= YEARS_NEEDED:
             return found, digits
     raise ValueError(
@@ -120,20 +135,16 @@ def split_years(tokenizer: Any) -> tuple[Years, bool]:
     )
 
 
-def _sides(years: Sequence[str], digits: bool) -> Iterator[tuple[str, tuple[list[str], list[str]]]]:
-    """Each year that leaves some on both sides, with what is later and what is not.
+def _sides(said: Mapping[str, int], year: str, digits: bool) -> tuple[list[int], list[int]]:
+    """The tokens of what is later than a year, and of what is not.
 
     By digits these are tens, of which a year's own are neither.
     """
-    for year in years:
-        if digits:
-            tens = sorted({y[0] for y in years})
-            later = [ten for ten in tens if ten > year[0]]
-            earlier = [ten for ten in tens if ten < year[0]]
-        else:
-            later, earlier = [y for y in years if y > year], [y for y in years if y <= year]
-        if later and earlier and year != "01":
-            yield year, (later, earlier)
+    if digits:
+        later = [token for ten, token in said.items() if ten > year[0]]
+        return later, [token for ten, token in said.items() if ten < year[0]]
+    later = [token for other, token in said.items() if other > year]
+    return later, [token for other, token in said.items() if other <= year]
 
 
 def known_circuit(model_name: str) -> dict[str, tuple[str, ...]]:

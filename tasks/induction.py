@@ -78,6 +78,13 @@ def induction(
         )  # fmt: skip
 
     return drawn_task(
-        tokenizer, draw, name="induction", pairs=pairs, seed=seed, mixed_lengths=mixed_lengths,
+        tokenizer,
+        draw,
+        name="induction",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
         prepend_bos=prepend_bos,
-    )  # fmt: skip
+    )

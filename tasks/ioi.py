@@ -165,9 +165,16 @@ def ioi(
     names = whole_words(tokenizer, NAMES, least=NAMES_NEEDED, what="common names")
     kind = chosen(corruption, CORRUPTIONS)
     return drawn_task(
-        tokenizer, lambda rng, i: draw(rng, names, abba=i % 2 == 0).pair(kind), name="ioi",
-        pairs=pairs, seed=seed, mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        lambda rng, i: draw(rng, names, abba=i % 2 == 0).pair(kind),
+        name="ioi",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )
 
 
 def known_circuit(model_name: str) -> dict[str, tuple[str, ...]]:

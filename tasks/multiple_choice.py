@@ -79,6 +79,13 @@ def multiple_choice(
         )  # fmt: skip
 
     return drawn_task(
-        tokenizer, draw, name="multiple_choice", pairs=pairs, seed=seed,
-        mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name="multiple_choice",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )

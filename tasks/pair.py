@@ -135,7 +135,8 @@ def read_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> 
 
 
 def read_tokens(tokenizer: Any, row: Sequence[int]) -> list[str]:
-    """Each token by itself, as the vocabulary spells it where it is no whole text."""
+    """Each token by itself, as the vocabulary spells it where nothing whole would be seen."""
     spelled = tokenizer.convert_ids_to_tokens(list(row))
     texts = [str(tokenizer.decode([token])) for token in row]
-    return [s if "\ufffd" in t or not t else t for s, t in zip(spelled, texts, strict=True)]
+    seen = ["\ufffd" not in text and bool(text) and text.isprintable() for text in texts]
+    return [t if whole else s for s, t, whole in zip(spelled, texts, seen, strict=True)]

@@ -86,9 +86,9 @@ class Drawn:
 
     clean: Text
     corrupt: Text
-    answers: Sequence[str]
-    """What may follow the clean prompt, such as `" Mary"`; each is one token there."""
-    foils: Sequence[str]
+    answers: Sequence[str | int]
+    """What may follow the clean prompt, such as `" Mary"`, which is one token there; or that."""
+    foils: Sequence[str | int]
     changed: Collection[str]
     """The slots in which the two texts differ, and nowhere else."""
     spans: Mapping[str, str] = field(default_factory=dict)
@@ -111,20 +111,30 @@ def whole_words(tokenizer: Any, pool: Sequence[str], *, least: int, what: str) -
         ValueError: fewer than `least` are.
         TypeError: `tokenizer` is none.
     """
+    groups = whole_groups(tokenizer, [(word,) for word in pool], least=least, what=what)
+    return [word for (word,) in groups]
+
+
+def whole_groups(
+    tokenizer: Any, groups: Sequence[tuple[str, ...]], *, least: int, what: str
+) -> list[tuple[str, ...]]:
+    """As `whole_words`, of words that belong together: those groups all of whose words are."""
     must_be_tokenizer(tokenizer)
     base = encode(tokenizer, "Then", prepend_bos=False)
-    rows = {word: encode(tokenizer, f"Then {word}", prepend_bos=False) for word in pool}
-    # Decoding refuses the unknown token and lone bytes, which are one token as well.
-    whole = [
-        word
-        for word, row in rows.items()
-        if row[:-1] == base and tokenizer.decode(row[-1:]).strip() == word
-    ]
+
+    def is_whole(word: str) -> bool:
+        row = encode(tokenizer, f"Then {word}", prepend_bos=False)
+        # Decoding refuses the unknown token and lone bytes, which are one token as well.
+        return row[:-1] == base and tokenizer.decode(row[-1:]).strip() == word
+
+    split = {word: not is_whole(word) for group in groups for word in group}
+    whole = [group for group in groups if not any(split[word] for word in group)]
     if len(whole) < least:
-        split = [word for word in pool if word not in set(whole)][:SHOWN]
+        got = ", ".join(" and ".join(group) for group in whole) or "none"
+        first = [word for word, is_split in split.items() if is_split][:SHOWN]
         raise ValueError(
-            f"the tokenizer must keep at least {least} of {len(pool)} {what} as one token after a "
-            f"space; got {len(whole)} ({', '.join(whole) or 'none'}); {nearest(tokenizer, split)}"
+            f"the tokenizer must keep at least {least} of {len(groups)} {what} as one token after "
+            f"a space; got {len(whole)} ({got}); {nearest(tokenizer, first)}"
             "use a tokenizer with a larger vocabulary, or build the pairs with Task.from_prompts"
         )
     return whole
@@ -156,6 +166,8 @@ def drawn_task(
     draw: Callable[[random.Random, int], Drawn],
     *,
     name: str,
+    corruption: str,
+    corruptions: Mapping[str, str],
     pairs: int,
     seed: int,
     metric: str = "logit_difference",
@@ -168,6 +180,8 @@ def drawn_task(
         tokenizer: of Hugging Face.
         draw: given a generator and how many pairs there are already, draws one.
         name: of the task; with `seed` it says which pairs are drawn.
+        corruption: which one; the task's name says it, unless it is the usual one.
+        corruptions: all that there are, the usual one first.
         pairs: how many.
         seed: another draws others.
         metric: the task's.
@@ -187,7 +201,8 @@ def drawn_task(
         )
     rng = random.Random(f"{name} {seed}")
     found = _different(tokenizer, draw, rng, pairs, one_length=not mixed_lengths)
-    return build(tokenizer, list(found), name=name, metric=metric, prepend_bos=prepend_bos)
+    full = name if corruption == next(iter(corruptions)) else f"{name}_{corruption}"
+    return build(tokenizer, list(found), name=full, metric=metric, prepend_bos=prepend_bos)
 
 
 def _different(
@@ -260,7 +275,12 @@ def build(
         clean.append(row)
         corrupt.append(other)
         for ids, texts in ((answers, pair.answers), (foils, pair.foils)):
-            ids.append([answer_id(tokenizer, pair.clean.text, text) for text in texts])
+            ids.append(
+                [
+                    said if isinstance(said, int) else answer_id(tokenizer, pair.clean.text, said)
+                    for said in texts
+                ]
+            )
         for span, slot in pair.spans.items():
             at = pair.clean.tokens(tokenizer, slot, row, bos=bos)
             spans.setdefault(span, []).append(at[-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tasks.prompts import Drawn, chosen, drawn_task, fill, whole_words, words
+from tasks.prompts import Drawn, chosen, drawn_task, fill, whole_groups, words
 from tasks.task import Task
 
 __all__ = ["subject_verb"]
@@ -96,14 +96,21 @@ def subject_verb(
         return Drawn(clean, corrupt, verbs[number], verbs[1 - number], ("subject",), spans)
 
     return drawn_task(
-        tokenizer, draw, name=f"subject_verb_{structure}", pairs=pairs, seed=seed,
-        mixed_lengths=mixed_lengths, prepend_bos=prepend_bos,
-    )  # fmt: skip
+        tokenizer,
+        draw,
+        name=f"subject_verb_{structure}",
+        corruption=corruption,
+        corruptions=CORRUPTIONS,
+        pairs=pairs,
+        seed=seed,
+        mixed_lengths=mixed_lengths,
+        prepend_bos=prepend_bos,
+    )
 
 
-def both_numbers(tokenizer: Any, nouns: tuple[str, ...]) -> list[tuple[str, str]]:
+def both_numbers(tokenizer: Any, nouns: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The nouns that are one token after a space both as one and as many."""
     pairs = [(noun, PLURALS.get(noun, f"{noun}s")) for noun in nouns]
-    forms = [form for pair in pairs for form in pair]
-    whole = set(whole_words(tokenizer, forms, least=2 * NOUNS_NEEDED, what="nouns, one and many"))
-    return [pair for pair in pairs if whole.issuperset(pair)]
+    return whole_groups(
+        tokenizer, pairs, least=NOUNS_NEEDED, what="nouns, each both as one and as many,"
+    )

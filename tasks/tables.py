@@ -19,6 +19,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def read_jsonl(path: str | PathLike[str]) -> Table:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=partial(_object, source))
             got = type(row).__name__
         except json.JSONDecodeError as error:
             row, got = None, f"no JSON ({error.msg} at character {error.pos})"
@@ -170,6 +171,12 @@ def read_jsonl(path: str | PathLike[str]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
     _must_have_rows(names, len(rows), source)
     return Table({name: [row.get(name) for row in rows] for name in names}, source, lines)
+
+
+def _object(source: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose keys is there twice."""
+    _must_differ([name for name, _ in pairs], source)
+    return dict(pairs)
 
 
 def _lines(path: str | PathLike[str]) -> Iterator[str]:
@@ -300,9 +307,16 @@ def _singular(columns: Mapping[str, str]) -> dict[str, str]:
 def _names(table: Table, chosen: dict[str, str], *, foils: bool) -> dict[str, str]:
     """The column of each thing that a task needs."""
     there = table.columns
-    found = {
-        role: next((name for name in names if name in there), "") for role, names in OWN.items()
-    }
+    found: dict[str, str] = {}
+    for role, names in OWN.items():
+        either = [name for name in names if name in there]
+        if len(either) > 1 and role not in chosen:
+            raise ValueError(
+                f"{table.source} must have one column for each thing; it has "
+                f"{' and '.join(either)}; leave one out, or say"
+                f' which it is: columns={{"{names[0]}": …}}'
+            )
+        found[role] = next(iter(either), "")
     if "corrupt" not in there or not found["answers"]:  # EAP-IG has texts beside its ids
         for answers, wrong in EAP_IG:
             if answers in there and wrong in there:
@@ -316,7 +330,7 @@ def _names(table: Table, chosen: dict[str, str], *, foils: bool) -> dict[str, st
             wanted = name or " or ".join(OWN[role])
             raise ValueError(
                 f"{table.source} must have a column {wanted}; it has {', '.join(there)}; rename "
-                f'one, or say which it is: columns={{"{role.removesuffix("s")}": …}}'
+                f'one, or say which it is: columns={{"{OWN.get(role, [role])[0]}": …}}'
             )
     return {role: name for role, name in found.items() if name}
 
@@ -328,10 +342,12 @@ def _cells(table: Table, name: str, read: Callable[[Any], Any]) -> list[Any]:
         try:
             found.append(read(cell))
         except (TypeError, ValueError) as error:
-            got = "nothing" if _is_empty(cell) else f"{cell!r}, of type {type(cell).__name__}"
+            got, do = "nothing", "fill it in"
+            if not _is_empty(cell):
+                got, do = f"{cell!r}, of type {type(cell).__name__}", "write it as one"
             raise ValueError(
-                f"column {name!r} must hold {error}; {table.row(i)} has {got}; fill it in, or "
-                "leave that row out"
+                f"column {name!r} must hold {error}; {table.row(i)} has {got}; {do}, or leave that "
+                "row out"
             ) from None
     return found
 

@@ -263,7 +263,7 @@ class Task:
         answers: Iterable[str | Iterable[str]],
         foils: Iterable[str | Iterable[str]] | None = None,
         *,
-        spans: Mapping[str, str | Iterable[str | SupportsIndex]] | None = None,
+        spans: Mapping[str, str | Iterable[str] | Iterable[SupportsIndex]] | None = None,
         metric: str | Callable[..., Tensor] | None = None,
         name: str = "task",
         prepend_bos: bool = True,
@@ -280,7 +280,8 @@ class Task:
             clean: what the model should answer rightly.
             corrupt: the same but for what the answer hangs on, token by token.
             answers: what should follow each clean prompt.
-            foils: what should not; may be left out if the metric reads none.
+            foils: what should not; may be left out if the metric reads none. Of a continuation's
+                the first token is kept, for `preferred`.
             spans: named positions: whole numbers, or texts that stand once in the clean prompt
                 (one for all, or a list with one for each), for the position of their last token.
             metric: as of `Task`; `"logit_difference"` if not given.
@@ -356,6 +357,7 @@ class Task:
             ValueError: it is no such table (the row is named), or as `from_prompts`.
             OSError: it cannot be read.
         """
+        must_be_tokenizer(tokenizer)
         options.setdefault("name", Path(path).stem)
         return cls.from_table(tokenizer, read_csv(path), **options)
 
@@ -378,6 +380,7 @@ class Task:
             ValueError: it is no such table (the row is named), or as `from_prompts`.
             OSError: it cannot be read.
         """
+        must_be_tokenizer(tokenizer)
         options.setdefault("name", Path(path).stem)
         return cls.from_table(tokenizer, read_jsonl(path), **options)
 
@@ -601,7 +604,8 @@ class Task:
         `logit_difference` is.
 
         Raises:
-            ValueError: the task has no foils, or the model is in train mode or has not the task's
+            ValueError: the task has no foils, or one that is an answer as well (of a continuation
+                the first tokens are compared); or the model is in train mode or has not the task's
                 tokens or positions.
         """
         if not self.foils.numel():
@@ -609,6 +613,7 @@ class Task:
                 f"`foils` must be given to say what a model prefers; task {self.name!r} has none; "
                 "give what it might say instead"
             )
+        must_be_disjoint(self.answers, self.foils, self.tokenizer)
         right = torch.zeros(len(self), dtype=torch.bool, device="cpu")
         for index, bucket, logits in clean_answers(model, self):
             compares = bucket.metric.compares_answers

@@ -6,6 +6,8 @@ right for byte-level and for SentencePiece tokenizers alike.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import zip_longest
@@ -123,16 +125,15 @@ def one_token(
     tokenizer: Any, prompt: str, answer: str, before: list[int], after: list[int], pair: str = ""
 ) -> int:
     """As `answer_id`, of token ids of the prompt without and with its answer; `pair`: whose."""
-    if after[: len(before)] != before or len(after) != len(before) + 1:
-        pieces = tokenizer.convert_ids_to_tokens(after[len(before) :])
-        spaced = prompt[-1:].isspace() or answer[:1].isspace() or not answer
+    added = following(tokenizer, prompt, answer, before, after, pair)
+    if len(added) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(added)
         raise ValueError(
             f"{pair}an answer must be exactly one token after its prompt; {answer!r} after "
             f"{tail(prompt)} is {pieces}; choose a word of one token, with its leading space"
-            + (", " if spaced else f" ({' ' + answer!r}), ")
-            + 'or read all of it with continuation="sum"'
+            f'{_spaced(answer)}, or read all of it with continuation="sum"'
         )
-    return after[-1]
+    return added[0]
 
 
 def following(
@@ -145,12 +146,24 @@ def following(
     """
     if after[: len(before)] != before or len(after) == len(before):
         pieces = tokenizer.convert_ids_to_tokens(after)[-AROUND - 2 :]
+        do = f"begin the answer where a token begins, with its leading space{_spaced(answer)}"
+        if prompt[-1:] == " ":
+            do = "end the prompt before its last space, and begin the answer with one"
         raise ValueError(
             f"{pair}an answer must add tokens to its prompt and leave the prompt's own as they "
-            f"are; {tail(prompt)} and {answer!r} together end in {pieces}; begin the answer where "
-            "a token begins, with its leading space"
+            f"are; {tail(prompt)} and {answer!r} together end in {pieces}; {do}"
         )
     return after[len(before) :]
+
+
+def _spaced(answer: str) -> str:
+    """An answer with the space that it lacks, for an error; nothing if it lacks none."""
+    return f" ({' ' + answer!r})" if answer and not answer[0].isspace() else ""
+
+
+def one_word(prompt: str, answer: str) -> bool:
+    """True if an answer goes on with the last word of its prompt, in letters of either case."""
+    return all(c.isupper() or c.islower() for c in (prompt[-1:], answer[:1]))
 
 
 # -- chat ------------------------------------------------------------------------------------------
@@ -287,3 +300,11 @@ def side_by_side(tokenizer: Any, clean: Sequence[int], corrupt: Sequence[int]) -
 def tail(text: str, length: int = 24) -> str:
     """The end of a text, for a message."""
     return repr(text if len(text) <= length else "…" + text[-length:])
+
+
+def warn_caller(message: str) -> None:
+    """Warns, with the line outside of this room that has led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "tasks":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

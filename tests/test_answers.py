@@ -375,6 +375,14 @@ def test_foils_of_continuations_are_their_first_tokens() -> None:
     assert task.with_metric("logit_difference").metric.name == "logit_difference"
 
 
+def test_continuations_that_begin_alike_prefer_nothing(tiny: Any) -> None:
+    task = continued(tiny.tokenizer, foils=[" a drink", " office"])
+    same = continued(tiny.tokenizer).answers.tolist()[0]
+    assert task.foils.tolist()[0] == same
+    with pytest.raises(ValueError, match=f"pair 0 has token {same} .' a'. for both; choose anoth"):
+        task.preferred(tiny)
+
+
 def test_sweeps_tell_continuations_apart(tiny: Any) -> None:
     """The last token of an answer stands in no prompt."""
     from circuits.exact.sweep import identity

@@ -781,6 +781,17 @@ def test_a_model_that_cannot_do_the_task_is_told_once_and_first(model: Path) -> 
     assert "filter_correct" in said
 
 
+@pytest.mark.filterwarnings("default")
+def test_only_pairs_that_are_answered_rightly_are_kept(model: Path) -> None:
+    """Also among those that circuits are judged on."""
+    result = relp("compare", "--model", model, "--pairs", 16, "--filter-correct", "--circuits")
+    assert result.exit_code == 0, result.output
+    assert "8 of 16 pairs are kept, on which the answer is preferred" in result.stdout
+    assert "the answer is preferred in 100.0% of the clean prompts" in result.stdout
+    said = " ".join(result.stdout.split())
+    assert re.search(r"the pairs of seed 1, the \d+ that are answered rightly", said)
+
+
 def test_compare_draws_what_it_prints(model: Path) -> None:
     result = relp("compare", "--model", model, "--pairs", 2, "--no-circuits", "--out", "pictures")
     assert result.exit_code == 0, result.output

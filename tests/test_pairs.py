@@ -202,6 +202,13 @@ def test_a_notebook_shows_tokens_and_what_differs() -> None:
     assert ">14<" not in bare and ">13<" in bare and "… and 2 pairs more" in bare
 
 
+def test_tokens_that_would_not_be_seen_are_spelled() -> None:
+    """Line ends, and marks that turn the text around."""
+    task = Task.from_prompts(gpt2(), ["Then\n\u202e Tom"], ["Then\n\u202e Paul"], [" to"], [" at"])
+    html = task._repr_html_()
+    assert ">Ċ</td>" in html and "\n" not in html and "\u202e" not in html
+
+
 # -- rows of different lengths ---------------------------------------------------------------------
 
 

@@ -296,6 +296,8 @@ def test_saved_circuits_load_as_any_model(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
     with pytest.raises(FileExistsError, match="must be a new one"):
         one.save(folder)
+    with pytest.raises(FileNotFoundError, match="must lie in one that exists; '.*none' is none; c"):
+        one.save(tmp_path / "none" / "saturation")
 
 
 def test_the_command_saves_or_says_why_not(tmp_path: Path) -> None:

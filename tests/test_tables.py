@@ -202,7 +202,7 @@ def test_ids_are_those_of_the_tokenizer(tokenizer: Any) -> None:
     path = written(text.replace(str(size), "many"))
     assert full_message(lambda: Task.from_csv(tokenizer, path)) == (
         "column 'incorrect_idx' must hold a token id, or a list of them, in every row; row 0 of "
-        "'prompts.csv' (line 2) has 'many', of type str; fill it in, or leave that row out"
+        "'prompts.csv' (line 2) has 'many', of type str; write it as one, or leave that row out"
     )
     columns = {"answer": "clean"}
     assert "answers and foils must both be texts or both token ids; the columns are" in (
@@ -377,12 +377,12 @@ def test_files_that_are_no_tables(tokenizer: Any, text: str | bytes, message: st
         (
             lines([ROWS[0], ROWS[1] | {"answer": []}]),
             "column 'answer' must hold a text, or a list of texts, in every row; row 1 of "
-            "'a.jsonl' (line 2) has [], of type list; fill it in, or leave that row out",
+            "'a.jsonl' (line 2) has [], of type list; write it as one, or leave that row out",
         ),
         (
             lines([ROWS[0] | {"answer": 5}]),
             "column 'answer' must hold a text, or a list of texts, in every row; row 0 of "
-            "'a.jsonl' (line 1) has 5, of type int; fill it in, or leave that row out",
+            "'a.jsonl' (line 1) has 5, of type int; write it as one, or leave that row out",
         ),
     ],
     ids=["list", "no JSON", "a key", "no answer", "a number"],
@@ -400,6 +400,28 @@ def test_cells_without_a_value(tokenizer: Any, nothing: Any) -> None:
         "column 'clean' must hold a text in every row; row 1 of the table has nothing; fill it "
         "in, or leave that row out"
     )
+
+
+def test_what_is_there_twice_is_never_chosen_for_anybody(tokenizer: Any) -> None:
+    both = pd.DataFrame(ROWS).assign(answers=" Ann")
+    assert full_message(lambda: Task.from_dataframe(tokenizer, both)) == (
+        "the table must have one column for each thing; it has answer and answers; leave one out, "
+        'or say which it is: columns={"answer": …}'
+    )
+    chosen = Task.from_dataframe(tokenizer, both, columns={"answers": "answer"})
+    assert same(chosen, from_lists(tokenizer))
+    path = written('{"clean": "Then Tom", "clean": "Then Paul"}', "a.jsonl")
+    assert full_message(lambda: Task.from_jsonl(tokenizer, path)) == (
+        "each column of 'a.jsonl' must have a name of its own; 'clean' is there twice; rename one"
+    )
+
+
+def test_the_tokenizer_comes_first() -> None:
+    """Before any file is read: this one is not there."""
+    for make in (Task.from_csv, Task.from_jsonl):
+        assert "`tokenizer` must be a Hugging Face tokenizer; got str; pass" in (
+            full_message(lambda make=make: make("prompts.csv", "none.csv"), TypeError)
+        )
 
 
 def test_what_is_no_table(tokenizer: Any) -> None:

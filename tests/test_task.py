@@ -280,9 +280,35 @@ def test_an_answer_must_be_one_token(tokenizer: PreTrainedTokenizerFast) -> None
         f"after 'Then Tom smiled at' is ['{space}Tom', '{space}Paul']; choose a word of one token, "
         'with its leading space, or read all of it with continuation="sum"'
     )
-    for answer in ("", "tending"):  # nothing at all, and a change of the prompt's last token
-        with pytest.raises(ValueError, match="an answer must be exactly one token after its"):
-            Task.from_prompts(tokenizer, CLEAN[1:], CORRUPT[1:], [answer], [" Paul"])
+    # nothing at all; a prompt that has the answer's space
+    for prompt, answer, do in (
+        ("Then Tom smiled at", "", "begin the answer where a token begins, with its leading space"),
+        ("Then Tom smiled at ", "Tom", "its last space, and begin the answer with one"),
+    ):
+        other = prompt.replace("Tom", "Paul")
+        message = full_message(
+            lambda given=(tokenizer, [prompt], [other], [answer], [" Paul"]): Task.from_prompts(
+                *given
+            )
+        )
+        assert message.startswith(
+            "`answers` of pair 0: an answer must add tokens to its prompt and leave the prompt's "
+            f"own as they are; {prompt!r} and {answer!r} together end in ["
+        )
+        assert message.endswith(do)
+
+
+def test_answers_that_go_on_with_a_word_are_warned_of() -> None:
+    """A letter is a token of its own in a byte-level tokenizer: nothing else would tell."""
+    prompts = ["Then Mary met"], ["Then John met"]
+    with pytest.warns(UserWarning) as found:
+        Task.from_prompts(gpt2(), *prompts, ["X"], [" John"])
+    assert [str(one.message) for one in found] == [
+        "`answers` of pair 0 must begin where a word begins; 'X' goes on with the last word of "
+        "'Then Mary met'; give it its leading space (' X'), or ignore this if one word is meant"
+    ]
+    prompts = ["From 1743 to 17"], ["From 1701 to 17"]
+    Task.from_prompts(gpt2(), *prompts, ["8"], ["0"])  # no word
 
 
 def test_an_answer_must_leave_its_prompt_as_it_was() -> None:
@@ -290,12 +316,13 @@ def test_an_answer_must_leave_its_prompt_as_it_was() -> None:
     vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "d", "bc"])}
     bpe = Tokenizer(models.BPE(vocabulary, [("b", "c")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    made = Task.from_prompts(tokenizer, ["ab"], ["bb"], ["d"], ["a"])
+    with pytest.warns(UserWarning, match="'[da]' goes on with the last word of 'ab'; give it"):
+        made = Task.from_prompts(tokenizer, ["ab"], ["bb"], ["d"], ["a"])
     assert made.answers.tolist() == [3] and made.foils.tolist() == [0]
     assert full_message(lambda: Task.from_prompts(tokenizer, ["ab"], ["bb"], ["cd"], ["a"])) == (
-        "`answers` of pair 0: an answer must be exactly one token after its prompt; 'cd' after "
-        "'ab' is ['d']; choose a word of one token, with its leading space (' cd'), or read all of "
-        'it with continuation="sum"'
+        "`answers` of pair 0: an answer must add tokens to its prompt and leave the prompt's own "
+        "as they are; 'ab' and 'cd' together end in ['a', 'bc', 'd']; begin the answer where a "
+        "token begins, with its leading space (' cd')"
     )
 
 

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_ioi
 import torch
-from test_ioi import FAMILIES, metaspace, with_bos
+from test_ioi import BYTES, FAMILIES, llama_new, metaspace, with_bos
+from test_ioi import whole_words as only_words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +23,9 @@ from tasks.registry import TASKS, about, builder, check_task, known_circuit
 from tasks.zoo.shelf import shipped
 
 ENOUGH = 11
+WHOLE = (*range(1100, 1800, 100), 1776, 1799)
+"""Years that are one token by themselves, as some are in GPT-2: they are not split to be asked for,
+and yet right or wrong behind their century."""
 
 
 def vocabulary() -> list[str]:
@@ -56,7 +61,25 @@ def byte_level() -> PreTrainedTokenizerFast:
 def two_digits() -> PreTrainedTokenizerFast:
     """As GPT-2's in that two digits are one token."""
     texts = [f" {n}" for n in range(10, 18)] * 99 + [f"{n:02}" for n in range(100)] * 99
-    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False), texts)
+    whole = [f" {year}" for year in WHOLE] * 99
+    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False), texts + whole)
+
+
+@cache
+def spaces() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space begins a token as "▁", and every digit is one."""
+    before = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *BYTES, *"0123456789"]
+    learned = test_ioi.trained(before, special=special, size=6000, texts=vocabulary())
+    return llama_new(
+        Tokenizer(models.BPE(**learned, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    )
 
 
 def trained(before: Any, more: list[str] | None = None) -> PreTrainedTokenizerFast:
@@ -74,6 +97,7 @@ def trained(before: Any, more: list[str] | None = None) -> PreTrainedTokenizerFa
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "digits": byte_level,
     "two digits": two_digits,
+    "spaces": spaces,
 }
 
 
@@ -203,7 +227,7 @@ def test_greater_than_has_the_years_above_on_one_side_and_the_rest_on_the_other(
         if len(at) == 1:
             assert {*answers, *foils} == {*"0123456789"} - {at}
         else:
-            assert len({*answers, *foils}) > 30 and at in foils
+            assert {*answers, *foils} == {f"{n:02}" for n in range(100)} and at in foils
         start = int(task.spans["year"][i])
         assert tokenizer.decode(task.clean[i, start : start + 1]) == at
 
@@ -212,7 +236,7 @@ def test_greater_than_has_the_years_above_on_one_side_and_the_rest_on_the_other(
 @pytest.mark.parametrize("structure", ["simple", "prepositional", "relative"])
 def test_verbs_agree_with_their_subject(tokenizer: Any, structure: str, corruption: str) -> None:
     task = builder(f"subject_verb_{structure}")(tokenizer, pairs=ENOUGH, corruption=corruption)
-    assert task.name == f"subject_verb_{structure}"
+    assert task.name == f"subject_verb_{structure}{'_noun' if corruption == 'noun' else ''}"
     where = 2 if structure == "simple" else 1
     for i in range(ENOUGH):
         clean, corrupt, answers, foils = texts(tokenizer, task, i)
@@ -237,7 +261,7 @@ def test_pairs_are_as_many_as_asked_for_all_different_and_of_one_length(
 ) -> None:
     make = builder(name)
     task = make(tokenizer, pairs=37, seed=5)
-    assert len(task) == 37 and len(set(task.lengths.tolist())) == 1
+    assert task.name == name and len(task) == 37 and len(set(task.lengths.tolist())) == 1
     both = torch.cat([task.clean, task.corrupt], 1)
     assert len(both.unique(dim=0)) == 37
     again, other = make(tokenizer, pairs=37, seed=5), make(tokenizer, pairs=37, seed=6)
@@ -276,6 +300,30 @@ def test_words_in_pieces_are_told_with_the_nearest_that_are_whole() -> None:
         "the nearest that it has to 'books': 'book', 'Marie': 'Maria', 'Mar', 'Martin'; use a "
         "tokenizer with a larger vocabulary, or build the pairs with Task.from_prompts"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "subject_verb_relative",
+            "author student students teacher doctor child artist farmer driver singer",
+            "the tokenizer must keep at least 4 of 20 nouns, each both as one and as many, as one "
+            "token after a space; got 1 (student and students); ",
+        ),
+        (
+            "capital_country",
+            "France Germany Italy Spain Japan Paris China Rome Russia",
+            "the tokenizer must keep at least 4 of 35 countries, each with its capital, as one "
+            "token after a space; got 2 (France and Paris, Italy and Rome); ",
+        ),
+    ],
+)
+def test_words_that_belong_together_must_all_be_whole(name: str, words: str, message: str) -> None:
+    tokenizer = only_words(["Then", *words.split()])
+    with pytest.raises(ValueError) as error:
+        builder(name)(tokenizer)
+    assert str(error.value).startswith(message)
 
 
 def test_years_that_are_never_split_are_an_error() -> None:

@@ -92,6 +92,11 @@ class Planted:
                 f"the folder to write must be a new one; {str(folder)!r} exists; choose another "
                 "name, or delete it"
             )
+        if not folder.parent.is_dir():
+            raise FileNotFoundError(
+                f"the folder to write must lie in one that exists; {str(folder.parent)!r} is none; "
+                "create it first"
+            )
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             made = scratch / "made"  # a temporary folder is its owner's alone
