@@ -19,7 +19,7 @@ import typer
 from rich.markup import escape
 
 from circuits.choices import MIB, SUFFIXES, check_ablation, check_tau
-from circuits.screen import one_line_errors, or_dash, print_table, say
+from circuits.screen import console, one_line_errors, or_dash, print_table, say
 from circuits.source import source_of
 from relp import Direction, Level, Preset
 from tasks import able, planted, zoo
@@ -33,6 +33,13 @@ EDGES = 100
 SEARCHES = ("top", "greedy", "acdc")
 FEW = 8
 """Pairs of prompts for large models, if nobody says how many."""
+SHORT = {
+    "auroc": "AUC", "average_precision": "AP", "pearson": "r", "spearman": "ρ",
+    "relative_error": "error", "node cost": "nodes", "edge cost": "edges",
+}  # fmt: skip
+"""Measures of a benchmark as the heads of its table."""
+WIDE = 116
+"""Columns of a screen on which there is room to say what each task is."""
 READY = 16
 """Pairs per run that asks what the model does on them."""
 STEPS = 10
@@ -392,7 +399,14 @@ def judge(
             rows = [
                 [str(name), *row] for name, row in zip(table.index, table.to_numpy(), strict=True)
             ]
-            print_table(f"{group}: mean over {count} cases", ["method", *table.columns], rows)
+            print_table(
+                f"{group}: mean over {count} cases",
+                ["method", *(SHORT.get(c, c) for c in table.columns)],
+                rows,
+            )
+        say(
+            "AUC, AP: of the true edges; r, ρ, signs, error: nodes with exact effects; ×: of the floor"
+        )
         if "GRADIENT" in found.methods:
             say("+ better, ! worse than GRADIENT: permutation tests over pairs, Holm's correction")
         figure = draw(found.table(), title=f"relp bench · {pairs} pairs, seed {seed}")
@@ -437,14 +451,12 @@ def list_tasks(
             check_model(model)
             shares = {_called(model): able.measured(zoo.load(model))}
             said = "measured now"
-        print_table(
-            "tasks",
-            ["name", "what it is", *shares],
-            [
-                [name, about(name), *(or_dash(of[name], ".0%") for of in shares.values())]
-                for name in TASKS
-            ],
-        )
+        told = console.width >= WIDE
+        rows = [
+            [name, *[about(name)] * told, *(or_dash(of[name], ".0%") for of in shares.values())]
+            for name in TASKS
+        ]
+        print_table("tasks", ["name", *["what it is"] * told, *shares], rows)
         say(
             f"share of {able.PAIRS} clean prompts on which the answer is preferred to the foil, "
             f"{said}; –: the tokenizer has not the words"

@@ -113,7 +113,8 @@ def doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, 
     return (
         f"{UNABLE}, or circuits explain noise; {able}the gap in "
         f"{task.metric.name!r} between clean and corrupt prompts is {mean:.3g}{spread}; use "
-        "task.filter_correct(model), or a model that can do the task"
+        f"{'other or more pairs' if right == pairs else 'task.filter_correct(model)'}, or a model "
+        "that can do the task"
     )
 
 
