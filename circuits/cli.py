@@ -404,9 +404,7 @@ def judge(
                 ["method", *(SHORT.get(c, c) for c in table.columns)],
                 rows,
             )
-        say(
-            "AUC, AP: of the true edges; r, ρ, signs, error: nodes with exact effects; ×: of the floor"
-        )
+        say("AUC, AP: of true edges; r, ρ, signs, error: of nodes; nodes, edges: cost in floors")
         if "GRADIENT" in found.methods:
             say("+ better, ! worse than GRADIENT: permutation tests over pairs, Holm's correction")
         figure = draw(found.table(), title=f"relp bench · {pairs} pairs, seed {seed}")
