@@ -285,3 +285,14 @@ def test_an_architecture_that_transformers_does_not_read(file: Path, llama_folde
     assert "'tiny.gguf' could not be read (GGUF model with architecture clip is not supported" in (
         refused("coverage", file.name)
     )
+
+
+def test_bench_judges_methods_on_it(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    result = relp("bench", "--model", NAME, "--case", "subject_verb_simple", "--method", "GRADIENT",
+                  "--method", "ACDC", "--pairs", 2, "--out", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"{NAME}: mean over 1 cases" in result.stdout
+    (case,) = (path for path in out.iterdir() if path.is_dir())
+    kept = sorted(path.name for path in case.iterdir())
+    assert kept == ["GRADIENT.json", "effects.safetensors"]  # ACDC would take days
