@@ -26,11 +26,11 @@ from tasks.planted.stream import Head, Neuron, Stream
 
 OTHER = {"denoise": "noise", "noise": "denoise"}
 DIALS = [
-    {},
     {"distractors": 8},
-    {"noise": 0.03, "distractors": 4, "seed": 1},
+    pytest.param({}, marks=pytest.mark.long),
+    pytest.param({"noise": 0.03, "distractors": 4, "seed": 1}, marks=pytest.mark.long),
 ]
-"""As constructed, among heads that do other things, and with weights that are not quite clean."""
+"""Among heads that do other things, as constructed, and with weights that are not quite clean."""
 BROKEN = {
     "cancellation": {"GRADIENT": 0.95, "RELP": 0.95},
     "saturation": {"GRADIENT": 0.9, "RELP": 0.9},
