@@ -191,7 +191,7 @@ class Bench:
             ValueError: there is no such group.
         """
         if group not in self.groups:
-            raise ValueError(f"the group must be one of {self.groups}; got {group!r}")
+            raise ValueError(f"the group must be one of {self.groups}; got {group!r}; see `groups`")
         found = self.summary(seed=seed).query("group == @group")
         marks: dict[tuple[str, str], str] = {}
         if baseline in self.methods:
