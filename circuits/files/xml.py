@@ -6,6 +6,8 @@ import re
 
 import networkx as nx
 
+from circuits.graph import Circuit
+
 __all__ = ["ILLEGAL", "with_edge_ids", "without_edge_ids"]
 
 ILLEGAL = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -34,7 +36,7 @@ def with_edge_ids(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
 
 def without_edge_ids(graph: nx.Graph) -> nx.MultiDiGraph:
     """Undoes `with_edge_ids`, and what networkx' readers add."""
-    result = nx.MultiDiGraph()
+    result = Circuit()
     result.add_nodes_from(
         (node, {k: v for k, v in data.items() if k != "label"})
         for node, data in graph.nodes(data=True)
