@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import networkx as nx
 
+from circuits.draw.paint import ILLEGAL
 from circuits.graph import Circuit
 
-__all__ = ["ILLEGAL", "with_edge_ids", "without_edge_ids"]
-
-ILLEGAL = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""A character that no XML file can hold."""
+__all__ = ["with_edge_ids", "without_edge_ids"]
 
 
 def with_edge_ids(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
