@@ -233,8 +233,8 @@ def test_a_notebook_without_widgets_is_not_warned(first: str, warned: bool, tmp_
     code = (
         "import sys, types, warnings\n"
         "sys.modules['ipywidgets'] = None\n"
-        "shell = types.SimpleNamespace(config={'IPKernelApp': {}})\n"
-        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: shell)\n"
+        "sys.modules['ipykernel.zmqshell'] = types.ModuleType('zmqshell')\n"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: 'a notebook')\n"
         f"{first}\n"
         "import tqdm.auto"
     )
