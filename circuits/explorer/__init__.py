@@ -18,9 +18,9 @@ from html import escape
 
 import networkx as nx
 
-from circuits.explorer.page import page
-from circuits.explorer.view import OPEN, strongest
-from circuits.files.svg import to_svg as picture
+from circuits.draw.svg import picture
+from circuits.explorer.page import page_of, strongest
+from circuits.explorer.view import OPEN
 from circuits.graph import check_circuit
 from relp import check_texts
 
@@ -90,10 +90,8 @@ def inline(circuit: nx.MultiDiGraph) -> str:
     return _explorer(circuit, None, 640, most=_INLINE)._repr_html_()
 
 
-def _explorer(
-    circuit: nx.MultiDiGraph, title: str | None, height: int, **most: int
-) -> Explorer:
+def _explorer(circuit: nx.MultiDiGraph, title: str | None, height: int, **most: int) -> Explorer:
     said = title or f"{circuit.graph['task']} · {circuit.graph['model']}"
     return Explorer(
-        page(circuit, title, **most), picture(strongest(circuit, OPEN), title), said, height
+        page_of(circuit, title, **most), picture(strongest(circuit, OPEN), title), said, height
     )

@@ -69,13 +69,16 @@ for (const kind of ["pointerdown", "pointermove"]) {
     map.setPointerCapture(event.pointerId);
     const box = map.getBoundingClientRect();
     const x = (LEFT + RIGHT) / 2 + (event.clientX - box.x - box.width / 2) / MAP;
-    const y = TOP + (event.clientY - box.y) / MAP;
+    const y = (TOP + BOTTOM) / 2 + (event.clientY - box.y - box.height / 2) / MAP;
     moved = true;
     view.call(zoom.translateTo, x, y);
   });
 }
 
 // -- hovering ------------------------------------------------------------------------------------
+
+/** The node that the mouse is on. */
+const under = (event) => event.target.closest(".node")?.__data__ ?? null;
 
 /** Points along an edge, made when first asked for. */
 function path(edge) {
@@ -124,7 +127,7 @@ function tip(text, event) {
 stage.addEventListener("pointermove", (event) => {
   if (event.buttons) return;
   if (event.target.closest("#panel, #map")) return touch(null);
-  const node = d3.select(event.target.closest(".node")).datum();
+  const node = under(event);
   const box = stage.getBoundingClientRect();
   const [x, y] = state.at.invert([event.clientX - box.x, event.clientY - box.y]);
   const edge = node ? null : nearest(x, y, 7 / state.at.k);
@@ -151,7 +154,7 @@ function choose(node, { focus = false } = {}) {
 
 stage.addEventListener("click", (event) => {
   if (event.target.closest("#panel, #map")) return;
-  const node = d3.select(event.target.closest(".node")).datum() ?? null;
+  const node = under(event);
   if (node) node.element.focus({ preventScroll: true });
   else stage.focus({ preventScroll: true });
   choose(node === state.chosen ? null : node);
@@ -295,8 +298,8 @@ const ANSWERS = Object.assign({}, ...KEYS.map(([, , answers]) => answers));
 const stride = () => Math.max(1, Math.round(steps.length / 40));
 
 function enter() {
-  const node = d3.select(document.activeElement).datum();
-  if (document.activeElement.classList.contains("node")) choose(node === state.chosen ? null : node, { focus: true });
+  const node = document.activeElement.closest(".node")?.__data__;
+  if (node) choose(node === state.chosen ? null : node, { focus: true });
 }
 
 document.addEventListener("keydown", (event) => {

@@ -7,24 +7,25 @@ import re
 from functools import cache
 from html import escape
 from importlib import resources
-from typing import Any
 
 import networkx as nx
 
 from circuits.draw import paint
 from circuits.explorer.view import view
+from circuits.graph import check_circuit, size
+from circuits.search.prune import top
 
-__all__ = ["MOST", "json_text", "page"]
+__all__ = ["MOST", "json_text", "page_of", "strongest"]
 
 MOST = 3000
 """Edges that a page shows of larger circuits: a browser paints no more in a moment."""
 _SCRIPTS = ("d3.js", "circuit.js", "scene.js", "controls.js")
 
 
-def page(graph: nx.MultiDiGraph, title: str | None = None, *, most: int = MOST) -> str:
+def page_of(graph: nx.MultiDiGraph, title: str | None = None, *, most: int = MOST) -> str:
     """The page of a circuit, which works offline.
 
-    >>> page(circuit).startswith("<!doctype html>")
+    >>> page_of(circuit).startswith("<!doctype html>")
     True
 
     Args:
@@ -35,7 +36,8 @@ def page(graph: nx.MultiDiGraph, title: str | None = None, *, most: int = MOST) 
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    data: dict[str, Any] = view(graph, title, most=most)
+    shown = strongest(graph, most)
+    data = view(shown, title, left_out=size(graph) - size(shown))
     pieces = {
         "title": escape(title or paint.heading(graph)),
         "style": _asset("page.css"),
@@ -44,6 +46,18 @@ def page(graph: nx.MultiDiGraph, title: str | None = None, *, most: int = MOST) 
     }
     # in one pass, so that nothing in the data is taken for a gap of the template
     return re.sub(r"\{\{(\w+)\}\}", lambda gap: pieces[gap[1]], _asset("page.html"))
+
+
+def strongest(graph: nx.MultiDiGraph, edges: int) -> nx.MultiDiGraph:
+    """`graph`, or what is strongest of it: at most `edges` edges, on paths if there are any.
+
+    Raises:
+        TypeError, ValueError: `graph` is no circuit.
+    """
+    if size(check_circuit(graph)) <= edges:
+        return graph
+    connected = top(graph, edges=edges)
+    return connected if size(connected) else top(graph, edges=edges, connected=False)
 
 
 def json_text(text: str) -> str:

@@ -5,7 +5,7 @@
 const stage = document.getElementById("stage");
 const sheets = ["ground", "edges", "front"].map((id) => document.getElementById(id));
 const RIM = 160; // pixels around the stage that are painted too, so that moving shows no gap
-const READABLE = 0.42; // labels have eight pixels at this scale: no circuit opens smaller
+const READABLE = 0.5; // the longest labels have eight pixels at this scale: no circuit opens smaller
 const [LEFT, TOP, RIGHT, BOTTOM] = data.frame;
 const [BOX_WIDTH, BOX_HEIGHT] = data.box;
 document.documentElement.style.setProperty("--rim", `${RIM}px`);
@@ -65,7 +65,7 @@ function paintEdges() {
   d3.select("#edges > g").selectAll("path").data(state.shown, (edge) => edge.number)
     .join((entering) => entering.append("path")
       .attr("d", (edge) => curve(edge.curve)).attr("class", dressed)
-      .attr("stroke-width", (edge) => edge.width).attr("stroke-opacity", (edge) => edge.opacity))
+      .attr("stroke-width", wide(0.6)).attr("stroke-opacity", (edge) => edge.opacity))
     .order();
   const used = new Set(state.shown.flatMap((edge) => [edge.from, edge.to]));
   for (const node of nodes) node.used = used.has(node);
@@ -84,8 +84,8 @@ function paintChoice() {
   sheets[1].classList.toggle("dim", chosen !== null || hits !== null);
   d3.select("#lit").selectAll("path").data(lit, (edge) => edge.number).join("path")
     .attr("d", (edge) => curve(edge.curve)).attr("class", dressed)
-    .attr("stroke-opacity", (edge) => (edge.from === chosen || edge.to === chosen ? 1 : 0.45)).order();
-  thicken();
+    .attr("stroke-opacity", (edge) => (edge.from === chosen || edge.to === chosen ? 1 : 0.45))
+    .attr("stroke-width", wide(1.5)).order();
   d3.selectAll(".node").classed("dim", (node) => !on.has(node))
     .classed("hit", (node) => hits?.has(node) ?? false)
     .classed("chosen", (node) => node === chosen)
@@ -94,9 +94,13 @@ function paintChoice() {
   return lit;
 }
 
-/** Lit edges are at least 1.5 pixels wide at any scale. */
+/** The width of an edge, at least so many pixels at the scale of now. */
+const wide = (least) => (edge) => Math.max(edge.width, least / state.painted.k).toFixed(2);
+
+/** Edges can be seen at any scale, lit ones well. */
 function thicken() {
-  d3.selectAll("#lit path").attr("stroke-width", (edge) => Math.max(edge.width, 1.5 / state.painted.k));
+  d3.selectAll("#edges path").attr("stroke-width", wide(0.6));
+  d3.selectAll("#lit path").attr("stroke-width", wide(1.5));
 }
 
 /** Labels grow as the circuit shrinks, as far as their boxes allow. */
@@ -193,22 +197,30 @@ function paintMap() {
   const { at } = state, [x0, y0] = at.invert([0, 0]), [x1, y1] = at.invert([stage.clientWidth, stage.clientHeight]);
   map.hidden = x0 <= LEFT + 1 && y0 <= TOP + 1 && x1 >= RIGHT - 1 && y1 >= BOTTOM - 1;
   if (map.hidden) return;
-  const width = Math.max(40, (RIGHT - LEFT) * MAP), height = Math.max(40, (BOTTOM - TOP) * MAP), dots = devicePixelRatio;
-  if (map.width !== Math.round(width * dots) || map.height !== Math.round(height * dots)) {
+  const width = Math.max(40, (RIGHT - LEFT) * MAP), height = Math.max(40, (BOTTOM - TOP) * MAP);
+  const dots = devicePixelRatio;
+  if (map.style.width !== `${width}px` || map.width !== Math.round(width * dots)) {
     Object.assign(map, { width: Math.round(width * dots), height: Math.round(height * dots) });
     Object.assign(map.style, { width: `${width}px`, height: `${height}px` });
   }
   const pen = map.getContext("2d");
-  pen.setTransform(dots * MAP, 0, 0, dots * MAP, -LEFT * MAP * dots + (map.width - (RIGHT - LEFT) * MAP * dots) / 2, -TOP * MAP * dots);
-  pen.clearRect(LEFT - 1e5, TOP - 1e5, 2e5 + RIGHT - LEFT, 2e5 + BOTTOM - TOP);
+  const left = width / 2 - ((LEFT + RIGHT) / 2) * MAP, top = height / 2 - ((TOP + BOTTOM) / 2) * MAP;
+  const rectangle = (x, y, right, bottom) => [left + x * MAP, top + y * MAP, (right - x) * MAP, (bottom - y) * MAP];
+  pen.setTransform(dots, 0, 0, dots, 0, 0);
+  pen.clearRect(0, 0, width, height);
   for (const node of nodes) {
     if (!node.used) continue;
     pen.fillStyle = palette[node === state.chosen ? "chosen" : sign(node.share) || "neutral"];
-    pen.globalAlpha = node === state.chosen ? 1 : 0.35 + 0.65 * Math.abs(node.share);
-    pen.fillRect(node.x - BOX_WIDTH / 2, node.y - BOX_HEIGHT / 2, BOX_WIDTH, BOX_HEIGHT);
+    pen.globalAlpha = node === state.chosen ? 1 : 0.4 + 0.6 * Math.abs(node.share);
+    pen.fillRect(...rectangle(node.x - BOX_WIDTH / 2, node.y - BOX_HEIGHT / 2, node.x + BOX_WIDTH / 2, node.y + BOX_HEIGHT / 2));
   }
+  const [x, y, w, h] = rectangle(x0, y0, x1, y1);
+  const [from, to] = [Math.max(1, x), Math.min(width - 1, x + w)], [high, low] = [Math.max(1, y), Math.min(height - 1, y + h)];
+  pen.globalAlpha = 0.12;
+  pen.fillStyle = palette.chosen;
+  pen.fillRect(from, high, to - from, low - high);
   pen.globalAlpha = 1;
   pen.strokeStyle = palette.chosen;
-  pen.lineWidth = 1.5 / MAP;
-  pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
+  pen.lineWidth = 1.5;
+  pen.strokeRect(from, high, to - from, low - high);
 }

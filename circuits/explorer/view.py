@@ -9,11 +9,11 @@ from typing import Any
 import networkx as nx
 
 from circuits.draw import paint
+from circuits.draw.lanes import by_lane
 from circuits.draw.layout import BOX, PORTS, Curve, Point, layout, routes
-from circuits.graph import check_circuit, size
-from circuits.search.prune import top
+from circuits.graph import place_label
 
-__all__ = ["OPEN", "strongest", "view"]
+__all__ = ["OPEN", "view"]
 
 OPEN = 300
 """Edges that a large circuit opens with: more are hard to read, and slow to paint."""
@@ -21,24 +21,20 @@ _X, _Y = 94.0, 74.0
 """Pixels per unit of layout, as in the picture."""
 
 
-def strongest(graph: nx.MultiDiGraph, edges: int) -> nx.MultiDiGraph:
-    """`graph`, or what is strongest of it: at most `edges` edges, on paths if there are any."""
-    check_circuit(graph)
-    if size(graph) <= edges:
-        return graph
-    whole = top(graph, edges=edges)
-    return whole if size(whole) else top(graph, edges=edges, connected=False)
-
-
-def view(graph: nx.MultiDiGraph, title: str | None = None, *, most: int) -> dict[str, Any]:
-    """The data of the page, for at most `most` edges; x grows to the right and y downwards.
+def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[str, Any]:
+    """The data of the page; x grows to the right and y downwards.
 
     Edges come in the order in which they are painted: the strongest last, so on top.
+
+    Args:
+        graph: the circuit, or what is shown of it; by position it gets a node for each place.
+        title: plain text in place of the task and the model.
+        left_out: edges that the circuit has and `graph` has not.
 
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    drawn = strongest(graph, most)
+    drawn = by_lane(graph)
     positions = layout(drawn)
     curves = routes(drawn, positions)
     at = {node: _pixels(point) for node, point in positions.items()}
@@ -52,8 +48,8 @@ def view(graph: nx.MultiDiGraph, title: str | None = None, *, most: int) -> dict
         f"{corrupt:.3g} corrupt",
         "metric": g["metric"],
         "extent": paint.extent(graph),
-        "left_out": size(graph) - size(drawn),
-        "prompt": _texts(g.get("prompt")),
+        "left_out": left_out,
+        "prompt": json.loads(g["prompt"]),
         "open": OPEN,
         "box": [BOX[0] * _X, BOX[1] * _Y],
         "ports": {slot: _round(share * BOX[0] * _X) for slot, share in PORTS.items()},
@@ -97,7 +93,7 @@ def _lanes(graph: nx.MultiDiGraph, at: dict[str, Point]) -> list[dict[str, Any]]
     for node, (x, _) in at.items():
         if (pos := graph.nodes[node].get("pos", -1)) >= 0:
             lanes.setdefault(pos, []).append(x)
-    return [_span(f"@{pos}", lanes[pos], 0.46 * _X) for pos in sorted(lanes)]
+    return [_span(place_label(graph, pos), lanes[pos], 0.46 * _X) for pos in sorted(lanes)]
 
 
 def _span(label: str, middles: list[float], half: float) -> dict[str, Any]:
@@ -110,7 +106,7 @@ def _node(graph: nx.MultiDiGraph, node: str, at: Point, limit: float) -> dict[st
     return {
         "id": node,
         "label": data.get("name", node),
-        "place": paint.node_positions(graph, node),
+        "place": place_label(graph, data["pos"]) if data.get("pos", -1) >= 0 else "",
         "kind": data["kind"],
         "layer": data["layer"],
         "pos": data.get("pos", -1),
@@ -139,8 +135,3 @@ def _pixels(point: Point) -> Point:
 
 def _round(number: float) -> float:
     return round(number, 2) + 0.0  # no -0.0
-
-
-def _texts(text: str | None) -> list[str]:
-    """The graph's lists are JSON; files of before have none."""
-    return [str(item) for item in json.loads(text or "[]")]
