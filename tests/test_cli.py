@@ -820,3 +820,16 @@ def test_large_models_are_verified_within_a_budget(model: Path, monkeypatch: Any
     assert re.search(r"^not measured, but .* at most \d+ of \d+ \w+ cells", result.stdout, re.M)
     whole = relp("compare", "--model", model, "--pairs", 2, "--exact")
     assert whole.exit_code == 0 and "measured" not in whole.stdout
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:the model must be able to do the task")
+def test_verify_measures_a_sample(model: Path) -> None:
+    words = ("verify", "ioi", "--model", model, "--pairs", 2, "--budget", 22)
+    words += ("--out", "e.safetensors")
+    result = relp(*words, "--json")
+    found, effect = json.loads(result.stdout), Scores.load("e.safetensors")
+    assert effect.strata is not None and found["files"] == ["e.safetensors"]
+    assert {row["rules"] for row in found["agreement"]} >= {"GRADIENT", "RELP"}
+    assert found["missed"] and len(found["strongest"]) > 5
+    assert refused(*words).startswith("`--out` must be a new file")

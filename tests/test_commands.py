@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from test_cli import model, plain, refused, relp  # noqa: F401  # a fixture is imported
+from test_cli import plain, refused, relp
 from test_draw import make_nodes
 from test_files import make_circuit, same
 from test_scores import edge_scores
@@ -51,7 +51,7 @@ def test_every_command_has_an_example_that_it_would_take() -> None:
 def test_tasks_models_and_coverage_answer_programs() -> None:
     tasks = {row["name"]: row for row in answer("tasks")["tasks"]}
     assert tasks["ioi"]["preferred"]["ioi-gpt2"] == 1.0 and "Indirect" in tasks["ioi"]["about"]
-    assert tasks["arithmetic"]["preferred"]["ioi-gpt2"] is None  # which it has not the words for
+    assert tasks["docstring"]["preferred"]["ioi-gpt2"] is None  # which it has not the words for
     models = {row["name"]: row for row in answer("models")["models"]}
     assert models["ioi-gpt2"]["parameters"] > 1e6
     found = answer("coverage", "ioi-gpt2")
@@ -117,14 +117,3 @@ def test_tasks_and_rules_are_completed() -> None:
     assert completed("discover", "--rules", "RE") == ["RELP"]
     assert completed("compare", "--model", "ioi-") == ["ioi-gpt2", "ioi-llama"]
     assert "--install-completion" in plain(relp("--help").output)
-
-
-@pytest.mark.filterwarnings("ignore:the model must be able to do the task")
-def test_verify_measures_a_sample(model: Path) -> None:
-    words = ("verify", "ioi", "--model", model, "--pairs", 2, "--budget", 40)
-    found = answer(*words, "--out", "e.safetensors")
-    effect = Effects.load("e.safetensors")
-    assert effect.strata is not None and found["files"] == ["e.safetensors"]
-    assert {row["rules"] for row in found["agreement"]} >= {"GRADIENT", "RELP"}
-    assert found["missed"] and len(found["strongest"]) > 5
-    assert refused(*words, "--out", "e.safetensors").startswith("`--out` must be a new file")
