@@ -38,7 +38,7 @@ from circuits.files.html import from_html, to_html, to_page
 from circuits.files.mermaid import to_mermaid
 from circuits.files.node_link import from_json, to_json
 from circuits.files.svg import from_svg, to_svg
-from circuits.files.texts import check_storable, read_circuit, write_text
+from circuits.files.texts import check_storable, read_circuit, write_file
 from circuits.graph import check_circuit
 from relp import check_texts
 
@@ -113,7 +113,7 @@ def save(
     if isinstance(what, go.Figure):
         suffix = _suffix(path, _FIGURES, " of a figure")
         _told(path, suffix, model)
-        return write_text(path, _figure_text(what, suffix, title))
+        return write_file(path, _figure_text(what, suffix, title))
     suffix = _suffix(path, FORMATS)
     told = _told(path, suffix, model)
     check_texts("the title", title)
@@ -125,7 +125,7 @@ def save(
             f"`model` must be the TransformerBridge that the circuit is about, as {suffix} holds "
             "its shape; got None; call circuits.save(circuit, path, model=model)"
         )
-    return write_text(path, FORMATS[suffix].write(what, title, **told))
+    return write_file(path, FORMATS[suffix].write(what, title, **told))
 
 
 def load(path: str | Path, *, model: Any = None) -> nx.MultiDiGraph:
