@@ -180,6 +180,7 @@ def _nodes(graph: nx.MultiDiGraph, positions: dict[str, Point], paper: _Paper) -
         )
         ink = ", text=white" if paint.ink(data["score"], limit) != paint.DARK else ""
         kind = "name" if len(label) <= 9 else "long"
+        label = _fit(label, w * 4.4 / 3.4)
         yield rf"\node[{kind}{ink}] at {_at(x, y - (0.5 if slots else 2.8))} {{{_latex(label)}}};"
         for slot in slots:
             yield rf"\node[slot{ink}] at {_at(x + PORTS[slot] * w, y - h / 2 + 2.6)} {{{slot}}};"
@@ -260,7 +261,7 @@ def _letter(letter: str) -> str:
         return _SPECIAL[letter]
     if " " < letter <= "~":
         return letter
-    base, *marks = unicodedata.normalize("NFD", letter)
-    if len(marks) == 1 and marks[0] in _ACCENTS and base.isascii() and base.isalpha():
-        return rf"\{_ACCENTS[marks[0]]}{{{base}}}"
+    base, marks = (parts := unicodedata.normalize("NFD", letter))[:1], parts[1:]
+    if marks in _ACCENTS and base.isascii() and base.isalpha():
+        return rf"\{_ACCENTS[marks]}{{{base}}}"
     return f"[U+{ord(letter):04X}]"
