@@ -1,11 +1,12 @@
-"""Edge scores -> an ordinary `networkx.MultiDiGraph`, the form in which circuits travel.
+"""Edge scores -> a `networkx.MultiDiGraph`, the form in which circuits travel.
 
     circuit = assemble(attribute(model, task, rules=RELP, level="edge"))
     circuit.edges["L5H5", "L9H6", "q"]["score"]
 
 Node ids are component names (`embed`, `L9H6`, `L9.mlp`, `logits`). The edge u -> v has the slot
-that reads (`q`, `k`, `v`, `in`) as its key, or `q@14` where scores were kept by position. All
-edges that can exist are there, those with score 0 too: the assembled graph is the whole model.
+that reads (`q`, `k`, `v`, `in`) as its key, or `q@14` where scores were kept by position, `q@IO`
+where they were kept by span. All edges that can exist are there, those with score 0 too: the
+assembled graph is the whole model.
 
 Key/value heads of grouped-query attention are nodes of their own (`L9KV1`): what they read are
 edges into them, and one structural edge (key `kv`, score 0) leads to each query head they serve.
@@ -23,7 +24,7 @@ node   kind            str    embed, head, kv, neuron, attn, mlp, mixer or logit
        score           float  sum of the node's outgoing edges in the full graph = its node score
 edge   score           float  in units of the metric; the sign is that of `Scores`
        slot            str    q, k, v, in, or kv for structural edges
-       pos             int    position of the token, -1 if summed over positions
+       pos             int    position of the token, or number of the span; -1 if summed over all
        structural      bool   True: leads from a key/value head to a query head
        reader          str    the reader in full (`L9H6.q`), empty for structural edges
 graph  model, task, rules, direction, metric, level  str, as in `Scores`
@@ -33,13 +34,17 @@ graph  model, task, rules, direction, metric, level  str, as in `Scores`
        metric_corrupt  float  mean of the metric over the corrupt prompts
        pairs           int    pairs of prompts behind the scores
        total_edges     int    edges of the full graph, structural ones not counted
-       positions       bool   True if edges are kept by position
+       positions       bool   True if edges are kept by position, or by span
+       by_span         bool   True if edges are kept by span
+       places          str    JSON, a list: what figures call each position (`" Mary"@4`) or span
+       prompt          str    JSON, a list: the tokens of the first clean prompt
        neurons         str    names of the neurons that were split off, with spaces between
 =====  ==============  =====  ==================================================================
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -48,15 +53,17 @@ import networkx as nx
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from relp import EdgeEffects, EdgeScores, Scores
+from relp import EdgeEffects, EdgeScores, Provenance, Scores
 
 __all__ = [
+    "Circuit",
     "assemble",
     "check_circuit",
     "check_edges",
     "edge_key",
     "edge_table",
     "keep",
+    "place_label",
     "real_edges",
     "size",
 ]
@@ -86,13 +93,39 @@ GRAPH: Mapping[str, type] = {
     "level": str,
     "total_edges": int,
     "positions": bool,
+    "by_span": bool,
+    "places": str,
+    "prompt": str,
     "neurons": str,
 }
 UNSTATED: Mapping[str, object] = {
     **{name: "unknown" if kind is str else kind() for name, kind in GRAPH.items()},
     "quantization": "",
+    "places": "[]",
+    "prompt": "[]",
 }
 """What the graph's attributes are where a file does not say."""
+
+
+class Circuit(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no types
+    """A `networkx.MultiDiGraph` that says what it is: a line when printed, a page in a notebook.
+
+    >>> circuit
+    Circuit(200 of 3,628 edges, 35 nodes, RELP · ioi-gpt2 · ioi · denoise)
+
+    Verbs that take a circuit take any `MultiDiGraph` with the attributes above.
+    """
+
+    def __repr__(self) -> str:
+        try:
+            check_circuit(self)
+        except (TypeError, ValueError):  # some of its attributes were taken away, or it is new
+            return f"Circuit({self.number_of_edges():,} edges, {len(self):,} nodes)"
+        source = Provenance.of(self.graph)
+        of = f"{size(self):,} of {self.graph['total_edges']:,} edges"
+        return f"Circuit({of}, {len(self):,} nodes, {source.title})"
+
+    __str__ = __repr__
 
 
 def assemble(
@@ -127,7 +160,7 @@ def assemble(
                 edges.append((source, head, "kv", data))
     # reader after reader, so that the sum does not depend on how it is vectorised
     totals = table.sum(0).T.contiguous().numpy().sum(0).tolist()
-    graph = nx.MultiDiGraph()
+    graph = Circuit()
     for c in layout.components:
         if kept is None or c.name in used:
             score = totals[layout.row[c.name]] if c.name in layout.row else 0.0
@@ -141,6 +174,9 @@ def assemble(
         level=str(scores.level),
         total_edges=int(exists.sum()),
         positions=scores.edges.dim() == 3,
+        by_span=bool(scores.places),
+        places=json.dumps(scores.place_labels),
+        prompt=json.dumps(scores.pairs.prompt),
         neurons=" ".join(c.name for c in layout.sources if c.kind == "neuron"),
     )
     return graph
@@ -153,23 +189,30 @@ def _edges(
 ) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """`(u, v, key, attributes)` of the chosen edges, in the order of the graph: writers as its
     nodes are, and the readers of one component side by side, where its first one is."""
-    layout, places = scores.layout, scores.positions
+    layout, places = scores.layout, scores.places or scores.positions
     owners = [owner.name for owner, _ in layout.targets]
     first = {name: i for i, name in reversed(list(enumerate(owners)))}
     columns = sorted(range(len(owners)), key=lambda column: first[owners[column]])
     rows = [layout.row[c.name] for c in layout.components if c.name in layout.row]
     chosen, table = (t.permute(1, 2, 0)[rows][:, columns] for t in (chosen, table))
     for (w, r, p), score in zip(chosen.nonzero().tolist(), table[chosen].tolist(), strict=True):
-        column, pos = columns[r], places[p]
+        column = columns[r]
         slot = layout.targets[column][1]
+        pos = p if scores.edges.dim() == 3 else -1
         data = {"score": score, "slot": slot, "pos": pos, "structural": False}
         data["reader"] = layout.readers[column]
-        yield layout.writers[rows[w]], owners[column], edge_key(slot, pos), data
+        yield layout.writers[rows[w]], owners[column], edge_key(slot, places[p]), data
 
 
-def edge_key(slot: str, pos: int) -> str:
-    """The key of an edge: its slot, and its position unless that is -1."""
-    return slot if pos < 0 else f"{slot}@{pos}"
+def edge_key(slot: str, place: int | str) -> str:
+    """The key of an edge: its slot, and its position (unless that is -1) or span."""
+    return slot if place == -1 else f"{slot}@{place}"
+
+
+def place_label(graph: nx.MultiDiGraph, pos: int) -> str:
+    """What figures call a position or span: `" Mary"@4`, `IO@2`, `IO`; `@4` if that is all."""
+    labels = json.loads(graph.graph["places"])
+    return str(labels[pos]) if 0 <= pos < len(labels) else f"@{pos}"
 
 
 def check_edges(scores: object) -> EdgeScores:
@@ -187,11 +230,6 @@ def check_edges(scores: object) -> EdgeScores:
         raise ValueError(
             "assemble needs edge scores; these are node scores; call "
             "attribute(model, task, level='edge')"
-        )
-    if scores.places:
-        raise ValueError(
-            f"assemble needs edges by token or summed over all; these are by span {scores.places}; "
-            "call attribute(level='edge') with positions=True or without"
         )
     if not bool(scores.edges.isfinite().all()):
         bad = int((~scores.edges.isfinite()).sum())
@@ -236,7 +274,7 @@ def keep(graph: nx.MultiDiGraph, edges: Iterable[tuple[str, str, str]]) -> nx.Mu
         for u, v, key, data in graph.edges(keys=True, data=True)
         if data["structural"] and u in read and v in used
     }
-    result = nx.MultiDiGraph()
+    result = Circuit()
     result.graph.update(graph.graph)
     result.add_nodes_from(
         (node, data.copy()) for node, data in graph.nodes(data=True) if node in used

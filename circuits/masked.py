@@ -10,8 +10,9 @@ output is split over them, as `DEEPLIFT` does.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -39,12 +40,21 @@ from relp.bridge import (
     output_shapes,
     precise_logits,
     skipping,
+    span_index,
     stream_places,
     stream_sites,
     warn_caller,
 )
 
-__all__ = ["UNABLE", "circuit_masks", "circuit_metrics", "circuit_sites", "doubt", "endpoints"]
+__all__ = [
+    "UNABLE",
+    "circuit_masks",
+    "circuit_metrics",
+    "circuit_sites",
+    "doubt",
+    "endpoints",
+    "kept_by_span",
+]
 
 ABLE = 0.75
 """Share of the clean prompts that a model which can do a task answers rightly, at least."""
@@ -137,9 +147,12 @@ def circuit_masks(
 ) -> Bool[Tensor, "circuit pos writer reader"]:
     """Which writers each reader hears; the position axis has length 1 where all are alike.
 
+    Of circuits by span (`kept_by_span`) it holds the task's spans, and what is outside of them.
+
     Raises:
         TypeError, ValueError: there is no circuit, one is not of this model, one has other neurons
-            split off, or one is by position and the task's prompts have several lengths.
+            split off, one is by position and the task's prompts have several lengths, or one is by
+            span and the task has other spans, or others are by position.
     """
     graphs = [circuits] if isinstance(circuits, nx.Graph) else list(circuits)
     if not graphs:
@@ -151,14 +164,7 @@ def circuit_masks(
                 "circuits that are evaluated together must have the same neurons split off; "
                 f"{min(apart)} is so in some only; give `neurons` to attribute, the same for all"
             )
-    length = 1
-    if any(g.graph["positions"] for g in graphs):
-        length = int(task.lengths.max())
-        if int(task.lengths.min()) < length:
-            raise ValueError(
-                "a circuit by position needs prompts of one length; the task has lengths "
-                f"{sorted(set(task.lengths.tolist()))}; use a task of one length"
-            )
+    length = _places(task, graphs)
     layout = sites.layout
     exists = layout.exists.tolist()
     masks = torch.zeros(len(graphs), length, *layout.exists.shape, dtype=torch.bool)
@@ -180,6 +186,37 @@ def circuit_masks(
     return masks
 
 
+def kept_by_span(circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]) -> bool:
+    """Whether a circuit, or one of several, has edges by span."""
+    graphs = [circuits] if isinstance(circuits, nx.Graph) else circuits
+    return any(graph.graph["by_span"] for graph in graphs)
+
+
+def _places(task: TaskLike, graphs: Sequence[nx.MultiDiGraph]) -> int:
+    """How many positions or spans the masks of circuits have."""
+    apart = [g for g in graphs if g.graph["positions"]]
+    if not apart:
+        return 1
+    if any(g.graph["by_span"] for g in apart):
+        spans = [*task.spans, "other"]
+        for graph in apart:
+            if not graph.graph["by_span"] or json.loads(graph.graph["places"]) != spans:
+                raise ValueError(
+                    "circuits by span need a task with the same spans, and others that are so too; "
+                    f"the task has {spans}, a circuit {graph.graph['places']}; use the task that "
+                    "the scores were computed on, or one of its kind"
+                )
+        return len(spans)
+    length = int(task.lengths.max())
+    if int(task.lengths.min()) < length:
+        raise ValueError(
+            "a circuit by position needs prompts of one length; the task has lengths "
+            f"{sorted(set(task.lengths.tolist()))}; use a task of one length, or edges by span "
+            "(positions='spans')"
+        )
+    return length
+
+
 # -- running them ----------------------------------------------------------------------------------
 
 
@@ -188,9 +225,10 @@ def circuit_metrics(
     task: TaskLike,
     masks: Bool[Tensor, "circuit pos writer reader"],
     *,
+    by_span: bool = False,
     progress: bool = False,
 ) -> Float[Tensor, "circuit pair"]:
-    """The task's metric of each circuit alone.
+    """The task's metric of each circuit alone; `by_span`: positions of the masks are its spans.
 
     Each batch of pairs takes one corrupt run, however many circuits there are, and blocks before
     the first one in which circuits differ are run for one of them.
@@ -199,15 +237,31 @@ def circuit_metrics(
     found = torch.zeros(len(masks), len(task))
     with tqdm(total=found.numel(), desc="circuits", unit="run", disable=not progress,
               leave=False) as bar:  # fmt: skip
-        for index, batch in task.buckets(rows):
+        for index, batch, places in _batches(task, rows, by_span):
             with output_shapes(sites) as outputs:
                 base, _ = observe(sites, batch, stream_sites(sites, read=False), side="corrupt")
             together = max(1, rows // len(batch))
             for at in range(0, len(masks), together):
-                run = _Run.of(sites, base, masks[at : at + together])
+                some = masks[at : at + together]
+                run = _Run.of(sites, base, some if places is None else some[:, places])
                 found[at : at + together, index] = run.metric(batch, outputs).float().cpu()
                 bar.update(len(run.masks) * len(batch))
     return found
+
+
+def _batches(
+    task: TaskLike, rows: int, by_span: bool
+) -> Iterator[tuple[Tensor, TaskLike, Int[Tensor, " pos"] | None]]:
+    """Which pairs, and the task of these, which have one length; `by_span`: and their spans at the
+    same positions, with the number of the span at each."""
+    for index, batch in task.buckets(rows):
+        if not by_span:
+            yield index, batch, None
+            continue
+        places = span_index(batch.spans, len(batch), batch.clean.shape[1])
+        for found in places.unique(dim=0):
+            chosen = (places == found).all(1).nonzero().flatten()
+            yield index[chosen], batch.select(chosen.tolist()), found
 
 
 @dataclass(frozen=True, eq=False)

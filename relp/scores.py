@@ -102,6 +102,8 @@ class Pairs:
     spans: Mapping[str, Int[Tensor, " pair"]] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     """What stands at each position (see `relp.bridge.source.token_labels`), or empty."""
+    prompt: tuple[str, ...] = ()
+    """The tokens of the first clean prompt, as an example, or empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", MappingProxyType(dict(self.spans)))
@@ -206,6 +208,26 @@ class Scores(ABC):
     def tokens(self) -> tuple[str, ...]:
         """What stands at each position, or empty."""
         return self.pairs.tokens
+
+    @property
+    def place_labels(self) -> tuple[str, ...]:
+        """What figures call each entry of the position axis; empty if it is summed over.
+
+        `" Mary"@4` where all pairs have that token, `IO@2` where a span's tokens differ between
+        pairs, `@7` else; the name of a span where scores are by span.
+        """
+        if self.places or self.tokens == ALL_POSITIONS:
+            return self.tokens
+        labels = []
+        for pos in range(self._width()):
+            token = self.tokens[pos] if pos < len(self.tokens) else ""
+            named = token in self.spans and bool((self.spans[token] == pos).all())
+            labels.append(f"{token if named else _quoted(token) if token else ''}@{pos}")
+        return tuple(labels)
+
+    @abstractmethod
+    def _width(self) -> int:
+        """The length of the position axis, 0 if there is none."""
 
     @property
     def gap(self) -> Float[Tensor, " pair"]:
@@ -364,6 +386,7 @@ class Scores(ABC):
             "type": type(self).__name__,
             "provenance": asdict(self.provenance),
             "tokens": self.tokens,
+            "prompt": self.pairs.prompt,
             "places": self.places,
             "resolution": self.resolution,
             "remainder": dict(self.remainder),
@@ -401,7 +424,8 @@ class Scores(ABC):
             table = {f"{kind.level}s": tensors.pop(f"{kind.level}s")}
             table["strata"] = tensors.pop("strata", None)
             spans = {k[5:]: tensors.pop(k) for k in list(tensors) if k.startswith("span.")}
-            pairs = Pairs(spans=spans, tokens=tuple(labels.pop("tokens")), **tensors)
+            tokens, prompt = (tuple(labels.pop(k, ())) for k in ("tokens", "prompt"))
+            pairs = Pairs(spans=spans, tokens=tokens, prompt=prompt, **tensors)
             table |= kind._named(labels)
             labels["places"] = tuple(labels["places"])
             return kind(provenance=provenance, pairs=pairs, **table, **labels)
@@ -436,6 +460,9 @@ class NodeScores(Scores):
                 f"got {list(self.nodes.shape)}; name each of them once"
             )
         self._check_strata(self.nodes.shape[1:])
+
+    def _width(self) -> int:
+        return self.nodes.shape[-1]
 
     def _measured(self) -> Tensor:
         return ~self.nodes.isnan().all(0)
@@ -554,6 +581,9 @@ class EdgeScores(Scores):
             )
         self._check_strata(self.edges.shape)
 
+    def _width(self) -> int:
+        return len(self.edges) if self.edges.dim() == 3 else 0
+
     def _measured(self) -> Tensor:
         return ~self.edges.isnan()
 
@@ -649,6 +679,11 @@ class EdgeEffects(EdgeScores, Effects):
 _FORMS: dict[str, Any] = {
     kind.__name__: kind for kind in (NodeScores, EdgeScores, NodeEffects, EdgeEffects)
 }
+
+
+def _quoted(token: str) -> str:
+    """A token as figures show it: in quotes, so that spaces are seen, and in one line."""
+    return json.dumps(token, ensure_ascii=False)
 
 
 def span_index(

@@ -198,8 +198,11 @@ def test_scores_that_do_not_fit_are_refused(tiny: Any) -> None:
             "are of 'other', have other neurons than the first, or are not of 'tiny-",
         ),
         (
-            attribute(tiny, task, level="edge", positions="spans"),
-            r"those of 'RELP' are by span \('end', 'other'\); leave `positions` out, or give",
+            [
+                attribute(tiny, task, level="edge", positions="spans"),
+                attribute(tiny, task, level="edge").renamed("summed"),
+            ],
+            r"by span must all be so, .* those of 'summed' have none, the task \('end',\); compute",
         ),
         (
             attribute(tiny, able_task(tiny, length=2), level="edge", positions=True),

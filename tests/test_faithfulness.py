@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import networkx as nx
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import able_task, boot, random_task
+from conftest import able_task, boot, ragged_task, random_task
 from test_edges import MODELS, Reference, build
 from torch import Tensor
 from transformer_lens.tools.analysis import attribution_patching as lens
@@ -31,6 +32,7 @@ from circuits.graph import real_edges, size
 from circuits.masked import circuit_masks, circuit_metrics, endpoints
 from circuits.masked import doubt as doubt_of
 from relp import RELP, Component, attribute
+from relp.bridge import span_index
 from relp.bridge.run import OURS
 from relp.bridge.sites import Sites
 from tasks import Task
@@ -392,3 +394,35 @@ def test_equals_a_slow_run_on_other_blocks(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             metric, alone(reference, kept, sites).float(), atol=1e-4, rtol=1e-4
         )
+
+
+@torch.no_grad()
+def test_circuits_by_span_follow_each_pair(tiny: Any) -> None:
+    """Against circuits by position, of one pair at a time: there a span is one position."""
+    task, sites = ragged_task(tiny), Sites.of(tiny)
+    scores = attribute(tiny, task, level="edge", positions="spans")
+    circuit = top(scores, edges=60, connected=False)
+    assert circuit.graph["by_span"] and json.loads(circuit.graph["places"]) == list(scores.places)
+    assert {key.partition("@")[2] for *_, key in circuit.edges(keys=True)} - {""} == {
+        "name", "end", "other",
+    }  # fmt: skip
+    masks = circuit_masks(sites, task, circuit)
+    assert masks.shape[1] == 3 and int(masks.sum()) == size(circuit)
+    found = circuit_metrics(sites, task, masks, by_span=True)[0]
+    for i, metric in enumerate(found):
+        one = task.select([i])
+        length = int(one.lengths[0])
+        where = span_index(one.spans, 1, length)[0]
+        alone = circuit_metrics(sites, one, masks[:, where])
+        torch.testing.assert_close(metric, alone[0, 0], atol=1e-5, rtol=1e-5)
+    whole, none = assemble(scores), top(scores, edges=0)
+    every, nothing = circuit_masks(sites, task, [whole, none])
+    ends = circuit_metrics(sites, task, torch.stack([every, nothing]), by_span=True)
+    expected = torch.stack([scores.clean, scores.corrupt])
+    torch.testing.assert_close(ends, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"need a task with the same spans, .* has \['end', 'other"
+    ):
+        faithfulness(tiny, able_task(tiny), circuit)
+    with pytest.raises(ValueError, match="and others that are so too"):
+        faithfulness(tiny, task, [circuit, graph_of(tiny, task.select([0]), positions=True)])

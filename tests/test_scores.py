@@ -227,6 +227,22 @@ def test_means_are_over_the_pairs_that_have_the_position() -> None:
     )
 
 
+def test_places_are_called_by_token_span_or_number() -> None:
+    """A token in quotes where all pairs have it, a span's name where only that is shared."""
+    at = {"IO": torch.tensor([1, 1]), "S": torch.tensor([2, 3])}
+    nodes = torch.zeros(2, 1, 5)
+    scores = node_scores(
+        components=("L0.mlp",), nodes=nodes, spans=at, tokens=(" a\"b", "IO", "", "S", "\n"),
+        prompt=(" a\"b", " Mary", " had", " a", "\n"),
+    )  # fmt: skip
+    named = ('" a\\"b"@0', "IO@1", "@2", '"S"@3', '"\\n"@4')
+    assert scores.place_labels == named
+    assert altered(scores, tokens=()).place_labels == ("@0", "@1", "@2", "@3", "@4")
+    assert scores.by_span().place_labels == ("IO", "S", "other")
+    assert scores.together().place_labels == ("all positions",)
+    assert edge_scores().place_labels == ()
+
+
 def test_sums_over_spans_follow_each_pair() -> None:
     """Pair 0 has `a` and `b` at 0 and 2; pair 1 both at 1, where the first name counts."""
     nodes = torch.tensor([[[1.0, 2.0, 4.0, 8.0]], [[16.0, 32.0, 0.0, 0.0]]])
@@ -411,6 +427,7 @@ def test_a_file_gives_back_what_was_saved(
         model='a/b "c" 漢字',
         task="</x>",
         tokens=("Ġ", "\n"),
+        prompt=("<|x|>", "\n"),
         spans={"end": end, "last": end, "S1 (first)": torch.tensor([[0, 1], [1, 0]])[:, 0]},
         clean=torch.tensor([[2.0, 0.0], [4.0, 0.0]], requires_grad=True)[:, 0],
         remainder={"blocks.0.mlp": 0.5, "blocks.1.mlp": -0.25},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from typing import Any
 
 import networkx as nx
@@ -16,6 +17,7 @@ from relp import Provenance
 
 __all__ = [
     "DARK",
+    "ILLEGAL",
     "MUTED",
     "NEGATIVE",
     "NEUTRAL",
@@ -41,6 +43,8 @@ POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#b2182b", "#8c959f"
 """The hues of plotly's RdBu, and that of edges without a score."""
 DARK, MUTED = "#1f2328", "#57606a"
 """Text, and what stands back behind it: borders and captions."""
+ILLEGAL = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""A character that no XML file can hold."""
 
 # -- hues ------------------------------------------------------------------------------------------
 

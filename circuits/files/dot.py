@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 
 from circuits.draw import paint
+from circuits.graph import Circuit
 
 __all__ = ["from_dot", "to_dot"]
 
@@ -140,7 +141,7 @@ def _statements(text: str) -> Iterator[tuple[str, str | None, str, dict[str, Any
 
 def from_dot(text: str) -> nx.MultiDiGraph:
     """Undoes `to_dot`, and leaves the style out."""
-    result = nx.MultiDiGraph()
+    result = Circuit()
     for first, sign, second, data in _statements(text):
         kept = {name: value for name, value in data.items() if name not in _STYLE}
         if sign == "->":

@@ -56,7 +56,7 @@ SAID = (
 )
 """Of a file that is no graph of this format."""
 
-_UNKNOWN = ("level", "total_edges", "positions", "neurons")
+_UNKNOWN = ("level", "total_edges", "positions", "by_span", "places", "prompt", "neurons")
 _LABELS = {n: v for n, v in UNSTATED.items() if n not in _UNKNOWN}
 
 

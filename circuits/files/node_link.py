@@ -6,6 +6,8 @@ import json
 
 import networkx as nx
 
+from circuits.graph import Circuit
+
 __all__ = ["FORMAT", "from_json", "to_json"]
 
 FORMAT = "relp-circuit"
@@ -33,4 +35,4 @@ def from_json(text: str) -> nx.MultiDiGraph:
             f"the version must be one of {tuple(_EDGES_OF)}; got {version!r}; install the newer "
             "release that wrote it"
         )
-    return nx.node_link_graph(data, edges=_EDGES_OF[version])
+    return Circuit(nx.node_link_graph(data, edges=_EDGES_OF[version]))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import networkx as nx
 
-__all__ = ["ILLEGAL", "with_edge_ids", "without_edge_ids"]
+from circuits.draw.paint import ILLEGAL
+from circuits.graph import Circuit
 
-ILLEGAL = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""A character that no XML file can hold."""
+__all__ = ["with_edge_ids", "without_edge_ids"]
 
 
 def with_edge_ids(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
@@ -34,7 +32,7 @@ def with_edge_ids(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
 
 def without_edge_ids(graph: nx.Graph) -> nx.MultiDiGraph:
     """Undoes `with_edge_ids`, and what networkx' readers add."""
-    result = nx.MultiDiGraph()
+    result = Circuit()
     result.add_nodes_from(
         (node, {k: v for k, v in data.items() if k != "label"})
         for node, data in graph.nodes(data=True)

@@ -26,7 +26,13 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from circuits.judge.resampling import interval, p_value, random_swaps, resamples, swaps
-from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from circuits.masked import (
+    circuit_masks,
+    circuit_metrics,
+    circuit_sites,
+    endpoints,
+    kept_by_span,
+)
 from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Sites, undisturbed
@@ -214,7 +220,8 @@ def evaluate(
     length = max(m.shape[1] for m in masks)
     clean, corrupt = endpoints(sites, task)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
-    metric = circuit_metrics(sites, task, together, progress=progress)
+    by_span = bool(many[0].places)
+    metric = circuit_metrics(sites, task, together, by_span=by_span, progress=progress)
     return Evaluation(
         model=sites.model_name,
         task=task.name,
@@ -247,7 +254,8 @@ def compare(
     sites = circuit_sites(model, [one, other])
     masks = circuit_masks(sites, task, [one, other])
     clean, corrupt = endpoints(sites, task)
-    metrics = [m[None] for m in circuit_metrics(sites, task, masks)]
+    by_span = kept_by_span([one, other])
+    metrics = [m[None] for m in circuit_metrics(sites, task, masks, by_span=by_span)]
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 
 
@@ -283,13 +291,14 @@ def _check(sites: Sites, task: TaskLike, scores: Sequence[EdgeScores]) -> None:
                 f"first, or are not of {sites.model_name!r}; compute all on this model, with the "
                 "same `neurons`"
             )
-        if s.places:
+        if any(one.places for one in scores) and s.places != (*task.spans, "other"):
             raise ValueError(
-                f"circuits have edges by token or summed over all; those of {s.rules!r} are by "
-                f"span {s.places}; leave `positions` out, or give positions=True"
+                "scores by span must all be so, and be evaluated on a task with the same spans; "
+                f"those of {s.rules!r} have {s.places or 'none'}, the task {tuple(task.spans)}; "
+                "compute all with positions='spans' on such a task"
             )
         lengths = set(task.lengths.tolist())
-        if s.edges.dim() == 3 and lengths != {len(s.edges)}:
+        if s.edges.dim() == 3 and not s.places and lengths != {len(s.edges)}:
             raise ValueError(
                 f"scores by position must be evaluated on prompts of their {len(s.edges)} "
                 f"positions; the task has lengths {sorted(lengths)}; leave `positions` out"

@@ -11,7 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph import real_edges
-from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from circuits.masked import (
+    circuit_masks,
+    circuit_metrics,
+    circuit_sites,
+    endpoints,
+    kept_by_span,
+)
 from relp import ModelLike, TaskLike
 from relp.bridge import Sites, undisturbed
 
@@ -70,7 +76,7 @@ def faithfulness(
     """
     sites = circuit_sites(model, circuit)
     masks = circuit_masks(sites, task, circuit)
-    shares = _shares(sites, task, masks, progress).tolist()
+    shares = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
 
@@ -106,7 +112,7 @@ def completeness(
     """
     sites = circuit_sites(model, circuit)
     masks = sites.layout.exists & ~circuit_masks(sites, task, circuit)
-    shares = _shares(sites, task, masks, progress).tolist()
+    shares = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
 
@@ -132,15 +138,20 @@ def minimality(
     for cut, (writer, reader, pos, _) in zip(masks[1:], edges, strict=True):
         at = slice(None) if pos < 0 else pos
         cut[at, layout.row[writer], layout.column[reader]] = False
-    whole, *without = _shares(sites, task, masks, progress).tolist()
+    whole, *without = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
     table = pd.DataFrame(edges, columns=["writer", "reader", "pos", "score"])
     table["contribution"] = [whole - share for share in without]
     return table.sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
 
 
 def _shares(
-    sites: Sites, task: TaskLike, masks: Bool[Tensor, "circuit pos writer reader"], progress: bool
+    sites: Sites,
+    task: TaskLike,
+    masks: Bool[Tensor, "circuit pos writer reader"],
+    by_span: bool,
+    progress: bool,
 ) -> Float[Tensor, " circuit"]:
     clean, corrupt = endpoints(sites, task)
-    found = circuit_metrics(sites, task, masks, progress=progress and len(masks) > 1)
+    shown = progress and len(masks) > 1
+    found = circuit_metrics(sites, task, masks, by_span=by_span, progress=shown)
     return (found.mean(1) - corrupt.mean()) / (clean.mean() - corrupt.mean())

@@ -79,7 +79,7 @@ class _ByName:
     @classmethod
     def of(cls, scores: EdgeScores) -> _ByName:
         """The order for a table of scores."""
-        layout, places = scores.layout, scores.positions
+        layout, places = scores.layout, scores.places or scores.positions
         keys = [(owner.name, edge_key(slot, p)) for owner, slot in layout.targets for p in places]
         rows = sorted(range(len(layout.writers)), key=layout.writers.__getitem__)
         return cls(keys, rows, sorted(range(len(keys)), key=keys.__getitem__), len(places))

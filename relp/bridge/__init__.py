@@ -34,6 +34,7 @@ from relp.bridge.stream import (
     what_is_added,
     writer_changes,
 )
+from relp.scores import span_index
 
 __all__ = [
     "PAIR_BYTES",
@@ -72,6 +73,7 @@ __all__ = [
     "received",
     "skipping",
     "span",
+    "span_index",
     "stream_sites",
     "undisturbed",
     "versions",

@@ -17,7 +17,7 @@ from relp.choices import Direction
 from relp.protocols import TaskLike
 from relp.scores import Pairs, Provenance
 
-__all__ = ["fingerprint", "pairs_of", "provenance", "token_labels"]
+__all__ = ["fingerprint", "first_prompt", "pairs_of", "provenance", "token_labels"]
 
 LIBRARIES = ("relp", "torch", "transformers", "transformer-lens")
 """Whose versions can make other numbers."""
@@ -48,6 +48,7 @@ def pairs_of(sites: Sites, task: TaskLike, metrics: Mapping[str, Tensor]) -> Pai
         lengths=task.lengths,
         spans=task.spans,
         tokens=token_labels(sites.model, task),
+        prompt=first_prompt(sites.model, task),
     )
 
 
@@ -109,3 +110,12 @@ def token_labels(model: Any, task: TaskLike) -> tuple[str, ...]:
         if len(column.unique()) == 1:
             labels[pos] = tokenizer.decode([int(column[0])])
     return tuple(labels)
+
+
+def first_prompt(model: Any, task: TaskLike) -> tuple[str, ...]:
+    """The tokens of the first clean prompt, or empty if the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None or not len(task):
+        return ()
+    tokens = task.clean[0, : int(task.lengths[0])].tolist()
+    return tuple(tokenizer.decode([token]) for token in tokens)
