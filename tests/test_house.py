@@ -22,7 +22,7 @@ TOP_LEVEL = {
 }
 COMMAND = ("circuits/cli.py", "circuits/source.py", "circuits/grid.py")
 """What knows all three rooms."""
-HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|q|k|v|z)\w*")
+HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|pattern|q|k|v|z)\w*")
 
 
 def imported_rooms(tree: ast.AST) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
@@ -36,8 +36,11 @@ _MOST_NEURONS = 100
 """Neurons that are a row each; more are a row for each layer."""
 _BESIDE = 36
 """Cells in a row of all panels that are side by side."""
-_WRITERS, _READERS, _STRONGEST = 40, 40, 200
-"""Rows and columns at most of a heatmap of edges, and whose writers and readers they are."""
+_WRITERS, _READERS, _ENOUGH = 40, 40, 0.9
+"""Rows and columns at most of a heatmap of edges, and the share of all |score| that needs no more.
+"""
+_LOOKED_AT = 2000
+"""Edges, from the strongest on: after so many, all rows and columns are taken."""
 _LETTERS = 20
 """Of a label on an axis; the note of a cell has all."""
 _NO_EDGE = "#e3e8ed"
@@ -78,10 +81,10 @@ def same(many: Sequence[Scores]) -> None:
                 )
 
 
-def label(text: str) -> str:
+def label(text: str, letters: int = _LETTERS) -> str:
     """A name on an axis: long tokens are cut in the middle, as their place stands at the end."""
-    if len(text) > _LETTERS:
-        text = f"{text[: _LETTERS - 8]}…{text[-7:]}"
+    if len(text) > letters:
+        text = f"{text[: letters - 7]}…{text[-6:]}"
     return plain(text)
 
 
@@ -219,7 +222,7 @@ def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     tables = [
         _Table(
             table[np.ix_(rows, columns)],
-            np.array([[plain(f"{writers[w]} → {readers[r]}") for r in columns] for w in rows], object),
+            np.array([[plain(f"{writers[w]} → {readers[r]}") for r in columns] for w in rows]),
             [label(writers[w]) for w in rows],
             [label(readers[r]) for r in columns],
         )
@@ -246,15 +249,18 @@ def _strongest(sizes: np.ndarray) -> tuple[list[int], list[int]]:
     if sizes.shape[0] <= _WRITERS and sizes.shape[1] <= _READERS:
         return list(range(sizes.shape[0])), list(range(sizes.shape[1]))
     rows, columns = set[int](), set[int]()
-    best = np.argsort(-sizes, axis=None, kind="stable")[:_STRONGEST]
-    for row, column in zip(*np.unravel_index(best, sizes.shape), strict=True):
+    best, shown = np.argsort(-sizes, axis=None, kind="stable"), 0.0
+    for row, column in zip(*np.unravel_index(best[:_LOOKED_AT], sizes.shape), strict=True):
         fits = (row in rows or len(rows) < _WRITERS) and (
             column in columns or len(columns) < _READERS
         )
-        if fits and sizes[row, column] > 0:
+        if fits:
             rows.add(int(row))
             columns.add(int(column))
-    return sorted(rows) or [0], sorted(columns) or [0]
+            shown += sizes[row, column]
+        if shown >= _ENOUGH * sizes.sum():
+            break
+    return sorted(rows), sorted(columns)
 
 
 def layer_heatmap(many: Sequence[EdgeScores]) -> go.Figure:
@@ -297,18 +303,18 @@ def _drawn(
 ) -> go.Figure:  # fmt: skip
     """A panel for each table. `name`: of a scale that begins at 0, if it is no score."""
     rows, columns = tables[0].rows, tables[0].columns
+    several = len(tables) > 1
     beside = max(1, min(len(tables), 3, _BESIDE // len(columns)))
-    row = min(26.0, max(least, 560 / len(rows)))
-    turned = sum(len(c) + 1 for c in columns) * beside > 46
-    labels = 22.0 + (6 * max(map(len, columns)) if turned else 14)
-    titles = [[called(s)] for s in many] if len(tables) > 1 else [[]]
-    whole = len(tables) % beside == 0 and across != "reader"
-    plot = max(row * len(rows), 90)
-    figure, height, above = panels(
-        titles if len(tables) > 1 else [[""]],
+    longest = max(map(len, columns))
+    turned = longest > 2 and sum(len(c) + 1 for c in columns) * beside > 46
+    labels = 20.0 + (5.2 * longest if turned else 14)
+    # where the last row is not full, and where panels have columns of their own, all say theirs
+    everywhere = len(tables) % beside > 0
+    figure, plot, above = panels(
+        [[called(s)] if several else [] for s in many],
         beside,
-        plot=plot,
-        between=10 if whole else labels,
+        plot=max(116, len(rows) * min(26.0, max(least, 560 / len(rows)))),
+        between=labels if everywhere else 10,
         gap=0.04,
     )
     finite = np.concatenate([abs(t.z[np.isfinite(t.z)]) for t in tables])
@@ -323,7 +329,7 @@ def _drawn(
             y=rows,
             customdata=table.notes,
             hovertemplate="%{customdata}: %{z:.4g}<extra>"
-            + (plain(called(many[i])) if len(tables) > 1 else "") + "</extra>",
+            + (plain(called(many[i])) if several else "") + "</extra>",
             xgap=1 if len(columns) <= 64 else 0,
             ygap=1 if len(rows) <= 64 else 0,
             showscale=i == 0,
@@ -332,10 +338,10 @@ def _drawn(
         )  # fmt: skip
         at = {"row": i // beside + 1, "col": i % beside + 1}
         figure.add_trace(trace, **at)
-        lowest = i + beside >= len(tables) or not whole
+        last = i + beside >= len(tables)
         figure.update_xaxes(
-            title_text=across if i + beside >= len(tables) else "", showticklabels=lowest,
-            ticks="outside" if lowest else "", tickangle=-90 if turned else 0, **at,
+            title_text=across if last else "", showticklabels=last or everywhere,
+            ticks="outside" if last or everywhere else "", tickangle=-90 if turned else 0, **at,
         )  # fmt: skip
         first = at["col"] == 1
         figure.update_yaxes(
@@ -346,7 +352,4 @@ def _drawn(
     figure.update_xaxes(type="category", matches="x", showgrid=False, zeroline=False)
     figure.update_yaxes(type="category", matches="y", showgrid=False, zeroline=False)
     figure.update_xaxes(tickfont_size=10)
-    return framed(
-        figure, sources(many), note, plot=height, above=above if len(tables) > 1 else 0,
-        below=labels + 22,
-    )  # fmt: skip
+    return framed(figure, sources(many), note, plot=plot, above=above, below=labels + 22)

@@ -18,6 +18,7 @@ from plotly.subplots import make_subplots
 from circuits.draw.paint import DARK, MUTED, plain
 
 __all__ = [
+    "BENEATH",
     "CATEGORIES",
     "DIVERGING",
     "GRID",
@@ -39,6 +40,12 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "star", "x", "p
 """Of marks: they tell the same categories apart without colours."""
 DIVERGING, SEQUENTIAL = "RdBu", "Blues"
 """Of scores, blue above 0 and red below; and of what begins at 0."""
+BENEATH = {
+    "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container", "x": 0,
+    "xanchor": "left", "traceorder": "normal", "tracegroupgap": 0, "orientation": "h",
+    "entrywidth": 1, "entrywidthmode": "fraction",
+}  # fmt: skip
+"""Where a legend takes no width from the plot; `framed(below=…)` makes room for it."""
 GRID = "#d0d7de"
 """Lines that help the eye, and stand back."""
 NARROW = 420
@@ -49,7 +56,8 @@ _TITLE, _NOTE, _PANEL = 15, 12, 12
 _LETTERS = {_TITLE: 52, _NOTE: 66}
 """Of one line on a narrow page."""
 _LEADING = 1.3
-"""Plotly's height of a line, in font sizes."""
+"""Plotly's height of a line, in font sizes. It sets a single line lower than the first of many, by
+.7 of its size."""
 
 _AXIS = {
     "automargin": True,
@@ -103,46 +111,51 @@ def framed(
         plot: height of what is plotted, in pixels; `above` it and `below` it are ticks and titles.
     """
     lines, notes = (_lines(text, size) for text, size in ((title, _TITLE), (note, _NOTE)))
-    top = 14 + _LEADING * (_TITLE * len(lines) + _NOTE * len(notes)) + 10 + above
+    heading = _LEADING * (_TITLE * len(lines) + _NOTE * len(notes))
+    top = 24 + heading + (0.7 * _NOTE if len(notes) == 1 else 0) + above
     height = round(top + plot + below)
     return figure.update_layout(
         template=TEMPLATE,
         height=height,
         margin={"t": round(top), "b": round(below)},
-        title={"text": "<br>".join(lines), "y": 1 - 12 / height,
+        title={"text": "<br>".join(lines), "y": _top(lines, height),
                "subtitle": {"text": "<br>".join(notes)}},
     )  # fmt: skip
 
 
+def _top(lines: Sequence[str], height: float) -> float:
+    """Where a title has its top, twelve pixels below that of the figure."""
+    return 1 - (7.5 if len(lines) == 1 else 18) / height
+
+
 def retitled(figure: go.Figure, title: str) -> go.Figure:
     """The figure with plain text in place of its title; it grows if there are more lines."""
-    before = (figure.layout.title.text or "").count("<br>") + 1
-    lines = _lines(title, _TITLE)
-    more = round(_LEADING * _TITLE * max(0, len(lines) - before))
-    figure.update_layout(title_text="<br>".join(lines))
-    if more and figure.layout.height and figure.layout.margin.t:
-        height = figure.layout.height + more
-        figure.update_layout(height=height, margin_t=figure.layout.margin.t + more)
-        if figure.layout.title.y is not None:
-            figure.update_layout(title_y=1 - 12 / height)
+    layout, lines = figure.layout, _lines(title, _TITLE)
+    more = len(lines) - 1 - (layout.title.text or "").count("<br>")
+    layout.title.text = "<br>".join(lines)
+    if layout.template == TEMPLATE and layout.height:
+        layout.height += round(max(0, more) * _LEADING * _TITLE)
+        layout.margin.t += round(max(0, more) * _LEADING * _TITLE)
+        layout.title.y = _top(lines, layout.height)
     return figure
 
 
 def _lines(text: str, size: int) -> list[str]:
+    # textwrap breaks lines at spaces of ASCII only
+    text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     broken = textwrap.wrap(text, _LETTERS[size], break_on_hyphens=False)
     return [plain(line) for line in broken]
 
 
 def packed(pieces: Sequence[str], columns: int) -> list[str]:
-    """Short texts side by side, in as few lines as a panel of so many columns has room for."""
+    """Short texts side by side, in as few lines as a panel of so many columns has room for.
+
+    What stands on both sides of a non-breaking space stays together.
+    """
     letters = {1: 52, 2: 25}.get(columns, 16)
-    lines: list[str] = []
-    for piece in pieces:
-        if lines and len(lines[-1]) + 3 + len(piece) <= letters:
-            lines[-1] += f" · {piece}"
-        else:
-            lines.append(piece)
-    return lines
+    # a space that may break is one of ASCII
+    lines = textwrap.wrap(" · ".join(pieces), letters, break_on_hyphens=False)
+    return [line.strip(" ·") for line in lines]
 
 
 def panels(
@@ -157,7 +170,7 @@ def panels(
     """Panels in rows, each under its title, which begins where the panel does.
 
     Args:
-        titles: lines of plain text for each panel, the first of them in bold.
+        titles: lines of plain text for each panel, the first of them in bold; or none.
         columns: how many panels are side by side.
         plot: height of a panel, in pixels.
         between: height of what stands below a panel and belongs to it, in pixels.
@@ -169,7 +182,8 @@ def panels(
         first row need above it.
     """
     rows = -(-len(titles) // columns)
-    above = 8 + _LEADING * _PANEL * max(map(len, titles))
+    most = max(map(len, titles))
+    above = 8 + _LEADING * _PANEL * most if most else 0
     space = above + between
     height = rows * plot + (rows - 1) * space
     figure = make_subplots(
@@ -180,6 +194,8 @@ def panels(
         **options,
     )
     for i, lines in enumerate(titles):
+        if not lines:
+            continue
         at = next(figure.select_xaxes(row=i // columns + 1, col=i % columns + 1))
         up = next(figure.select_yaxes(row=i // columns + 1, col=i % columns + 1))
         first, *rest = map(plain, lines)
