@@ -75,7 +75,7 @@ def test_the_import_reader_sees_every_form() -> None:
 
 
 ORDER = {
-    "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
+    "relp": "bars lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked exact search judge draw explorer files __init__ cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than "

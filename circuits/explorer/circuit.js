@@ -1,0 +1,64 @@
+// The circuit: which edges are shown, and which of them lie on the paths of a node.
+"use strict";
+
+const data = JSON.parse(document.getElementById("relp-view").textContent);
+const nodes = data.nodes;
+const edges = data.edges; // as they are painted: the strongest last
+edges.forEach((edge, number) => Object.assign(edge, { number, from: nodes[edge.from], to: nodes[edge.to] }));
+
+const ranked = edges.filter((edge) => !edge.kin).reverse();
+
+// What is a dead end in the circuit itself is one of its ends, and stays.
+const written = new Set(edges.map((edge) => edge.from));
+const heard = new Set(edges.map((edge) => edge.to));
+const inputs = nodes.filter((node) => !heard.has(node));
+const outputs = nodes.filter((node) => !written.has(node));
+
+/** How many edges each step of the slider asks for: fine steps where there are few. */
+const steps = (() => {
+  const total = ranked.length;
+  if (total <= 200) return Array.from({ length: total }, (_, i) => i + 1);
+  const grown = Array.from({ length: 200 }, (_, i) => Math.ceil(total * ((i + 1) / 200) ** 2));
+  return [...new Set(grown)];
+})();
+
+/** Edges by the node that they leave (`from`) or enter (`to`). */
+function by(end, some) {
+  const found = new Map(nodes.map((node) => [node, []]));
+  for (const edge of some) found.get(edge[end]).push(edge);
+  return found;
+}
+
+/** The nodes that can be reached from `starts`, those included. */
+function reached(starts, leaving, to) {
+  const found = new Set(starts);
+  for (const node of found) for (const edge of leaving.get(node)) found.add(edge[to]);
+  return found;
+}
+
+/** The `count` strongest edges that still are on a path from an input to an output. */
+function strongest(count) {
+  const kept = new Set(ranked.slice(0, count));
+  const some = edges.filter((edge) => edge.kin || kept.has(edge));
+  const below = reached(inputs, by("from", some), "to");
+  const above = reached(outputs, by("to", some), "from");
+  return some.filter((edge) => below.has(edge.from) && above.has(edge.to));
+}
+
+/** Of the edges `some`, those on paths from inputs to `node` and from there to outputs. */
+function paths(node, some) {
+  const after = reached([node], by("from", some), "to");
+  const before = reached([node], by("to", some), "from");
+  return some.filter((edge) => after.has(edge.from) || before.has(edge.to));
+}
+
+/** A number as the figures have it: a sign and four digits. */
+function signed(score) {
+  const text = Math.abs(score) >= 1e-4 && Math.abs(score) < 1e4
+    ? String(Number(Math.abs(score).toPrecision(4)))
+    : Math.abs(score).toExponential(2);
+  return score === 0 ? "0" : (score > 0 ? "+" : "−") + text;
+}
+
+const sign = (score) => (score > 0 ? "positive" : score < 0 ? "negative" : "");
+const nameOf = (node) => (node.id === "" ? "(no name)" : node.id);
