@@ -14,14 +14,6 @@ const heard = new Set(edges.map((edge) => edge.to));
 const inputs = nodes.filter((node) => !heard.has(node));
 const outputs = nodes.filter((node) => !written.has(node));
 
-/** How many edges each step of the slider asks for: fine steps where there are few. */
-const steps = (() => {
-  const total = ranked.length;
-  if (total <= 200) return Array.from({ length: total }, (_, i) => i + 1);
-  const grown = Array.from({ length: 200 }, (_, i) => Math.ceil(total * ((i + 1) / 200) ** 2));
-  return [...new Set(grown)];
-})();
-
 /** Edges by the node that they leave (`from`) or enter (`to`). */
 function by(end, some) {
   const found = new Map(nodes.map((node) => [node, []]));
@@ -44,6 +36,19 @@ function strongest(count) {
   const above = reached(outputs, by("to", some), "from");
   return some.filter((edge) => below.has(edge.from) && above.has(edge.to));
 }
+
+/** How many edges each step of the slider asks for: from the first that closes a path, and in fine
+steps where there are few. */
+const steps = (() => {
+  let low = 1, high = ranked.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (strongest(middle).length) high = middle; else low = middle + 1;
+  }
+  const more = ranked.length - low, grain = Math.min(more, 200) || 1;
+  const counts = Array.from({ length: grain + 1 }, (_, i) => low + Math.ceil(more * (i / grain) ** (more > 200 ? 2 : 1)));
+  return [...new Set(counts)];
+})();
 
 /** Of the edges `some`, those on paths from inputs to `node` and from there to outputs. */
 function paths(node, some) {

@@ -42,9 +42,8 @@ const scaleBy = (factor) => { moved = true; view.call(zoom.scaleBy, factor); };
 /** Moves the view so that the node is in it, and not below the panel. */
 function reveal(node) {
   const [x, y] = state.at.apply([node.x, node.y]);
-  const wide = stage.clientWidth > 560;
-  const right = stage.clientWidth - (!el("panel").hidden && wide ? 250 : 0) - 60;
-  const low = stage.clientHeight - (!el("panel").hidden && !wide ? 0.48 * stage.clientHeight : 0) - 40;
+  const right = stage.clientWidth - (!el("panel").hidden && !narrow() ? 250 : 0) - 60;
+  const low = stage.clientHeight - (!el("panel").hidden && narrow() ? 0.42 * stage.clientHeight : 0) - 40;
   const by = [x < 60 ? 60 - x : x > right ? right - x : 0, y < 40 ? 40 - y : y > low ? low - y : 0];
   if (by.some(Boolean)) {
     moved = true;

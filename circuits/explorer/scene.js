@@ -65,7 +65,7 @@ function paintEdges() {
   d3.select("#edges > g").selectAll("path").data(state.shown, (edge) => edge.number)
     .join((entering) => entering.append("path")
       .attr("d", (edge) => curve(edge.curve)).attr("class", dressed)
-      .attr("stroke-width", wide(0.6)).attr("stroke-opacity", (edge) => edge.opacity))
+      .attr("stroke-width", wide(0.4)).attr("stroke-opacity", (edge) => edge.opacity))
     .order();
   const used = new Set(state.shown.flatMap((edge) => [edge.from, edge.to]));
   for (const node of nodes) node.used = used.has(node);
@@ -84,7 +84,7 @@ function paintChoice() {
   sheets[1].classList.toggle("dim", chosen !== null || hits !== null);
   d3.select("#lit").selectAll("path").data(lit, (edge) => edge.number).join("path")
     .attr("d", (edge) => curve(edge.curve)).attr("class", dressed)
-    .attr("stroke-opacity", (edge) => (edge.from === chosen || edge.to === chosen ? 1 : 0.45))
+    .attr("stroke-opacity", (edge) => (edge.from === chosen || edge.to === chosen ? 1 : 0.6 * edge.opacity))
     .attr("stroke-width", wide(1.5)).order();
   d3.selectAll(".node").classed("dim", (node) => !on.has(node))
     .classed("hit", (node) => hits?.has(node) ?? false)
@@ -99,7 +99,7 @@ const wide = (least) => (edge) => Math.max(edge.width, least / state.painted.k).
 
 /** Edges can be seen at any scale, lit ones well. */
 function thicken() {
-  d3.selectAll("#edges path").attr("stroke-width", wide(0.6));
+  d3.selectAll("#edges path").attr("stroke-width", wide(0.4));
   d3.selectAll("#lit path").attr("stroke-width", wide(1.5));
 }
 
@@ -192,10 +192,13 @@ function mix() {
 const map = document.getElementById("map");
 const MAP = Math.min(150 / (RIGHT - LEFT), 190 / (BOTTOM - TOP)); // its scale
 
-/** All nodes, small, and what of them is on the stage; hidden while all is. */
+const narrow = () => stage.clientWidth <= 560; // the panel then lies along the lower edge
+
+/** All nodes, small, and what of them is on the stage; hidden while all are. */
 function paintMap() {
   const { at } = state, [x0, y0] = at.invert([0, 0]), [x1, y1] = at.invert([stage.clientWidth, stage.clientHeight]);
-  map.hidden = x0 <= LEFT + 1 && y0 <= TOP + 1 && x1 >= RIGHT - 1 && y1 >= BOTTOM - 1;
+  const all = nodes.every((node) => !node.used || (node.x > x0 && node.x < x1 && node.y > y0 && node.y < y1));
+  map.hidden = all || (state.chosen !== null && narrow());
   if (map.hidden) return;
   const width = Math.max(40, (RIGHT - LEFT) * MAP), height = Math.max(40, (BOTTOM - TOP) * MAP);
   const dots = devicePixelRatio;
