@@ -18,7 +18,7 @@ MODULES = [s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for
 
 TOP_LEVEL = {
     *("pyproject.toml", "relp", "circuits", "tasks", "tests", "notebooks", "README.md"),
-    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs"),
+    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs", "mkdocs.yml"),
 }
 COMMAND = tuple(source for source in SOURCES if source.startswith("circuits/cli/"))
 """What knows all three rooms."""
