@@ -42,8 +42,9 @@ class _Line(NamedTuple):
 def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     """Boxes and curves that say what they are when the pointer is over them.
 
+    >>> from circuits.draw.diagram import diagram
     >>> diagram(circuit).layout.title.text
-    'RELP · ioi-gpt2 ...'
+    'RELP · ioi-gpt2 · ioi · denoise<br>...'
 
     Where edges run side by side, the strongest one answers. The legend hides and shows edges by
     their sign.
@@ -68,12 +69,11 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     reach = np.concatenate([np.array(list(positions.values())), curved])
     (left, low), (right, high) = reach.min(0) - [0.7, 0.6], reach.max(0) + [0.7, 0.6]
     layers, columns = bands(graph, positions), lanes(graph, positions)
-    note = paint.legend(graph)
-    foot = 34 if columns else 8  # names of lanes
-    margin = {"l": 64, "r": 110, "t": 96, "b": foot + 40}
+    foot = 34.0 if columns else 8.0  # names of lanes
+    margin = {"l": 64, "r": 110, "t": 80, "b": foot + 64}
     figure.update_layout(
-        title_text=paint.plain(paint.heading(graph))
-        + "".join(f"<br><sup>{paint.plain(line)}</sup>" for line in (paint.measured(graph), note)),
+        title_text=f"{paint.plain(paint.heading(graph))}<br>"
+        f"<sup>{paint.plain(paint.measured(graph))}</sup>",
         template="plotly_white",
         legend={
             "orientation": "h",
@@ -86,6 +86,7 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
         hovermode="closest",
         hoverdistance=12,
         shapes=_backdrop(layers, columns, (left, right), (low, high)),
+        annotations=[_below(paint.legend(graph), foot + 36)],
         margin=margin,
     )
     figure.update_xaxes(
@@ -117,6 +118,13 @@ def _backdrop(
         | {"fillcolor": paint.MUTED, "opacity": paint.LANE}
         for left, right in columns.values()
     ]
+
+
+def _below(text: str, pixels: float) -> dict[str, Any]:
+    """An annotation so far under the plot."""
+    at = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top"}
+    font = {"size": 11, "color": paint.MUTED}
+    return {**at, "yshift": -pixels, "text": paint.plain(text), "showarrow": False, "font": font}
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -153,6 +161,7 @@ def _strokes(lines: list[_Line]) -> list[go.Scatter]:
                     "color": hue,
                     "width": paint.line_width(share, 0.7),
                     "dash": "dot" if structural else "solid",
+                    "simplify": False,
                 },
                 opacity=paint.edge_opacity(share, structural=structural, edges=len(lines)),
                 hoverinfo="skip",
@@ -257,7 +266,7 @@ def _boxes(graph: nx.MultiDiGraph, positions: dict[str, Point], unit: Point) -> 
                 y=xy[:, 1].astype(np.float32),
                 mode="lines",
                 fill="toself",
-                fillcolor=paint.tint(step, _TINTS),
+                fillcolor=paint.tint(float(step), float(_TINTS)),
                 line={"color": paint.MUTED, "width": 1.1, "simplify": False}
                 | ({"dash": "3px,2px"} if dashed else {}),
                 hoverinfo="skip",

@@ -30,6 +30,7 @@ _CAPTION = f"fill:{paint.MUTED}"
 def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | None = None) -> str:
     """A picture of `layout` and `routes` that needs nothing else; notes appear on hovering.
 
+    >>> from circuits.draw.svg import picture
     >>> picture(circuit).startswith("<?xml")
     True
 

@@ -55,7 +55,9 @@ def to_attribution_graph(graph: nx.MultiDiGraph, title: str | None = None) -> st
             "all; use attribute(model, task, level='edge', positions=True), or save as .html"
         )
     lanes = by_lane(graph)
-    deepest = max((d["layer"] for _, d in lanes.nodes(data=True) if d["kind"] != "logits"), default=0)
+    deepest = max(
+        (d["layer"] for _, d in lanes.nodes(data=True) if d["kind"] != "logits"), default=0
+    )
     if deepest < 1:
         raise ValueError(
             "an attribution graph must reach above layer 0, or its viewers refuse it; this circuit "
@@ -82,7 +84,8 @@ def to_attribution_graph(graph: nx.MultiDiGraph, title: str | None = None) -> st
                 "generator": {"name": "relp", "version": graph.graph["versions"]},
             },
             "generation_settings": {
-                name: graph.graph[name] for name in ("task", "metric", "rules", "direction", "pairs")
+                name: graph.graph[name]
+                for name in ("task", "metric", "rules", "direction", "pairs")
             },
             "pruning_settings": {"edges": size(graph), "total_edges": graph.graph["total_edges"]},
         },

@@ -190,7 +190,9 @@ def from_dot(text: str) -> nx.MultiDiGraph:
             continue
         if sign == "->":
             result.add_edge(_text(first), _text(second), **kept)  # `key` among them
-        elif sign is None and (data or not depth) and first not in ("node", "edge", "graph"):  # those are defaults
+        elif (
+            sign is None and (data or not depth) and first not in ("node", "edge", "graph")
+        ):  # those are defaults
             result.add_node(_text(first), **kept)
         elif sign == "=" and not depth and first not in _STYLE | {"label"}:
             result.graph[_text(first)] = _read(second)

@@ -51,7 +51,9 @@ window.gaps = []; window.watching = true;
   });
 })();
 """
-PAINTED = """() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
+PAINTED = (
+    """() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
+)
 
 
 def scores() -> EdgeScores:
@@ -133,7 +135,9 @@ def measured(page: Page, url: str) -> dict[str, float]:
     result["few to all"] = event(page, "key", lambda: page.keyboard.press("End"))
     result["slider, all"] = event(page, "key", lambda: page.keyboard.press("ArrowLeft"))
     for name, step in (("", "state.step"), (", all", str(most))):
-        page.evaluate(f"threshold({step if name else 'steps.findLastIndex((n) => n <= data.open)'})")
+        page.evaluate(
+            f"threshold({step if name else 'steps.findLastIndex((n) => n <= data.open)'})"
+        )
         page.evaluate("fit()")
         result["pan" + name], result["longest pan" + name] = frames(page, lambda: drag(page))
         page.evaluate("fit()")
