@@ -247,7 +247,10 @@ def test_circuit_figure():
     scale = found["nodes"][0].marker
     inner = [abs(d["score"]) for node, d in circuit.nodes(data=True) if node != "embed"]
     assert scale.cmax == max(inner) and scale.cmin == -scale.cmax and scale.cmid == 0
-    assert f"{size(circuit)} of {circuit.graph['total_edges']} edges" in figure.layout.title.text
+    assert (
+        f"{size(circuit)} of {circuit.graph['total_edges']} edges"
+        in figure.layout.title.subtitle.text
+    )
     assert "relp · tiny · toy · denoise" in figure.layout.title.text
     layers = {d["layer"] for _, d in circuit.nodes(data=True)} - {-1}
     assert len(figure.layout.shapes) == len(layers)
@@ -382,6 +385,15 @@ def test_svg_draws_every_edge_and_node():
     scores = {abs(d["score"]) for *_, d in circuit.edges(data=True)}
     assert f"{max(scores):.4g}" in strongest.findtext(f"{SVG}title").replace("-", "+")
     assert not root.findall(f".//{SVG}script") and not root.findall(f".//{SVG}image")
+
+
+def test_svg_titles_shrink_before_they_are_cut():
+    for letters, whole in ((20, True), (85, True), (400, False)):
+        title = "a" * letters
+        shown = next(e for e in drawn(make_circuit(), title).iter(f"{SVG}text"))
+        assert (shown.text == title) == whole
+        assert 13 <= float(shown.get("font-size")) <= 20
+        assert len(shown.text) * 0.55 * float(shown.get("font-size")) < 700
 
 
 def test_svg_carries_what_it_is_given():

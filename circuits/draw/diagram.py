@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 from circuits.draw import paint
 from circuits.draw.lanes import by_lane
 from circuits.draw.layout import BOX, PORTS, Point, bands, bezier, lanes, layout, routes
+from circuits.draw.template import TEMPLATE
 
 __all__ = ["diagram"]
 
@@ -44,7 +45,7 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
 
     >>> from circuits.draw.diagram import diagram
     >>> diagram(circuit).layout.title.text
-    'RELP · ioi-gpt2 · ioi · denoise<br>...'
+    'RELP · ioi-gpt2 · ioi · denoise'
 
     Where edges run side by side, the strongest one answers. The legend hides and shows edges by
     their sign.
@@ -70,23 +71,26 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     (left, low), (right, high) = reach.min(0) - [0.7, 0.6], reach.max(0) + [0.7, 0.6]
     layers, columns = bands(graph, positions), lanes(graph, positions)
     foot = 34.0 if columns else 8.0  # names of lanes
-    margin = {"l": 64, "r": 110, "t": 80, "b": foot + 64}
+    margin = {"l": 64, "r": 110, "t": 68, "b": foot + 60}
+    height = margin["t"] + margin["b"] + unit[1] * (high - low)
     figure.update_layout(
-        title_text=f"{paint.plain(paint.heading(graph))}<br>"
-        f"<sup>{paint.plain(paint.measured(graph))}</sup>",
-        template="plotly_white",
+        template=TEMPLATE,
+        title={
+            "text": paint.plain(paint.heading(graph)),
+            "y": 1 - 8 / height,
+            "subtitle": {"text": paint.plain(paint.measured(graph))},
+        },
         legend={
             "orientation": "h",
             "x": 0,
             "y": -foot / (unit[1] * (high - low)),
             "yanchor": "top",
         },
-        width=max(700, margin["l"] + margin["r"] + unit[0] * (right - left)),
-        height=margin["t"] + margin["b"] + unit[1] * (high - low),
-        hovermode="closest",
+        width=max(560.0, margin["l"] + margin["r"] + unit[0] * (right - left)),
+        height=height,
         hoverdistance=12,
         shapes=_backdrop(layers, columns, (left, right), (low, high)),
-        annotations=[_below(paint.legend(graph), foot + 36)],
+        annotations=[_below(paint.legend(graph), foot + 34)],
         margin=margin,
     )
     figure.update_xaxes(
@@ -321,7 +325,8 @@ def _texts(graph: nx.MultiDiGraph, positions: dict[str, Point], unit: Point) -> 
 def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatter:
     """Three unseen points on each box that say what it is, and the scale of their colours."""
     limit = paint.node_limit(graph)
-    title = {"text": paint.plain(f"node score ({graph.graph['metric']})"), "side": "right"}
+    name = paint.plain(f"node score ({graph.graph['metric']})")
+    title = {"text": name, "side": "right", "font": {"size": 11}}
     aside = np.array([-0.3, 0.0, 0.3]) * BOX[0]
     xy = np.array(list(positions.values())).repeat(3, axis=0)
     return go.Scatter(
@@ -336,7 +341,7 @@ def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatt
             "cmin": -limit,
             "cmid": 0,
             "cmax": limit,
-            "colorbar": {"title": title, "thickness": 12, "lenmode": "pixels", "len": 240},
+            "colorbar": {"title": title, "thickness": 12, "lenmode": "pixels", "len": 220},
         },
         hovertext=[paint.plain(paint.node_note(graph, node)) for node in positions for _ in aside],
         hoverinfo="text",

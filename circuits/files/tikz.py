@@ -47,7 +47,8 @@ _PAGE = r"""\documentclass{article}
   note/.style={anchor=base west, inner sep=0pt, text=muted,
     font=\sffamily\fontsize{8}{9}\selectfont},
   title/.style={anchor=base west, inner sep=0pt,
-    font=\sffamily\bfseries\fontsize{12}{14}\selectfont}]
+    font=\sffamily\bfseries\fontsize{12}{14}\selectfont},
+  long title/.style={title, font=\sffamily\bfseries\fontsize{9}{10}\selectfont}]
 \useasboundingbox (0,0) rectangle (%(width).1f,%(height).1f);
 %(body)s
 \end{tikzpicture}\vss}
@@ -190,10 +191,11 @@ def _nodes(graph: nx.MultiDiGraph, positions: dict[str, Point], paper: _Paper) -
 def _heading(graph: nx.MultiDiGraph, title: str | None, paper: _Paper) -> Iterator[str]:
     g, room = graph.graph, paper.width - 32
     source = f"{g['task']} · {g['model']}"
-    first = _fit(title or source, room * 0.66)
+    kind = "title" if len(title or source) * 6.6 < room else "long title"
+    first = _fit(title or source, room * 4.4 / (6.6 if kind == "title" else 5.0))
     second = f"{source} · " if title else ""
     second = _fit(second + f"{g['rules']} · {g['direction']} · {paint.measured(graph)}", room)
-    yield rf"\node[title] at {_at(16.0, paper.height - 26.0)} {{{_latex(first)}}};"
+    yield rf"\node[{kind}] at {_at(16.0, paper.height - 26.0)} {{{_latex(first)}}};"
     yield rf"\node[note] at {_at(16.0, paper.height - 40.0)} {{{_latex(second)}}};"
 
 
