@@ -103,7 +103,8 @@ def _curve(table: pd.DataFrame, entry: str, number: int | None, *, shown: bool) 
     return [
         *traces,
         go.Scatter(
-            x=x, y=table["faithfulness"].tolist(), mode="lines+markers", name=plain(entry), showlegend=shown,
+            x=x, y=table["faithfulness"].tolist(), mode="lines+markers", name=plain(entry),
+            showlegend=shown,
             line={"color": hue, "width": 2, "dash": "dot" if number is None else "solid"},
             marker={"size": 6, "symbol": SHAPES[(number or 0) % len(SHAPES)]},
             hovertext=notes, hoverinfo="text",

@@ -299,7 +299,7 @@ def _layer(component: Component) -> str:
 
 def _drawn(
     tables: Sequence[_Table], many: Sequence[Scores], *, across: str, up: str, note: str,
-    least: float = 11, name: str = "",
+    least: int = 11, name: str = "",
 ) -> go.Figure:  # fmt: skip
     """A panel for each table. `name`: of a scale that begins at 0, if it is no score."""
     rows, columns = tables[0].rows, tables[0].columns
@@ -307,13 +307,13 @@ def _drawn(
     beside = max(1, min(len(tables), 3, _BESIDE // len(columns)))
     longest = max(map(len, columns))
     turned = longest > 2 and sum(len(c) + 1 for c in columns) * beside > 46
-    labels = 20.0 + (5.2 * longest if turned else 14)
+    labels = 20 + (round(5.2 * longest) if turned else 14)
     # where the last row is not full, and where panels have columns of their own, all say theirs
     everywhere = len(tables) % beside > 0
     figure, plot, above = panels(
         [[called(s)] if several else [] for s in many],
         beside,
-        plot=max(116, len(rows) * min(26.0, max(least, 560 / len(rows)))),
+        plot=max(116, len(rows) * min(26, max(least, 560 // len(rows)))),
         between=labels if everywhere else 10,
         gap=0.04,
     )

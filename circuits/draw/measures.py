@@ -78,7 +78,7 @@ def measures(table: pd.DataFrame) -> go.Figure:
         "mean over pairs, 95 % bootstrap intervals; r and the error over all cells, ρ and signs "
         "over those above rounding and the floor"
     )
-    legend = 24.0 + 19 * len(rules)
+    legend = 24 + 19 * len(rules)
     framed(
         figure,
         table.attrs.get("title", "agreement with effects"),
