@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from circuits.draw import draw
     from circuits.exact.patch import patch
     from circuits.exact.verify import verify
+    from circuits.explorer import explore
     from circuits.files.formats import load, save
     from circuits.files.mib import from_mib, to_mib
-    from circuits.graph import assemble
+    from circuits.graph import Circuit, assemble
     from circuits.judge.agreement import agreement, agreement_tests
     from circuits.judge.evaluation import compare, evaluate
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
 
 __all__ = [
+    "Circuit",
     "acdc",
     "agreement",
     "agreement_tests",
@@ -31,6 +33,7 @@ __all__ = [
     "connect",
     "draw",
     "evaluate",
+    "explore",
     "faithfulness",
     "from_mib",
     "greedy",
@@ -53,10 +56,11 @@ lazy.lazily(
         "search.acdc": "acdc",
         "judge.agreement": "agreement agreement_tests",
         "draw": "draw",
+        "explorer": "explore",
         "judge.evaluation": "compare evaluate",
         "files.formats": "load save",
         "judge.faithfulness": "completeness faithfulness minimality",
-        "graph": "assemble",
+        "graph": "Circuit assemble",
         "files.mib": "from_mib to_mib",
         "exact.patch": "patch",
         "exact.verify": "verify",

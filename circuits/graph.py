@@ -127,6 +127,15 @@ class Circuit(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no types
 
     __str__ = __repr__
 
+    def _repr_html_(self) -> str | None:
+        """The page of `circuits.explore`; None, so that the line is shown, where there is none."""
+        from circuits.explorer import inline
+
+        try:
+            return inline(self)
+        except (TypeError, ValueError):  # it is empty, or no longer a circuit
+            return None
+
 
 def assemble(
     scores: Scores, kept: Bool[Tensor, "*pos writer reader"] | None = None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from relp import lazy, neighbours
+from relp import bars, lazy, neighbours  # noqa: F401  # the bars before anybody else's
 
 if TYPE_CHECKING:
     from relp.attribution import attribute

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from relp.bars import tqdm
 from relp.bridge.memory import pairs_per_batch
 from relp.bridge.run import captures, undisturbed
 from relp.bridge.sites import Sites

@@ -29,11 +29,12 @@ from typer.testing import CliRunner, Result
 
 import circuits
 from circuits import acdc, cli, connect, load, patch, save, top
-from circuits.cli import SHOWN, app
+from circuits.cli import app
+from circuits.cli.estimates import SHOWN
+from circuits.cli.screen import one_line_errors, print_table
+from circuits.cli.source import source_of
 from circuits.draw.heatmaps import lined_up
 from circuits.graph import size
-from circuits.screen import one_line_errors, print_table
-from circuits.source import source_of
 from relp import PRESETS, RELP, Scores, attribute
 from relp.bridge.rerun import Rerun
 from tasks import Task, ioi
@@ -338,7 +339,7 @@ def test_an_interrupted_search_goes_on(model: Path, monkeypatch: Any) -> None:
 
 
 def test_compare_gives_both_tables(model: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("circuits.screen.console", Console(width=100))
+    monkeypatch.setattr("circuits.cli.screen.console", Console(width=100))
     result = relp("compare", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output
     before, after = result.stdout.split("faithfulness by share of edges, on the pairs of seed 1")
@@ -403,7 +404,7 @@ def test_a_file_has_its_rows_shuffled_by_the_seed(model: Path) -> None:
 
 
 def test_compare_judges_circuits_on_other_rows(model: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("circuits.screen.console", Console(width=100))
+    monkeypatch.setattr("circuits.cli.screen.console", Console(width=100))
     prompts("own.csv", 4, model)
     result = relp("compare", "own.csv", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output
@@ -457,7 +458,7 @@ def test_coverage_lists_operations_and_adds_up(model: Path) -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
 @pytest.mark.parametrize("columns", [2, 5, 8])
 def test_no_table_cuts_a_number(width: int, columns: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("circuits.screen.console", Console(width=width))
+    monkeypatch.setattr("circuits.cli.screen.console", Console(width=width))
     rows = [[f"kind{i}", *(f"{i}.{k}89 ({k}.{i}7)" for k in range(columns))] for i in range(3)]
     names = [f"RULE_{k}[x]" for k in range(columns)]
 
@@ -810,7 +811,7 @@ def test_counts_below_one_are_wrong_usage(option: str) -> None:
 
 
 def test_large_models_are_verified_within_a_budget(model: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("circuits.grid.LARGE", 0)
+    monkeypatch.setattr("circuits.cli.cases.LARGE", 0)
     monkeypatch.setattr("circuits.exact.verify.BUDGET", 20)
     result = relp("compare", "--model", model, "--pairs", 2)
     assert result.exit_code == 0, result.output
@@ -819,3 +820,16 @@ def test_large_models_are_verified_within_a_budget(model: Path, monkeypatch: Any
     assert re.search(r"^not measured, but .* at most \d+ of \d+ \w+ cells", result.stdout, re.M)
     whole = relp("compare", "--model", model, "--pairs", 2, "--exact")
     assert whole.exit_code == 0 and "measured" not in whole.stdout
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:the model must be able to do the task")
+def test_verify_measures_a_sample(model: Path) -> None:
+    words = ("verify", "ioi", "--model", model, "--pairs", 2, "--budget", 22)
+    words += ("--out", "e.safetensors")
+    result = relp(*words, "--json")
+    found, effect = json.loads(result.stdout), Scores.load("e.safetensors")
+    assert effect.strata is not None and found["files"] == ["e.safetensors"]
+    assert {row["rules"] for row in found["agreement"]} >= {"GRADIENT", "RELP"}
+    assert found["missed"] and len(found["strongest"]) > 5
+    assert refused(*words).startswith("`--out` must be a new file")

@@ -18,9 +18,9 @@ MODULES = [s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for
 
 TOP_LEVEL = {
     *("pyproject.toml", "relp", "circuits", "tasks", "tests", "notebooks", "README.md"),
-    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs"),
+    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs", "mkdocs.yml"),
 }
-COMMAND = ("circuits/cli.py", "circuits/source.py", "circuits/grid.py")
+COMMAND = tuple(source for source in SOURCES if source.startswith("circuits/cli/"))
 """What knows all three rooms."""
 HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|pattern|q|k|v|z)\w*")
 
@@ -49,7 +49,9 @@ def code(tree: ast.AST) -> Iterator[str]:
 
 
 def test_the_sources_are_found() -> None:
-    assert {"relp/bridge/sites.py", "circuits/cli.py", "tasks/zoo/__init__.py"} <= set(SOURCES)
+    assert {"relp/bridge/sites.py", "circuits/cli/patch.py", "tasks/zoo/__init__.py"} <= set(
+        SOURCES
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -73,10 +75,9 @@ def test_the_import_reader_sees_every_form() -> None:
 
 
 ORDER = {
-    "relp": "lazy neighbours choices files protocols layout scores rules operations rulebook "
+    "relp": "bars lazy neighbours choices files protocols layout scores rules operations rulebook "
     "partway propagation bridge nodes edges attribution __init__ __main__",
-    "circuits": "choices graph masked exact search judge draw files __init__ grid screen source "
-    "cli",
+    "circuits": "choices graph masked exact search judge draw explorer files __init__ cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than "
     "gendered_pronoun subject_verb induction docstring colored_objects capital_country arithmetic "
     "multiple_choice registry able zoo planted __init__",

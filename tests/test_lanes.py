@@ -139,6 +139,5 @@ def test_the_circuit_is_left_alone() -> None:
 
 def test_files_that_name_no_places_have_lanes_too() -> None:
     circuit = make_circuit()
-    for name in ("places", "by_span", "prompt"):
-        circuit.graph.pop(name, None)
+    circuit.graph["places"] = "[]"  # as `load` has it of older files
     assert all(n == f"{d['name']}@{d['pos']}" for n, d in by_lane(circuit).nodes(data=True))

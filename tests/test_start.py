@@ -225,3 +225,19 @@ def test_our_own_packages_are_ours_wherever_they_lie(copy: Path, tmp_path: Path)
 @pytest.mark.parametrize("name", BEGINS)
 def test_our_sources_begin_as_they_are_known_by(name: str) -> None:
     assert SOURCES[f"{name}/__init__.py"].read_text().startswith(BEGINS[name])
+
+
+@pytest.mark.parametrize(("first", "warned"), [("import relp", False), ("", True)])
+def test_a_notebook_without_widgets_is_not_warned(first: str, warned: bool, tmp_path: Path) -> None:
+    """tqdm warns whoever imports it first: that is us, and we know."""
+    code = (
+        "import sys, types, warnings\n"
+        "sys.modules['ipywidgets'] = None\n"
+        "sys.modules['ipykernel.zmqshell'] = types.ModuleType('zmqshell')\n"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: 'a notebook')\n"
+        f"{first}\n"
+        "import tqdm.auto"
+    )
+    run = python("-c", code, cwd=tmp_path)
+    assert run.returncode == 0 and ("IProgress not found" in run.stderr) is warned
+    assert warned or run.stderr == ""

@@ -82,11 +82,11 @@ def by_lane(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
 def _reaches(graph: nx.MultiDiGraph, pos: int, to: int, *, reader: bool) -> bool:
     """Whether what is read at `pos` may be written at `to`; a `reader` does not write itself."""
     if reader:
-        return to >= pos or bool(graph.graph.get("by_span", False))
+        return to >= pos or bool(graph.graph["by_span"])
     return to > pos
 
 
 def _suffixes(graph: nx.MultiDiGraph) -> Callable[[int], str]:
     """What is put behind a component's name at a position: `@14`, or `@IO` by span."""
-    spans = json.loads(graph.graph.get("places", "[]")) if graph.graph.get("by_span") else []
+    spans = json.loads(graph.graph["places"]) if graph.graph["by_span"] else []
     return lambda pos: "" if pos < 0 else f"@{spans[pos] if pos < len(spans) else pos}"

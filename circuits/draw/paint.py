@@ -12,12 +12,14 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.graph import real_edges, size
+from circuits.graph import place_label, real_edges, size
 from relp import Provenance
 
 __all__ = [
+    "BAND",
     "DARK",
     "ILLEGAL",
+    "LANE",
     "MUTED",
     "NEGATIVE",
     "NEUTRAL",
@@ -25,16 +27,23 @@ __all__ = [
     "edge_hue",
     "edge_limit",
     "edge_note",
+    "edge_notes",
     "edge_opacity",
     "edge_share",
     "edge_width",
     "extent",
+    "has_lanes",
     "heading",
     "ink",
+    "legend",
     "line_width",
+    "measured",
+    "node_label",
     "node_limit",
     "node_note",
     "node_positions",
+    "node_slots",
+    "pixels",
     "plain",
     "tint",
 ]
@@ -43,6 +52,8 @@ POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#b2182b", "#8c959f"
 """The hues of plotly's RdBu, and that of edges without a score."""
 DARK, MUTED = "#1f2328", "#57606a"
 """Text, and what stands back behind it: borders and captions."""
+BAND, LANE = "#f6f8fa", 0.045
+"""Behind a layer, and how much a lane darkens it."""
 ILLEGAL = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """A character that no XML file can hold."""
 
@@ -99,9 +110,20 @@ def edge_width(data: dict[str, Any], limit: float) -> float:
     return 0.9 if data["structural"] else line_width(edge_share(data, limit))
 
 
-def edge_opacity(share: float, *, structural: bool) -> float:
-    """Stronger edges cover more; even in the square root, as most scores are small."""
-    return 0.8 if structural else 0.35 + 0.5 * math.sqrt(share)
+def edge_opacity(share: float, *, structural: bool, edges: int = 0) -> float:
+    """Stronger edges cover more; even in the square root, as most scores are small.
+
+    The weak ones fade where there are many: `edges` is how many are drawn.
+    """
+    weakest = 0.35 * math.sqrt(min(1.0, 150 / max(1, edges)))
+    if structural:
+        return 0.8 if edges <= 150 else 0.5
+    return weakest + (0.85 - weakest) * math.sqrt(share)
+
+
+def pixels(graph: nx.MultiDiGraph) -> tuple[float, float]:
+    """Across and up, per unit of layout: boxes of circuits with lanes are smaller."""
+    return (80.0, 68.0) if has_lanes(graph) else (94.0, 74.0)
 
 
 # -- texts -----------------------------------------------------------------------------------------
@@ -122,8 +144,41 @@ def extent(graph: nx.MultiDiGraph) -> str:
     return f"{size(graph):,} of {graph.graph['total_edges']:,} edges"
 
 
+def measured(graph: nx.MultiDiGraph) -> str:
+    """How large a circuit is, and what its scores are shares of."""
+    g = graph.graph
+    metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
+    return f"{extent(graph)} · {metric}"
+
+
+def has_lanes(graph: nx.MultiDiGraph) -> bool:
+    """Whether nodes stand for a component at one place, as `by_lane` makes them."""
+    return any("pos" in data for _, data in graph.nodes(data=True))
+
+
+def legend(graph: nx.MultiDiGraph) -> str:
+    """What numbers and dashes of a diagram mean."""
+    laned = has_lanes(graph)
+    boxes = "their sum at that place" if laned else "score of the node, all its edges"
+    note = f"edges: score ({graph.graph['metric']}) · boxes: {boxes}"
+    if any(data["structural"] for *_, data in graph.edges(data=True)):
+        note += " · dashed: keys and values" + laned * ", read for another place"
+    return note
+
+
+def node_label(graph: nx.MultiDiGraph, node: str) -> str:
+    """What a node's box says: its component, as its lane says where."""
+    return str(graph.nodes[node].get("name", node))
+
+
+def node_slots(graph: nx.MultiDiGraph, node: str) -> list[str]:
+    """Which of q, k and v the edges into a head have, from left to right."""
+    entered = {d["slot"] for *_, d in graph.in_edges(node, data=True)}
+    return [slot for slot in ("q", "k", "v") if slot in entered]
+
+
 def node_positions(graph: nx.MultiDiGraph, node: str) -> str:
-    """The positions that a node writes at (`logits`, key/value heads: reads): `@2 @14`, `@2…14`.
+    """Where a node writes (`logits`, key/value heads: reads): `" Mary"@4`, `@2 @14`, `5 places`.
 
     Empty if edges are summed over positions.
     """
@@ -132,22 +187,40 @@ def node_positions(graph: nx.MultiDiGraph, node: str) -> str:
         for edges in (graph.out_edges(node, data=True), graph.in_edges(node, data=True))
     )
     at = written or read
-    return f"@{at[0]}…{at[-1]}" if len(at) > 2 else " ".join(f"@{pos}" for pos in at)
+    return f"{len(at)} places" if len(at) > 2 else " ".join(place_label(graph, p) for p in at)
 
 
 def node_note(graph: nx.MultiDiGraph, node: str) -> str:
-    """What hovering over a node says."""
+    """What hovering over a node says; of a place, the score is that of the edges that are drawn."""
     edges_in = sum(1 for *_, d in graph.in_edges(node, data=True) if not d["structural"])
     edges_out = sum(1 for *_, d in graph.out_edges(node, data=True) if not d["structural"])
     data = graph.nodes[node]
-    score = "" if data["kind"] in ("kv", "logits") else f" · score {data['score']:+.4g}"
-    where = f" {node_positions(graph, node)}" if graph.graph["positions"] else ""
-    return f"{node}{where}{score} · {edges_in} in, {edges_out} out"
+    kind = "score" if "pos" not in data else "score of these edges"
+    score = "" if data["kind"] in ("kv", "logits") else f" · {kind} {data['score']:+.4g}"
+    if "pos" in data:
+        score *= edges_out > 0  # what only reads has none
+        where = f" at {place_label(graph, data['pos'])}"
+    else:
+        where = f" {node_positions(graph, node)}" if graph.graph["positions"] else ""
+    return f"{node_label(graph, node)}{where}{score} · {edges_in} in, {edges_out} out"
 
 
-def edge_note(u: str, v: str, data: dict[str, Any]) -> str:
-    """What hovering over an edge says."""
+def edge_note(u: str, v: str, data: dict[str, Any], place: str = "") -> str:
+    """What hovering over an edge says; `place` is what figures call its position."""
     if data["structural"]:
         return f"{u} → {v} (its keys and values)"
     where = f" @ position {data['pos']}" if data["pos"] >= 0 else ""
+    where = f" at {place}" if place else where
     return f"{u} → {data['reader']}{where}: {data['score']:+.4g}"
+
+
+def edge_notes(graph: nx.MultiDiGraph) -> list[str]:
+    """The note of each edge, in the order of the graph."""
+    places = {pos: place_label(graph, pos) for *_, pos in graph.edges(data="pos") if pos >= 0}
+    names = graph.nodes(data="name")
+    return [
+        edge_note(u, v, data)
+        if data["structural"]
+        else edge_note(names[u] or u, v, data, places.get(data["pos"], ""))
+        for u, v, data in graph.edges(data=True)
+    ]

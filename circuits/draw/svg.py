@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import networkx as nx
 
 from circuits.draw import paint
-from circuits.draw.layout import BOX, PORTS, Curve, Point, layout, routes
+from circuits.draw.lanes import by_lane
+from circuits.draw.layout import BOX, PORTS, Curve, Point, bands, frame, lanes, layout, routes
 
 __all__ = ["METADATA", "picture"]
 
 METADATA = "relp-circuit"
 """The id of the element that holds what `picture` is given to carry."""
 
-_X, _Y = 94.0, 74.0
-"""Pixels per unit of layout."""
 _MARGIN, _HEAD, _FOOT, _GUTTER = 28.0, 92.0, 84.0, 62.0
 _FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
 # Prefixed, as the picture may stand in a page with styles of its own.
@@ -42,9 +41,11 @@ def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | No
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
+    graph = by_lane(graph)
     positions = layout(graph)
     curves = routes(graph, positions)
-    canvas = _Canvas.around(positions.values(), curves.values())
+    columns = lanes(graph, positions)
+    canvas = _Canvas.around(frame(positions, curves), paint.pixels(graph), laned=bool(columns))
     svg = canvas.blank()
     _add(svg, "title", text=title or paint.heading(graph))
     if metadata is not None:
@@ -52,47 +53,60 @@ def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | No
     _add(svg, "style", text=_STYLE)
     _add(svg, "rect", width="100%", height="100%", fill="#ffffff")
     _heading(svg, graph, title, canvas.width)
-    places = {node: canvas.at(point) for node, point in positions.items()}
-    _bands(svg, graph, places, canvas.width)
+    _bands(svg, bands(graph, positions), canvas)
+    _lanes(svg, columns, canvas)
     _edges(svg, graph, curves, canvas)
     nodes, limit = _add(svg, "g"), paint.node_limit(graph)
-    for node, place in places.items():
-        _node(nodes, graph, node, place, limit)
+    for node, point in positions.items():
+        _node(nodes, graph, node, canvas.box(point), limit)
     _legend(svg, graph, canvas.height)
     text = ET.tostring(svg, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+
+
+class _Box(NamedTuple):
+    """The middle and the size of a box, in pixels."""
+
+    x: float
+    y: float
+    w: float
+    h: float
 
 
 @dataclass(frozen=True)
 class _Canvas:
     """How large the picture is in pixels, and where the units of `layout` are in it."""
 
+    unit: Point
     left: float
     top: float
+    bottom: float
     shift: float
     width: float
     height: float
 
     @classmethod
-    def around(cls, points: Iterable[Point], curves: Iterable[Curve]) -> _Canvas:
-        # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
-        reach = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves for x, _ in inner]
-        xs, ys = zip(*points, strict=True)
-        sides = [x + side for x in xs for side in (-0.6, 0.6)] + reach
-        left, right = min(sides), max(sides)
-        plot = max((right - left) * _X, 620.0)
+    def around(cls, corners: tuple[Point, Point], unit: Point, *, laned: bool) -> _Canvas:
+        (left, low), (right, top) = corners
+        plot = max((right - left) * unit[0], 620.0)
+        deep = (top - low) * unit[1] + 34 * laned  # with the names of the lanes
         return cls(
+            unit,
             left,
-            max(ys),
-            shift=(plot - (right - left) * _X) / 2,
+            top,
+            bottom=_HEAD + deep,
+            shift=(plot - (right - left) * unit[0]) / 2,
             width=_GUTTER + plot + 2 * _MARGIN,
-            height=_HEAD + (max(ys) - min(ys)) * _Y + 60 + _FOOT,
+            height=_HEAD + deep + _FOOT,
         )
 
     def at(self, point: Point) -> Point:
         x, y = point
-        across = _MARGIN + _GUTTER + self.shift + (x - self.left) * _X
-        return across, _HEAD + 30 + (self.top - y) * _Y
+        across = _MARGIN + _GUTTER + self.shift + (x - self.left) * self.unit[0]
+        return across, _HEAD + (self.top - y) * self.unit[1]
+
+    def box(self, point: Point) -> _Box:
+        return _Box(*self.at(point), BOX[0] * self.unit[0], BOX[1] * self.unit[1])
 
     def blank(self) -> ET.Element:
         return ET.Element(
@@ -125,42 +139,59 @@ def _label(parent: ET.Element, x: float, y: float, text: str, px: float, **more:
     return _add(parent, "text", text, x=f"{x:.1f}", y=f"{y:.1f}", font_size=f"{px:g}", **more)
 
 
-def _fit(text: str, px: float, room: float) -> str:
-    """Cuts what would run out of the picture; a letter is about 0.55 of the font size wide."""
-    letters = max(8, int(room / (0.55 * px)))
+def _fit(text: str, px: float, room: float, least: int = 8) -> str:
+    """Cuts what would run out of its room; a letter is about 0.55 of the font size wide."""
+    letters = max(least, int(room / (0.55 * px)))
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def _heading(svg: ET.Element, graph: nx.MultiDiGraph, title: str | None, width: float) -> None:
     g, room = graph.graph, width - 2 * _MARGIN
-    metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
-    first = title or f"{g['task']} · {g['model']}"
-    second = f"{g['rules']} · {g['direction']} · {paint.extent(graph)} · {metric}"
+    source = f"{g['task']} · {g['model']}"
+    first = title or source
+    second = f"{source} · " if title else ""
+    second += f"{g['rules']} · {g['direction']} · {paint.measured(graph)}"
     _label(svg, _MARGIN, 42.0, _fit(first, 20.0, room), 20.0, font_weight="600")
     _label(svg, _MARGIN, 65.0, _fit(second, 13.0, room), 13.0, style=_CAPTION)
 
 
-def _bands(svg: ET.Element, graph: nx.MultiDiGraph, places: dict[str, Point], width: float) -> None:
+def _bands(svg: ET.Element, layers: dict[int, Point], canvas: _Canvas) -> None:
     """A pale band behind each layer, with its number at the left."""
-    layers: dict[int, list[float]] = {}
-    for node, (_, y) in places.items():
-        if graph.nodes[node]["layer"] >= 0:
-            layers.setdefault(graph.nodes[node]["layer"], []).append(y)
-    for layer, ys in layers.items():
-        top, bottom = min(ys) - 0.46 * _Y, max(ys) + 0.46 * _Y
+    for layer, (low, high) in layers.items():
+        (_, bottom), (_, top) = canvas.at((0.0, low)), canvas.at((0.0, high))
         _add(
             svg,
             "rect",
             x=f"{_MARGIN:.0f}",
             y=f"{top:.1f}",
-            width=f"{width - 2 * _MARGIN:.1f}",
+            width=f"{canvas.width - 2 * _MARGIN:.1f}",
             height=f"{bottom - top:.1f}",
-            rx="10",
-            fill="#f6f8fa",
+            rx="8",
+            fill=paint.BAND,
         )
-        _label(
-            svg, _MARGIN + 12, (top + bottom) / 2 + 4, f"layer {layer}", 12.0, style="fill:#6e7781"
+        middle = (top + bottom) / 2 + 4
+        _label(svg, _MARGIN + 12, middle, f"layer {layer}", 12.0, style=_CAPTION)
+
+
+def _lanes(svg: ET.Element, columns: dict[str, Point], canvas: _Canvas) -> None:
+    """A pale column behind each lane, with the name of its position at the bottom."""
+    for place, sides in columns.items():
+        left, right = (canvas.at((x, 0.0))[0] for x in sides)
+        _add(
+            svg,
+            "rect",
+            x=f"{left + 3:.1f}",
+            y=f"{_HEAD:.1f}",
+            width=f"{right - left - 6:.1f}",
+            height=f"{canvas.bottom - _HEAD:.1f}",
+            rx="8",
+            fill=paint.MUTED,
+            fill_opacity=f"{paint.LANE}",
         )
+        name = _label(svg, (left + right) / 2, canvas.bottom - 11, "", 12.0, text_anchor="middle")
+        name.text = paint.ILLEGAL.sub("�", _fit(place, 12.0, right - left, least=4))
+        name.set("font-weight", "500")
+        _add(name, "title", text=place)
 
 
 def _edges(
@@ -171,11 +202,12 @@ def _edges(
 ) -> None:
     """The strongest last, so on top."""
     group, strongest = _add(svg, "g"), paint.edge_limit(graph)
-    ranked = sorted(graph.edges(keys=True, data=True), key=lambda edge: abs(edge[3]["score"]))
-    for u, v, key, data in ranked:
+    noted = zip(graph.edges(keys=True, data=True), paint.edge_notes(graph), strict=True)
+    for (u, v, key, data), note in sorted(noted, key=lambda edge: abs(edge[0][3]["score"])):
         (x0, y0), (x1, y1), (x2, y2), (x3, y3) = (canvas.at(point) for point in curves[u, v, key])
-        share = paint.edge_share(data, strongest)
-        opacity = paint.edge_opacity(share, structural=data["structural"])
+        opacity = paint.edge_opacity(
+            paint.edge_share(data, strongest), structural=data["structural"], edges=len(curves)
+        )
         path = _add(
             group,
             "path",
@@ -189,16 +221,15 @@ def _edges(
         )
         if data["structural"]:
             path.set("stroke-dasharray", "2 3")
-        _add(path, "title", text=paint.edge_note(u, v, data))
+        _add(path, "title", text=note)
 
 
-def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: Point, limit: float) -> None:
+def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, box: _Box, limit: float) -> None:
     """A box: heads have rounded corners and their slots, MLPs and ends are pills."""
-    data, (x, y) = graph.nodes[node], at
-    w, h = BOX[0] * _X, BOX[1] * _Y
+    data, (x, y, w, h) = graph.nodes[node], box
     group = _add(parent, "g", class_="relp-node")
     _add(group, "title", text=paint.node_note(graph, node))
-    box = _add(
+    shape = _add(
         group,
         "rect",
         x=f"{x - w / 2:.1f}",
@@ -211,16 +242,12 @@ def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, at: Point, limi
         stroke_width="1.1",
     )
     if data["kind"] == "kv":
-        box.set("stroke-dasharray", "3 2")
-    entered = {d["slot"] for *_, d in graph.in_edges(node, data=True)}
-    slots = [slot for slot in PORTS if slot in entered]
-    where = paint.node_positions(graph, node)
+        shape.set("stroke-dasharray", "3 2")
+    slots, label = paint.node_slots(graph, node), paint.node_label(graph, node)
     middle = {"text_anchor": "middle", "style": f"fill:{paint.ink(data['score'], limit)}"}
-    px = (11.0 if where else 13.0) * 7 / max(7, len(node))
-    drop = 3.0 if where else 0.5 if slots else 4.5
-    _label(group, x, y + drop, node, px, font_weight="500", **middle)
-    if where:  # above, where edges leave; what they enter through is below
-        _label(group, x, y - h / 2 + 8.0, where, 7.5, **middle)
+    px = min(13.0, 1.55 * w / max(7, len(label)))
+    # with slots a little higher: they are below, where edges come in
+    _label(group, x, y + (0.5 if slots else 4.5), label, px, font_weight="500", **middle)
     for slot in slots:
         _label(group, x + PORTS[slot] * w, y + h / 2 - 3.5, slot, 8.5, **middle)
 
@@ -254,10 +281,7 @@ def _legend(svg: ET.Element, graph: nx.MultiDiGraph, height: float) -> None:
         fill="url(#relp-scale)",
     )
     _label(svg, x + 104, y + 4, high, 12.0, style=_CAPTION)
-    note = f"edges: score ({graph.graph['metric']}) · boxes: score of the node, all its edges"
-    if any(data["structural"] for *_, data in graph.edges(data=True)):
-        note += " · dashed: keys and values"
-    _label(svg, _MARGIN, y + 24, note, 11.0, style=_CAPTION)
+    _label(svg, _MARGIN, y + 24, paint.legend(graph), 11.0, style=_CAPTION)
 
 
 def _line(svg: ET.Element, x: float, y: float, hue: str, px: float) -> None:

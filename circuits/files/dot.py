@@ -1,4 +1,8 @@
-"""Circuits as .dot, for Graphviz: attributes are there twice, as data and as style."""
+"""Circuits as .dot, for Graphviz: attributes are there twice, as data and as style.
+
+Layers are rows from the bottom up: nodes of `rank="same"` in a frame for each layer, or, in a
+circuit that `circuits.draw.lanes.by_lane` made, for each position. Invisible edges stack the rows.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,23 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
 
 from circuits.draw import paint
+from circuits.files.layers import frames, rows
 from circuits.graph import Circuit
 
 __all__ = ["from_dot", "to_dot"]
 
 _STYLE = {
-    "color", "fillcolor", "fontcolor", "labelloc", "penwidth", "rankdir", "style", "tooltip",
+    "color", "fillcolor", "fontcolor", "labelloc", "newrank", "penwidth", "rankdir", "style",
+    "tooltip",
 }  # fmt: skip
+_HIDDEN = 'style="invis"'
+"""Of nodes and edges that are not the circuit's: they only keep rows and lanes in order."""
 _WORDS = _STYLE | {"digraph", "edge", "graph", "node", "strict", "subgraph"}
 
 
@@ -25,6 +34,11 @@ def _quote(text: str) -> str:
     """As Graphviz shows it: what could end the text or its line is an HTML entity."""
     special = r'[&<>"\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
     return '"' + re.sub(special, lambda letter: f"&#{ord(letter[0])};", text) + '"'
+
+
+def _label(text: str) -> str:
+    """In labels a backslash begins an escape such as \\N, also one written as an entity."""
+    return _quote(text.replace("\\", 2 * "\\"))
 
 
 def _text(word: str) -> str:
@@ -76,11 +90,10 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
                 "rename them or save as .graphml"
             )
     limit, strongest = paint.node_limit(graph), paint.edge_limit(graph)
-    # In labels a backslash begins an escape such as \N, also one written as an entity.
-    label = _quote((title or paint.heading(graph)).replace("\\", 2 * "\\"))
     lines = [
         'digraph "circuit" {',
-        *('rankdir="BT";', 'labelloc="t";', f"label={label};"),
+        *('rankdir="BT";', 'newrank="true";', 'labelloc="t";'),
+        f"label={_label(title or paint.heading(graph))};",
         *(f"{name}={_value(value)};" for name, value in graph.graph.items()),
         'node [shape="box", style="rounded,filled", fontname="Helvetica"];',
     ]
@@ -99,23 +112,52 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
             "tooltip": paint.edge_note(u, v, data),
         }
         lines.append(f"{_quote(u)} -> {_quote(v)} {_attributes({'key': key, **data}, **style)}")
-    return "\n".join([*lines, "}", ""])
+    return "\n".join([*lines, *_arranged(graph), "}", ""])
+
+
+def _arranged(graph: nx.MultiDiGraph) -> Iterator[str]:
+    """A row above the other, and frames; lanes of one height, side by side.
+
+    Graphviz cannot be told the order of frames. It mostly keeps to that of marks in them, which are
+    joined below and above.
+    """
+    ranks = [[_quote(node) for node in row] for row in rows(graph)]
+    framed = {name: [_quote(node) for node in nodes] for name, nodes in frames(graph).items()}
+    if all("pos" in data for _, data in graph.nodes(data=True)):
+        ends = (("foot", "out"), ("head", "in"))
+        for (end, way), rank in zip(ends, ranks[:1] + ranks[-1:], strict=bool(ranks)):
+            joint = _quote(f" {end}")
+            yield f"{joint} [{_HIDDEN}, shape=point, ordering={way}];"
+            for lane, nodes in enumerate(framed.values()):
+                mark = _quote(f" {end} {lane}")
+                yield f"{mark} [{_HIDDEN}, shape=point];"
+                yield " -> ".join((joint, mark)[:: 1 if way == "out" else -1]) + f" [{_HIDDEN}];"
+                nodes.append(mark)
+                rank.append(mark)
+    look = f'color="#f0f2f5"; fontcolor="{paint.MUTED}"; style="filled,rounded"'
+    for number, (name, nodes) in enumerate(framed.items()):
+        yield f"subgraph cluster_{number} {{ label={_label(name)}; {look}; {'; '.join(nodes)}; }}"
+    yield from (f"{{ rank=same; {'; '.join(rank)}; }}" for rank in ranks)
+    for (below, *_), (above, *_) in pairwise(ranks):
+        yield f"{below} -> {above} [{_HIDDEN}];"
 
 
 _GAP = r"(?:\s|//[^\n]*\n|/\*(?s:.*?)\*/)*"
 _WORD = r'"[^"\\]*(?:\\(?s:.)[^"\\]*)*"|-?[.\w]+'
 _START = re.compile(rf"{_GAP}digraph{_GAP}(?:{_WORD})?{_GAP}\{{{_GAP}")
+_OPEN = re.compile(rf"(?:subgraph\b{_GAP}(?:{_WORD})?{_GAP})?\{{{_GAP}")
 _STATEMENT = re.compile(rf"({_WORD}){_GAP}(?:(->|=){_GAP}({_WORD}){_GAP})?(\[)?{_GAP};?{_GAP}")
 _PAIR = re.compile(rf"({_WORD}){_GAP}={_GAP}({_WORD}){_GAP}[,;]?{_GAP}")
 _CLOSE = re.compile(rf"\]{_GAP};?{_GAP}")
-_END = re.compile(rf"\}}{_GAP}$")
+_END = re.compile(rf"\}}{_GAP};?{_GAP}")
 
 
-def _statements(text: str) -> Iterator[tuple[str, str | None, str, dict[str, Any]]]:
-    """`(word, sign, word, attributes)` of each: the sign is `->`, `=`, or None with one word.
+def _statements(text: str) -> Iterator[tuple[int, str, str | None, str, dict[str, Any]]]:
+    """`(depth, word, sign, word, attributes)` of each; the sign is `->`, `=`, or None with one
+    word; the depth is that of subgraphs.
 
-    What Graphviz' language has for nodes, edges and attributes, so that a file can be edited by
-    hand. A general parser takes minutes for the graph of a model.
+    What Graphviz' language has for nodes, edges, subgraphs and attributes, so that a file can be
+    edited by hand. A general parser takes minutes for the graph of a model.
     """
     at = 0
 
@@ -125,16 +167,23 @@ def _statements(text: str) -> Iterator[tuple[str, str | None, str, dict[str, Any
             at = found.end()
         return found
 
-    closed = read(_START)
-    while found := closed and read(_STATEMENT):
-        first, sign, second, opened = found.groups()
-        data = {}
-        while pair := opened and read(_PAIR):
-            data[_text(pair[1])] = _read(pair[2])
-        if opened and not read(_CLOSE):
+    depth = 1 if read(_START) else 0
+    while depth:
+        if read(_OPEN):
+            depth += 1
+        elif read(_END):
+            depth -= 1
+        elif found := read(_STATEMENT):
+            first, sign, second, opened = found.groups()
+            data = {}
+            while pair := opened and read(_PAIR):
+                data[_text(pair[1])] = _read(pair[2])
+            if opened and not read(_CLOSE):
+                break
+            yield depth - 1, first, sign, second, data
+        else:
             break
-        yield first, sign, second, data
-    if not (closed and read(_END)):
+    if depth or not at or at < len(text):
         line = text.count("\n", 0, at) + 1
         raise ValueError(f"line {line} is no node, edge or attribute of a graph in .dot")
 
@@ -142,12 +191,15 @@ def _statements(text: str) -> Iterator[tuple[str, str | None, str, dict[str, Any
 def from_dot(text: str) -> nx.MultiDiGraph:
     """Undoes `to_dot`, and leaves the style out."""
     result = Circuit()
-    for first, sign, second, data in _statements(text):
+    for depth, first, sign, second, data in _statements(text):
         kept = {name: value for name, value in data.items() if name not in _STYLE}
+        if data.get("style") == "invis":
+            continue
         if sign == "->":
             result.add_edge(_text(first), _text(second), **kept)  # `key` among them
-        elif sign is None and first not in ("node", "edge", "graph"):  # those are defaults
+        elif sign == "=":
+            if not depth and first not in _STYLE | {"label"}:
+                result.graph[_text(first)] = _read(second)
+        elif first not in ("node", "edge", "graph") and (data or not depth):  # those are defaults
             result.add_node(_text(first), **kept)
-        elif sign == "=" and first not in _STYLE | {"label"}:
-            result.graph[_text(first)] = _read(second)
     return result

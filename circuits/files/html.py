@@ -1,4 +1,4 @@
-"""Circuits and figures as .html: plotly's figure, works offline; the graph as JSON inside."""
+"""Circuits as .html, the explorer's page with the graph as JSON inside; figures as plotly's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from html import escape
 import networkx as nx
 import plotly.graph_objects as go
 
-from circuits.draw import draw
-from circuits.draw.paint import heading
+from circuits.explorer.page import json_text, page_of
 from circuits.files.node_link import FORMAT, from_json, to_json
 
 __all__ = ["from_html", "to_html", "to_page"]
@@ -17,12 +16,9 @@ _SCRIPT = f'<script type="application/json" id="{FORMAT}">'
 
 
 def to_html(graph: nx.MultiDiGraph, title: str | None = None) -> str:
-    """`draw`'s figure as a page, with the graph inside."""
-    # Without <, no name can end the script element or start another one.
-    data = to_json(graph).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    page = to_page(draw(graph, title=title), title or heading(graph))
-    before, tag, after = page.rpartition("</body>")
-    return f"{before}{_SCRIPT}{data}</script>\n{tag}{after}"
+    """The explorer's page, with the graph inside."""
+    before, tag, after = page_of(graph, title).rpartition("</body>")
+    return f"{before}{_SCRIPT}{json_text(to_json(graph))}</script>\n{tag}{after}"
 
 
 def from_html(text: str) -> nx.MultiDiGraph:

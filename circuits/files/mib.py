@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 import torch
 
-from circuits.files.texts import read_circuit, write_text
+from circuits.files.texts import read_circuit, write_file
 from circuits.graph import UNSTATED, assemble, check_circuit, real_edges
 from relp import Direction, EdgeScores, Layout, Pairs, Provenance, check_texts
 from relp.bridge import Sites
@@ -183,7 +183,7 @@ def to_mib(
     if path.suffix != ".json":
         raise ValueError(f"the suffix must be .json; got {path.name!r}; choose another name")
     text = to_text(graph, shape=Shape.of(model), circuit=circuit)
-    return write_text(path, text)
+    return write_file(path, text)
 
 
 def to_text(

@@ -1,4 +1,4 @@
-"""The text of a circuit's file: what it can hold, written whole, and read or refused."""
+"""A circuit's file: what it can hold, written whole, and read or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import networkx as nx
 from circuits.graph import UNSTATED, check_circuit
 from relp import check_texts, written_whole
 
-__all__ = ["check_storable", "read_circuit", "write_text"]
+__all__ = ["check_storable", "read_circuit", "write_file"]
 
 _RESERVED = {
     "id", "key", "label", "source", "target",  # words of the file formats themselves
@@ -59,14 +59,14 @@ def check_storable(graph: nx.MultiDiGraph) -> None:
             check_texts(f"{name!r} of {owner}", value)
 
 
-def write_text(path: Path, text: str) -> Path:
-    """The file appears whole or not at all, as UTF-8 and with the same bytes on each platform.
+def write_file(path: Path, content: str | bytes) -> Path:
+    """The file appears whole or not at all; text as UTF-8, the same bytes on each platform.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     return path
 
 
@@ -82,7 +82,7 @@ def read_circuit(path: Path, read: Callable[[str], nx.MultiDiGraph], said: str) 
             f"`path` must be a circuit's file; there is no file {str(path)!r}; check the name"
         )
     try:
-        graph = read(path.read_text(encoding="utf-8"))
+        graph = read(path.read_bytes().decode("utf-8"))  # carriage returns as they are
         if isinstance(graph, nx.MultiDiGraph):  # older files do not say all of it
             for name in SINCE:
                 graph.graph.setdefault(name, UNSTATED[name])

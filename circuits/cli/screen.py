@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import warnings
@@ -17,7 +18,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["console", "errors", "one_line_errors", "or_dash", "print_table", "say"]
+__all__ = [
+    "answering",
+    "console",
+    "errors",
+    "one_line_errors",
+    "or_dash",
+    "or_none",
+    "print_table",
+    "records",
+    "say",
+]
 
 console = Console()
 errors = Console(stderr=True)
@@ -54,6 +65,36 @@ def print_table(
 def or_dash(value: float, form: str) -> str:
     """A number, or a dash where there is none."""
     return "–" if math.isnan(value) else format(value, form)
+
+
+def or_none(value: float) -> float | None:
+    """A number, or what JSON has where there is none."""
+    return None if math.isnan(value) else value
+
+
+def records(table: Any) -> list[dict[str, Any]]:
+    """The rows of a DataFrame as JSON has them: null where there is no number."""
+    found: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
+    return found
+
+
+@contextmanager
+def answering(as_json: bool) -> Iterator[dict[str, Any]]:
+    """A command at work: gives what it answers to programs, for it to fill.
+
+    With `as_json` the answer is printed when the work is done, and all that is said before goes to
+    stderr. What a user can mend is one sentence, as in `one_line_errors`.
+    """
+    answer: dict[str, Any] = {}
+    console.stderr = as_json
+    try:
+        with one_line_errors():
+            yield answer
+            text = json.dumps(answer, ensure_ascii=False, allow_nan=False, indent=2)
+    finally:
+        console.stderr = False
+    if as_json:
+        typer.echo(text)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from circuits.screen import say
+from circuits.cli.screen import say
 from tasks.registry import TASKS, builder, check_task
 from tasks.tables import SUFFIXES, Table, columns_of, read_table
 

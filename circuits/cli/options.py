@@ -1,0 +1,87 @@
+"""Options that several commands share, and how results are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relp import Preset
+from tasks.registry import TASKS
+from tasks.zoo import shelf
+
+FEW = 8
+"""Pairs of prompts for large models, if nobody says how many."""
+
+
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=lambda: list(TASKS),
+        help="The task; `relp tasks` lists them. Or a .csv or .jsonl file with the columns clean, "
+        "corrupt, answer and foil; results are called by its name.",
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        autocompletion=lambda: [model.name for model in shelf.models()],
+        help="A model that `relp models` lists, a folder or GGUF file, or a name on the Hugging "
+        "Face hub.",
+    ),
+]
+Pairs = Annotated[
+    int, typer.Option(min=1, help="Pairs of prompts; of a file, no more than it has.")
+]
+PairsBySize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Pairs of prompts; of a file, no more than it has. If not given, fewer for large "
+        "models.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Which prompts are drawn; of a file, 0 takes the first rows, another number shuffles "
+        "them before."
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the results as JSON, and all that is said to stderr."),
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Patch everything, however long it takes, not a sample of it."),
+]
+FilterCorrect = Annotated[
+    bool,
+    typer.Option("--filter-correct", help="Keep the pairs whose clean prompt is answered rightly."),
+]
+
+
+def rule_names() -> list[str]:
+    """What completes `--rules`."""
+    return [str(preset) for preset in Preset]
+
+
+def pairs_for(bridge: Any, pairs: int) -> int:
+    """Pairs of prompts, if nobody says how many."""
+    from circuits.cli.cases import is_large
+
+    return FEW if is_large(bridge) else pairs
+
+
+def result_name(model: str) -> str:
+    """The name of a model that results carry."""
+    return Path(model).name or model
+
+
+def label(bridge: Any) -> str:
+    """A booted model's name, and how its weights were stored if they were quantised."""
+    from relp.bridge import quantization
+
+    return ", ".join(filter(None, (result_name(bridge.cfg.model_name), quantization(bridge))))

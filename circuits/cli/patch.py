@@ -1,0 +1,145 @@
+"""`relp patch` and `relp verify`: exact effects, of all cells or within a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from circuits.choices import check_ablation
+from circuits.cli.estimates import SHOWN, print_agreement, print_missed, ready
+from circuits.cli.options import (
+    FilterCorrect,
+    Json,
+    Model,
+    Pairs,
+    PairsBySize,
+    Seed,
+    TaskName,
+    label,
+    pairs_for,
+)
+from circuits.cli.outputs import claimed, going_on
+from circuits.cli.screen import answering, print_table, records, say
+from circuits.cli.source import source_of
+from relp import Direction, Level
+from tasks import zoo
+from tasks.zoo.boot import check_model
+
+__all__ = ["patch", "verify"]
+
+LevelName = Annotated[str, typer.Option(help="node or edge.")]
+Way = Annotated[str, typer.Option(help="denoise or noise.")]
+Out = Annotated[Path, typer.Option(help="File to write, .safetensors.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Measure anew, and replace a file that is there.")
+]
+
+
+def patch(
+    task: TaskName = "ioi",
+    model: Model = "ioi-gpt2",
+    level: LevelName = "node",
+    direction: Way = "denoise",
+    ablation: Annotated[
+        str, typer.Option(help="patch, zero, mean or mean_per_position.")
+    ] = "patch",
+    pairs: Pairs = 32,
+    seed: Seed = 0,
+    out: Out = Path("effects.safetensors"),
+    overwrite: Overwrite = False,
+    filter_correct: FilterCorrect = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
+    with answering(as_json) as answer:
+        Level(level)
+        Direction(direction)
+        check_ablation(ablation)
+        source = source_of(task)
+        check_model(model)
+        with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
+            from circuits import patch
+
+            bridge = zoo.load(model)
+            prompts = source.draw(bridge.tokenizer, pairs, seed)
+            say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
+            prompts = ready(bridge, prompts, filter_correct=filter_correct)
+            effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
+                           resume=finished)  # fmt: skip
+            effect.save(out)
+            finished.unlink()
+        _tell(answer, effect, out)
+
+
+def verify(
+    task: TaskName = "ioi",
+    model: Model = "ioi-gpt2",
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Cells to measure on every pair; 600 if not given.")
+    ] = None,
+    level: LevelName = "node",
+    direction: Way = "denoise",
+    pairs: PairsBySize = None,
+    seed: Seed = 0,
+    out: Out = Path("sample.safetensors"),
+    overwrite: Overwrite = False,
+    filter_correct: FilterCorrect = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the exact effects of the strongest nodes or edges, and of a sample of the rest.
+
+    Half of the budget goes to those that any of five presets scores highest, half is drawn from the
+    others, which makes agreement with all of them an estimate without favour. Interrupted, it goes
+    on when run again.
+    """
+    with answering(as_json) as answer:
+        Level(level)
+        Direction(direction)
+        source = source_of(task)
+        check_model(model)
+        with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
+            from circuits import missed, verify
+            from circuits.exact.verify import BUDGET
+            from relp import PRESETS, attribute
+
+            bridge = zoo.load(model)
+            prompts = source.draw(bridge.tokenizer, pairs or pairs_for(bridge, 16), seed)
+            say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
+            prompts = ready(bridge, prompts, filter_correct=filter_correct)
+            scores = [
+                attribute(bridge, prompts, rules=PRESETS[r], level=level, direction=direction)
+                for r in SHOWN
+            ]
+            effect = verify(bridge, prompts, scores, budget=budget or BUDGET, seed=seed,
+                            resume=finished)  # fmt: skip
+            effect.save(out)
+            finished.unlink()
+        answer["agreement"] = records(print_agreement(scores, effect))
+        if effect.strata is not None:
+            print_missed(effect)
+            answer["missed"] = records(missed(effect))
+        _tell(answer, effect, out)
+
+
+def _tell(answer: dict[str, Any], effect: Any, out: Path) -> None:
+    """The strongest of the effects, and where they are all."""
+    from circuits.draw.heatmaps import lined_up
+    from relp import NodeScores
+
+    shown = lined_up(effect) if isinstance(effect, NodeScores) else effect
+    strongest = shown.top(10).dropna()
+    answer |= {"strongest": records(strongest), "files": [str(out)]}
+    strongest = strongest.drop(columns=["kind", "layer", "head", "slot"], errors="ignore")
+    rest = "; other: the sum over all other positions" if shown.places else ""
+    print_table(
+        f"strongest: {effect.rules}, {effect.direction}{rest}",
+        list(strongest.columns),
+        [
+            [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+            for row in strongest.itertuples(index=False)
+        ],
+    )
+    say(f"wrote {escape(str(out))}")

@@ -1,0 +1,70 @@
+"""The explorer's page: one HTML file with its styles, scripts and data inside, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from html import escape
+from importlib import resources
+
+import networkx as nx
+
+from circuits.draw import paint
+from circuits.explorer.view import view
+from circuits.graph import check_circuit, size
+from circuits.search.prune import top
+
+__all__ = ["MOST", "json_text", "page_of", "strongest"]
+
+MOST = 3000
+"""Edges that a page shows of larger circuits: a browser paints no more in a moment."""
+_SCRIPTS = ("d3.js", "circuit.js", "scene.js", "controls.js")
+
+
+def page_of(graph: nx.MultiDiGraph, title: str | None = None, *, most: int = MOST) -> str:
+    """The page of a circuit, which works offline.
+
+    >>> page_of(circuit).startswith("<!doctype html>")
+    True
+
+    Args:
+        graph: a circuit.
+        title: plain text in place of the task and the model.
+        most: show the strongest edges, and say so, if the circuit has more than these.
+
+    Raises:
+        TypeError, ValueError: `graph` is no circuit, or empty.
+    """
+    shown = strongest(graph, most)
+    data = view(shown, title, left_out=size(graph) - size(shown))
+    pieces = {
+        "title": escape(title or paint.heading(graph)),
+        "style": _asset("page.css"),
+        "data": json_text(json.dumps(data, allow_nan=False, separators=(",", ":"))),
+        "scripts": "".join(f"<script>\n{_asset(name)}</script>\n" for name in _SCRIPTS),
+    }
+    # in one pass, so that nothing in the data is taken for a gap of the template
+    return re.sub(r"\{\{(\w+)\}\}", lambda gap: pieces[gap[1]], _asset("page.html"))
+
+
+def strongest(graph: nx.MultiDiGraph, edges: int) -> nx.MultiDiGraph:
+    """`graph`, or what is strongest of it: at most `edges` edges, on paths if there are any.
+
+    Raises:
+        TypeError, ValueError: `graph` is no circuit.
+    """
+    if size(check_circuit(graph)) <= edges:
+        return graph
+    connected = top(graph, edges=edges)
+    return connected if size(connected) else top(graph, edges=edges, connected=False)
+
+
+def json_text(text: str) -> str:
+    """JSON as it can stand in a script element: no name in it can end that, or start a comment."""
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("circuits.explorer").joinpath(name).read_text(encoding="utf-8")
