@@ -175,7 +175,7 @@ def _marks(of: pd.DataFrame, measure: str, rows: list[float], name: str, number:
         marker={"color": hue, "size": 8, "symbol": SHAPES[number % len(SHAPES)],
                 "line": {"width": 0.5, "color": MUTED}},
         name=plain(name),
-        legendgroup=name,
+        legendgroup=plain(name),
         customdata=list(zip(of["kind"], value, strict=True)),
         hovertemplate=f"{plain(name)} · %{{customdata[0]}}<br>%{{customdata[1]:.3f}}"
         "<extra></extra>",
