@@ -5,12 +5,17 @@ Nothing is imported here: the command refuses an option before torch is there.
 
 from __future__ import annotations
 
-__all__ = ["ABLATIONS", "MIB", "SUFFIXES", "check_ablation", "check_tau"]
+__all__ = ["ABLATIONS", "GRAPH", "MIB", "SUFFIXES", "check_ablation", "check_tau"]
 
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
 MIB = ".mib.json"
 """How files of EAP-IG and MIB are told from circuits, which are .json as well."""
-SUFFIXES = (".json", ".graphml", ".gexf", ".dot", ".svg", ".html", ".mmd", MIB)
+GRAPH = ".graph.json"
+"""How attribution graphs are told from them, which viewers of circuit-tracer's open."""
+SUFFIXES = (
+    *(".json", ".graphml", ".gexf", ".dot", ".csv", ".svg", ".html", ".pdf", ".png", ".mmd"),
+    *(MIB, GRAPH),
+)
 """The formats that circuits are saved in: the keys of `circuits.files.formats.FORMATS`."""
 
 

@@ -18,11 +18,11 @@ MODULES = [s.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for
 
 TOP_LEVEL = {
     *("pyproject.toml", "relp", "circuits", "tasks", "tests", "notebooks", "README.md"),
-    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs"),
+    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs", "mkdocs.yml"),
 }
 COMMAND = tuple(source for source in SOURCES if source.startswith("circuits/cli/"))
 """What knows all three rooms."""
-HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|q|k|v|z)\w*")
+HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|pattern|q|k|v|z)\w*")
 
 
 def imported_rooms(tree: ast.AST) -> set[str]:

@@ -2,20 +2,27 @@
 
     save(circuit, "ioi.svg"); circuit = load("ioi.svg")
 
-=========  =======  ================================================================
-suffix     load     what it is
-=========  =======  ================================================================
-.json      yes      networkx' node-link data, as nx.node_link_graph reads it
-.graphml   yes      for yEd, Gephi, igraph, Cytoscape
-.gexf      yes      for Gephi
-.dot       yes      for Graphviz; attributes are there twice, as data and as style
-.svg       yes      a picture that stands alone; the graph as JSON in its metadata
-.html      yes      the interactive figure, works offline; the graph as JSON inside
-.mmd       no       Mermaid, for Markdown files; up to 500 edges
-.mib.json  yes      EAP-IG's and MIB's graphs (`circuits.files.mib`): all edges of a model
-=========  =======  ================================================================
+===========  =======  ==============================================================
+suffix       load     what it is
+===========  =======  ==============================================================
+.json        yes      networkx' node-link data, as nx.node_link_graph reads it
+.graphml     yes      for yEd, Gephi, igraph, Cytoscape
+.gexf        yes      for Gephi, with our hues, widths and positions
+.dot         yes      for Graphviz, layers as rows; attributes are data and style
+.csv         yes      a row for each edge; the nodes' attributes in comments above
+.svg         yes      a picture that stands alone; the graph as JSON in its metadata
+.html        yes      the interactive figure, works offline; the graph as JSON inside
+.pdf, .png   no       the same picture, drawn by kaleido and a browser
+.mmd         no       Mermaid, for Markdown files, layers as frames; up to 500 edges
+.mib.json    yes      EAP-IG's and MIB's graphs (`circuits.files.mib`): all edges of a
+                      model
+.graph.json  yes      attribution graphs (`circuits.files.attribution_graph`), as
+                      circuit-tracer's and Neuronpedia's viewers open them; circuits by
+                      position
+===========  =======  ==============================================================
 
-A file appears whole or not at all. Plotly figures can be saved too, as .html or .json.
+A file appears whole or not at all. Plotly figures can be saved too: as .html, .json, .svg, .pdf and
+.png, the last three by kaleido.
 """
 
 from __future__ import annotations
@@ -28,13 +35,15 @@ from typing import Any, NamedTuple
 import networkx as nx
 import plotly.graph_objects as go
 
-from circuits.choices import MIB
+from circuits.choices import GRAPH, MIB
 from circuits.draw.paint import plain
-from circuits.files import mib
+from circuits.files import attribution_graph, mib
+from circuits.files.csv import from_csv, to_csv
 from circuits.files.dot import from_dot, to_dot
 from circuits.files.gexf import from_gexf, to_gexf
 from circuits.files.graphml import from_graphml, to_graphml
 from circuits.files.html import from_html, to_html, to_page
+from circuits.files.images import circuit_image, figure_image
 from circuits.files.mermaid import to_mermaid
 from circuits.files.node_link import from_json, to_json
 from circuits.files.svg import from_svg, to_svg
@@ -46,36 +55,48 @@ __all__ = ["FORMATS", "Format", "load", "save"]
 
 
 class Format(NamedTuple):
-    """How circuits become the text of a file: `write(circuit, title)` and `read(text)`."""
+    """How circuits become what a file holds: `write(circuit, title)` and `read(text)`."""
 
-    write: Callable[..., str]
-    read: Callable[..., nx.MultiDiGraph] | None
+    write: Callable[..., str | bytes]
+    read: Callable[[str], nx.MultiDiGraph] | Callable[..., nx.MultiDiGraph] | None = None
+    figure: Callable[[go.Figure, str], str | bytes] | None = None
+    """The same of a figure and its title, if the format is for figures too."""
     said: str = (
         "must be a circuit written by circuits.save; it is not ({}); for scores use Scores.load, "
         "for graphs of EAP-IG and MIB from_mib"
     )
-    """What is said of a file that cannot be read; of a name, if none of the format can."""
+    """What is said of a file that cannot be read."""
     shape: Callable[[Any], Any] | None = None
     """What it holds of a model: `write` and `read` then take `shape`, and no other attributes than
     the format's own are written."""
 
 
+def _image(kind: str) -> Format:
+    return Format(
+        lambda graph, title: circuit_image(graph, title, kind),
+        figure=lambda figure, _: figure_image(figure, kind),
+    )
+
+
 FORMATS: Mapping[str, Format] = {
-    ".json": Format(to_json, from_json),
+    ".json": Format(to_json, from_json, lambda figure, _: str(figure.to_json())),
     ".graphml": Format(to_graphml, from_graphml),
     ".gexf": Format(to_gexf, from_gexf),
     ".dot": Format(to_dot, from_dot),
-    ".svg": Format(to_svg, from_svg),
-    ".html": Format(to_html, from_html),
-    ".mmd": Format(to_mermaid, None, ".mmd can only be written"),
-    MIB: Format(mib.to_text, mib.from_text, mib.SAID, mib.Shape.of),
+    ".csv": Format(to_csv, from_csv),
+    ".svg": Format(to_svg, from_svg, lambda figure, _: figure_image(figure, "svg")),
+    ".html": Format(to_html, from_html, to_page),
+    ".pdf": _image("pdf"),
+    ".png": _image("png"),
+    ".mmd": Format(to_mermaid),
+    MIB: Format(mib.to_text, mib.from_text, said=mib.SAID, shape=mib.Shape.of),
+    GRAPH: Format(
+        attribution_graph.to_attribution_graph,
+        attribution_graph.from_attribution_graph,
+        said=attribution_graph.SAID,
+    ),
 }
 """By suffix; `circuits.choices.SUFFIXES` are the same, for who must not wait for this module."""
-
-_FIGURES: Mapping[str, Callable[[go.Figure, str], str]] = {
-    ".html": to_page,
-    ".json": lambda figure, _: str(figure.to_json()),
-}
 
 
 def save(
@@ -92,7 +113,7 @@ def save(
     >>> save(draw(circuit), "ioi.html")
 
     Args:
-        what: a circuit; or a figure, for .html and .json.
+        what: a circuit; or a figure, for .html, .json, .svg, .pdf and .png.
         path: where to; an existing file is replaced.
         title: plain text in place of the one made from model, task and rules; .graphml, .gexf and
             .mib.json have no place for one.
@@ -105,15 +126,18 @@ def save(
     Raises:
         TypeError: `what` is neither a circuit nor a figure.
         ValueError: the suffix is unknown or not for figures, a name or an attribute cannot be
-            stored in the format, the circuit is empty or too large to be drawn in it, or `model` is
-            missing or not for the format.
+            stored in the format, the circuit is empty, too large or not of the kind that can be
+            drawn in it, `model` is missing or not for the format, or what draws images is not
+            installed.
+        RuntimeError: the browser did not draw the image.
         OSError: the folder does not exist or cannot be written.
     """
     path = Path(path)
     if isinstance(what, go.Figure):
-        suffix = _suffix(path, _FIGURES, " of a figure")
+        drawn = {suffix: known.figure for suffix, known in FORMATS.items() if known.figure}
+        suffix = _suffix(path, drawn, " of a figure")
         _told(path, suffix, model)
-        return write_file(path, _figure_text(what, suffix, title))
+        return write_file(path, drawn[suffix](_titled(what, title), title or "figure"))
     suffix = _suffix(path, FORMATS)
     told = _told(path, suffix, model)
     check_texts("the title", title)
@@ -160,7 +184,7 @@ def _suffix(path: Path, known: Collection[str], of: str = "") -> str:
     found = [suffix for suffix in FORMATS if path.name.endswith(suffix)]
     suffix = max(found, key=len, default="")
     if suffix not in known:
-        why = f"; {FORMATS[suffix].said}" if found and not of else ""
+        why = f"; {suffix} can only be written" if found and not of else ""
         raise ValueError(
             f"the suffix{of} must be one of {' '.join(known)}; got {path.name!r}{why}; choose "
             "another name"
@@ -181,9 +205,10 @@ def _told(path: Path, suffix: str, model: Any) -> dict[str, Any]:
     return {}
 
 
-def _figure_text(figure: go.Figure, suffix: str, title: str | None) -> str:
+def _titled(figure: go.Figure, title: str | None) -> go.Figure:
+    """The figure, or a copy with this title, if its texts can be written."""
     check_texts("the title", title)
     if title is not None:
         figure = go.Figure(figure).update_layout(title_text=plain(title))
     check_texts("the figure", figure.to_plotly_json())
-    return _FIGURES[suffix](figure, title or "figure")
+    return figure

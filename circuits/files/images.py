@@ -82,6 +82,6 @@ def figure_image(figure: go.Figure, kind: str) -> bytes:
         ) from error
     except (RuntimeError, OSError, TimeoutError) as error:
         raise RuntimeError(
-            f"the browser must draw the .{kind}; it did not ({type(error).__name__}: {error}); try "
-            "again, set BROWSER_PATH to another Chrome or Chromium, or save as .html"
+            f"the browser must draw the .{kind}; it did not ({type(error).__name__}); try again, "
+            "set BROWSER_PATH to another Chrome or Chromium, or save as .html"
         ) from error
