@@ -22,7 +22,7 @@ TOP_LEVEL = {
 }
 COMMAND = tuple(source for source in SOURCES if source.startswith("circuits/cli/"))
 """What knows all three rooms."""
-HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|q|k|v|z)\w*")
+HOOK = re.compile(r"\bhook_(in|out|resid|attn|mlp|pattern|q|k|v|z)\w*")
 
 
 def imported_rooms(tree: ast.AST) -> set[str]:

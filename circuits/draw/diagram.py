@@ -173,7 +173,7 @@ def _edge_notes(lines: list[_Line], positions: dict[str, Point], unit: Point) ->
     points: dict[str, list[np.ndarray]] = defaultdict(list)
     notes: dict[str, list[str]] = defaultdict(list)
     taken = _Taken.of(lines, positions, unit)
-    for line in reversed(lines):
+    for line in sorted(lines, key=lambda line: -line.share):
         steps = np.linalg.norm(np.diff(line.path, axis=0) * unit, axis=1)
         way = np.concatenate([[0.0], steps.cumsum()])
         at = np.arange(_NEAR / 2, way[-1], _NEAR)
@@ -232,7 +232,7 @@ class _Taken(NamedTuple):
         free: np.ndarray = ~self.squares[x, y]
         for right in (-1, 0, 1):
             for up in (-1, 0, 1):
-                self.squares[x[free] + right, y[free] + up] = True
+                self.squares[x + right, y + up] = True
         return free
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from circuits.draw.paint import plain
+from circuits.draw.template import SEQUENTIAL, framed, panels
 from circuits.judge.entries import by_case
 
 __all__ = ["grid"]
@@ -45,11 +45,10 @@ def grid(found: pd.DataFrame) -> go.Figure:
             "at the table itself"
         )
     ends = {m: (WORST.get(m, 0.0), BEST.get(m, 1.0)) for m in tables}
-    heights = [len(table) + 6 for table in tables.values()]
-    figure = make_subplots(
-        rows=len(tables), cols=1, subplot_titles=[SHOWN[m] for m in tables],
-        row_heights=heights, vertical_spacing=5 / sum(heights),
-    )  # fmt: skip
+    most = max(len(table) for table in tables.values())
+    cases = max(len(str(case)) for table in tables.values() for case in table.columns)
+    labels = 24 + 5 * cases
+    figure, plot, above = panels([[SHOWN[m]] for m in tables], 1, plot=LINE * most, between=labels)
     for row, (measure, table) in enumerate(tables.items(), start=1):
         trace = go.Heatmap(
             z=table.to_numpy(),
@@ -57,18 +56,16 @@ def grid(found: pd.DataFrame) -> go.Figure:
             y=[plain(str(method)) for method in table.index],
             zmin=min(ends[measure]),
             zmax=max(ends[measure]),
-            colorscale="Blues_r" if ends[measure][1] < ends[measure][0] else "Blues",
+            colorscale=SEQUENTIAL,
+            reversescale=ends[measure][1] < ends[measure][0],
+            xgap=1,
+            ygap=1,
             texttemplate="%{z:.2f}",
             showscale=False,
             hovertemplate="%{y} · %{x}<br>%{z:.3f}<extra></extra>",
         )
         figure.add_trace(trace, row=row, col=1)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(tickangle=-30, showgrid=False)
-    figure.update_layout(
-        template="plotly_white",
-        height=100 + LINE * sum(heights),
-        title_text="Methods by cases; dark is good",
-        margin={"l": 140, "t": 90},
-    )
-    return figure
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
+    figure.update_xaxes(tickangle=-90, showgrid=False, tickfont_size=10)
+    note = "a row for each method, a column for each case; dark is good"
+    return framed(figure, "Methods by cases", note, plot=plot, above=above, below=labels)

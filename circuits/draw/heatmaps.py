@@ -1,26 +1,94 @@
-"""Scores as heatmaps: components by position, span or head, and writers by readers."""
+"""Scores as heatmaps: components by position, span or head, and writers by readers.
+
+Several results are panels beside each other, or below each other where they are wide, all on one
+scale, which is symmetric about 0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
 
 from circuits.draw.paint import plain
+from circuits.draw.template import DIVERGING, SEQUENTIAL, framed, panels
 from relp import Component, EdgeScores, NodeScores, Scores
 
-__all__ = ["edge_heatmap", "lined_up", "node_heatmap", "unit"]
+__all__ = [
+    "called",
+    "edge_heatmap",
+    "label",
+    "layer_heatmap",
+    "lined_up",
+    "matrices",
+    "node_heatmap",
+    "same",
+    "sources",
+    "unit",
+]
 
-_MOST_ROWS = 100
+S = TypeVar("S", bound=Scores)
+
+_MOST_NEURONS = 100
 """Neurons that are a row each; more are a row for each layer."""
+_BESIDE = 36
+"""Cells in a row of all panels that are side by side."""
+_WRITERS, _READERS, _ENOUGH = 40, 40, 0.9
+"""Rows and columns at most of a heatmap of edges, and the share of all |score| that needs no more.
+"""
+_LOOKED_AT = 2000
+"""Edges, from the strongest on: after so many, all rows and columns are taken."""
+_LETTERS = 20
+"""Of a label on an axis; the note of a cell has all."""
+_NO_EDGE = "#e3e8ed"
 
 
-def unit(scores: Scores) -> str:
+# -- what is said of numbers -----------------------------------------------------------------------
+
+
+def unit(*scores: Scores) -> str:
     """What the numbers are, and of which metric."""
-    return f"{scores.noun} ({scores.metric})"
+    return f"{', '.join(dict.fromkeys(s.noun for s in scores))} ({scores[0].metric})"
+
+
+def called(scores: Scores) -> str:
+    """What tells a result from others of the same model and task."""
+    return f"{scores.rules} {scores.noun}" if scores.noun != "score" else scores.rules
+
+
+def sources(many: Sequence[Scores]) -> str:
+    """Where all of these come from, in one line, as `Scores.title` says it of one."""
+    first, names = many[0], dict.fromkeys(called(s) if many[1:] else s.rules for s in many)
+    return replace(first.provenance, rules=", ".join(names)).title
+
+
+def same(many: Sequence[Scores]) -> None:
+    """What is drawn on one scale must be about one thing.
+
+    Raises:
+        ValueError: the results differ in level, model, task, direction, metric or positions.
+    """
+    for what in ("level", "model", "task", "direction", "metric", "place_labels"):
+        for other in many[1:]:
+            a, b = getattr(many[0], what), getattr(other, what)
+            if a != b:
+                raise ValueError(
+                    f"results in one picture must be of the same {what}; got {a!r} and {b!r}; draw "
+                    "each for itself"
+                )
+
+
+def label(text: str, letters: int = _LETTERS) -> str:
+    """A name on an axis: long tokens are cut in the middle, as their place stands at the end."""
+    if len(text) > letters:
+        text = f"{text[: letters - 7]}…{text[-6:]}"
+    return plain(text)
+
+
+# -- nodes -----------------------------------------------------------------------------------------
 
 
 def lined_up(scores: NodeScores) -> NodeScores:
@@ -30,131 +98,258 @@ def lined_up(scores: NodeScores) -> NodeScores:
 
 
 class _Table(NamedTuple):
-    """What a heatmap of nodes shows, and what it is called."""
+    """What a panel shows, and what it is called."""
 
     z: np.ndarray
     notes: np.ndarray
     rows: list[str]
-    across: str
-    ticks: dict[str, Any]
+    columns: list[str]
 
 
-def node_heatmap(scores: NodeScores, kind: str | None) -> go.Figure:
-    """Components of one kind, mean over pairs: layer by head, or component by position or span."""
-    kinds = scores.kinds()
-    kind = kind or ("resid" if "resid" in kinds else kinds[0])
-    names, _ = scores.of_kind(kind)
-    by_head = kind in ("head", "kv") or (kind == "neuron" and len(names) > _MOST_ROWS)
-    table = _by_head(scores, kind) if by_head else _by_place(scores, kind)
-    figure = go.Figure(
-        _heatmap(
-            table.z,
-            unit(scores),
-            customdata=table.notes,
-            hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
-            xgap=1 if table.z.shape[1] <= 64 else 0,
-            ygap=1 if table.z.shape[0] <= 64 else 0,
+def node_heatmap(many: Sequence[NodeScores], kind: str | None) -> go.Figure:
+    """Components of one kind, mean over pairs: layer by head, or component by position or span.
+
+    Raises:
+        ValueError: a result has no such kind, or they are not about the same.
+    """
+    if any(s.is_together for s in many):
+        many = [s.together() for s in many]
+    same(many)
+    shared = [k for k in many[0].kinds() if all(k in s.kinds() for s in many)]
+    if kind not in (None, *shared) or not shared:
+        raise ValueError(
+            f"`kind` must be one of {tuple(shared)}, what is known of all; got {kind!r}; see "
+            "Scores.kinds()"
         )
+    kind = kind or ("resid" if "resid" in shared else shared[0])
+    parsed = sorted(
+        {Component.parse(name) for s in many for name in s.of_kind(kind)[0]}, key=lambda c: c[2:]
     )
+    by_head = kind in ("head", "kv") or (kind == "neuron" and len(parsed) > _MOST_NEURONS)
+    table = _by_head if by_head else _by_place
+    tables = [table(s, kind, parsed) for s in many]
+    across = kind if by_head else "span" if many[0].places else "position"
     sums = {kind: ", summed over positions", "span": "; other: the sum over all other positions"}
-    figure.update_layout(
-        title_text=f"{plain(scores.title)}<br><sup>{kind}, mean over {len(scores.clean)} pairs"
-        f"{sums.get(table.across, '')}</sup>",
-        template="plotly_white",
-        height=max(340, 200 + 26 * len(table.rows)),
+    return _drawn(
+        tables,
+        many,
+        across=across,
+        up="layer" if parsed[0].layer >= 0 else "",
+        note=f"{kind}, mean over {len(many[0].clean)} pairs{sums.get(across, '')}",
     )
-    figure.update_xaxes(title_text=table.across, showgrid=False, zeroline=False, **table.ticks)
-    figure.update_yaxes(
-        title_text="layer" if Component.parse(names[0]).layer >= 0 else None,
-        tickvals=list(range(len(table.rows))),
-        ticktext=table.rows,
-        autorange="reversed",
-        showgrid=False,
-        zeroline=False,
-    )
-    return figure
 
 
-def _by_head(scores: NodeScores, kind: str) -> _Table:
+def _by_head(scores: NodeScores, kind: str, parsed: Sequence[Component]) -> _Table:
     """Layer by number of the head or neuron, summed over positions."""
-    names, nodes = scores.of_kind(kind)
-    parsed = [Component.parse(name) for name in names]
     layers = sorted({c.layer for c in parsed})
     z = np.full((len(layers), max(c.head for c in parsed) + 1), np.nan)
     notes = np.full(z.shape, "", dtype=object)
+    names, nodes = scores.of_kind(kind)
     # pair by pair: means by position of prompts of several lengths are over different pairs
-    for c, total in zip(parsed, nodes.sum(-1).mean(0).tolist(), strict=True):
+    for name, total in zip(names, nodes.sum(-1).mean(0).tolist(), strict=True):
+        c = Component.parse(name)
         z[layers.index(c.layer), c.head] = total
-        notes[layers.index(c.layer), c.head] = c.name
-    ticks = {"dtick": 1 if z.shape[1] <= 32 else None}
-    return _Table(z, notes, [f"L{layer}" for layer in layers], kind, ticks)
+        notes[layers.index(c.layer), c.head] = name
+    return _Table(z, notes, [f"L{layer}" for layer in layers], [str(n) for n in range(z.shape[1])])
 
 
-def _by_place(scores: NodeScores, kind: str) -> _Table:
+def _by_place(scores: NodeScores, kind: str, parsed: Sequence[Component]) -> _Table:
     """Component by position, or by span."""
     names, nodes = scores.of_kind(kind)
-    z = replace(scores, components=names, nodes=nodes, strata=None).mean.double().numpy()
-    parsed = [Component.parse(name) for name in names]
+    known = replace(scores, components=names, nodes=nodes, strata=None).mean.double().numpy()
+    z = np.full((len(parsed), known.shape[1]), np.nan)
+    z[[[c.name for c in parsed].index(name) for name in names]] = known
+    places = scores.place_labels
+    joint = "" if places[0].endswith("@0") else "@"
+    notes = [[plain(f"{c.name}{joint}{place}") for place in places] for c in parsed]
     named = kind == "neuron" or parsed[0].layer < 0
-    together = scores.tokens if scores.is_together else ()
-    places: Sequence[object] = scores.places or together or range(z.shape[1])
-    notes = [[f"{name}@{plain(str(place))}" for place in places] for name in names]
-    return _Table(
-        z,
-        np.array(notes, dtype=object),
-        [c.name if named else f"L{c.layer}" for c in parsed],
-        "span" if scores.places else "position",
-        _token_ticks(scores, z.shape[1]),
-    )
+    rows = [c.name if named else f"L{c.layer}" for c in parsed]
+    return _Table(z, np.array(notes, dtype=object), rows, [label(place) for place in places])
 
 
-def _token_ticks(scores: NodeScores, width: int) -> dict[str, Any]:
-    """What stands at each position, where that is the same for every pair."""
-    if scores.places or scores.is_together:
-        return {"tickvals": list(range(width)), "ticktext": [plain(t) for t in scores.tokens]}
-    if len(scores.tokens) != width or len(set(scores.lengths.tolist())) != 1:
-        return {"dtick": 1 if width <= 40 else None}
-    shown = [plain(token.replace("\n", "↵").replace("\t", "⇥")) for token in scores.tokens]
-    return {
-        "tickvals": list(range(width)),
-        "ticktext": [f"{token} · {p}" if token else str(p) for p, token in enumerate(shown)],
-        "tickangle": -60,
-    }
+# -- edges -----------------------------------------------------------------------------------------
 
 
-def edge_heatmap(scores: EdgeScores) -> go.Figure:
-    """Writer by reader, summed over positions; blank where there can be no edge."""
-    table = scores.by_position.detach().double().cpu().sum(0).numpy()
-    figure = go.Figure(
-        _heatmap(
-            np.where(scores.layout.exists.numpy(), table, np.nan),
-            unit(scores),
-            x=[plain(reader) for reader in scores.readers],
-            y=[plain(writer) for writer in scores.writers],
-            hovertemplate="%{y} → %{x}: %{z:.4g}<extra></extra>",
+def matrices(many: Sequence[EdgeScores]) -> tuple[np.ndarray, list[str]]:
+    """`[result, writer, reader]`, NaN where there can be no edge, and names of the readers.
+
+    Where edges are kept by place, a reader at each of them is a column of its own.
+
+    Raises:
+        ValueError: the results are not about the same.
+    """
+    same(many)
+    layout = many[0].layout
+    for other in many[1:]:
+        if (other.writers, other.readers) != (layout.writers, layout.readers):
+            raise ValueError(
+                f"results in one picture must have the same writers and readers; those of "
+                f"{other.rules!r} have others than those of {many[0].rules!r}; compute all with "
+                "the same `neurons`"
+            )
+    exists = layout.exists.numpy()
+    tables = [s.by_position.detach().double().cpu().numpy() for s in many]
+    each = [np.where(exists, t, np.nan).transpose(1, 2, 0).reshape(len(exists), -1) for t in tables]
+    places = many[0].place_labels
+    joined = "" if places and places[0].endswith("@0") else "@"
+    readers = [f"{r}{joined}{p}" for r in layout.readers for p in places] or [*layout.readers]
+    return np.stack(each), readers
+
+
+def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
+    """Writer by reader: those of the strongest edges, and how much of all that is.
+
+    Args:
+        many: one set of edge scores, or several.
+        kind: a slot (`q`, `k`, `v`, `in`): only its readers.
+
+    Raises:
+        ValueError: there is no such slot, or the results are not about the same.
+    """
+    z, names = matrices(many)
+    slots = [slot for _, slot in many[0].layout.targets]
+    if kind not in (None, *slots):
+        raise ValueError(
+            f"`kind` of edges must be one of {tuple(dict.fromkeys(slots))}, the slot that reads, "
+            f"or 'layer' or 'distribution'; got {kind!r}; leave it out for the strongest of all"
         )
+    chosen = np.repeat([kind in (None, s) for s in slots], len(names) // len(slots))
+    z, readers = z[:, :, chosen], [name for name, c in zip(names, chosen, strict=True) if c]
+    sizes = np.nan_to_num(abs(z))
+    rows, columns = _strongest(sizes.max(0))
+    shown = sizes[:, rows][:, :, columns].sum((1, 2)) / np.maximum(sizes.sum((1, 2)), 1e-300)
+    writers = many[0].writers
+    tables = [
+        _Table(
+            table[np.ix_(rows, columns)],
+            np.array([[plain(f"{writers[w]} → {readers[r]}") for r in columns] for w in rows]),
+            [label(writers[w]) for w in rows],
+            [label(readers[r]) for r in columns],
+        )
+        for table in z
+    ]  # fmt: skip
+    places = {True: "; readers at each span", False: "; readers at each position"}
+    note = (
+        f"{'edges' if kind is None else f'edges into {kind}'}, mean over {len(many[0].clean)} "
+        f"pairs{places[bool(many[0].places)] if many[0].place_labels else ''}; "
+        f"{len(rows)} of {len(writers)} writers and {len(columns)} of {len(readers)} readers, with "
+        f"{_shares(shown)} of all |score|; grey: no edge"
     )
-    figure.update_layout(
-        title_text=f"{plain(scores.title)}<br><sup>mean over {len(scores.clean)} pairs</sup>",
-        template="plotly_white",
-        height=max(420, min(900, 200 + 14 * len(table))),
-        plot_bgcolor="#eaeef2",
-    )
-    figure.update_xaxes(title_text="reader", showgrid=False)
-    figure.update_yaxes(title_text="writer", showgrid=False, autorange="reversed")
-    return figure
+    figure = _drawn(tables, many, across="reader", up="writer", note=note, least=13)
+    return figure.update_layout(plot_bgcolor=_NO_EDGE)
 
 
-def _heatmap(z: np.ndarray, name: str, **trace: Any) -> go.Heatmap:
-    """Red to blue, with 0 white and both ends equally far from it."""
-    finite = np.abs(z[np.isfinite(z)])
+def _shares(shown: np.ndarray) -> str:
+    low, high = (f"{100 * end:.0f}" for end in (shown.min(), shown.max()))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _strongest(sizes: np.ndarray) -> tuple[list[int], list[int]]:
+    """Rows and columns of the strongest edges, in the order of the model."""
+    if sizes.shape[0] <= _WRITERS and sizes.shape[1] <= _READERS:
+        return list(range(sizes.shape[0])), list(range(sizes.shape[1]))
+    rows, columns = set[int](), set[int]()
+    best, shown = np.argsort(-sizes, axis=None, kind="stable"), 0.0
+    for row, column in zip(*np.unravel_index(best[:_LOOKED_AT], sizes.shape), strict=True):
+        fits = (row in rows or len(rows) < _WRITERS) and (
+            column in columns or len(columns) < _READERS
+        )
+        if fits:
+            rows.add(int(row))
+            columns.add(int(column))
+            shown += sizes[row, column]
+        if shown >= _ENOUGH * sizes.sum():
+            break
+    return sorted(rows), sorted(columns)
+
+
+def layer_heatmap(many: Sequence[EdgeScores]) -> go.Figure:
+    """Layer that writes by layer that reads: the sum of |score|, as scores would cancel."""
+    z, readers = matrices(many)
+    layout = many[0].layout
+    each = len(readers) // len(layout.readers)
+    rows = [_layer(c) for c in layout.sources]
+    columns = [_layer(owner) for owner, _ in layout.targets for _ in range(each)]
+    up, across = list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
+    tables = []
+    for table in abs(z):
+        total, there = np.zeros((len(up), len(across))), ~np.isnan(table)
+        at = np.ix_([up.index(r) for r in rows], [across.index(c) for c in columns])
+        found = np.zeros_like(total)
+        np.add.at(total, at, np.nan_to_num(table))
+        np.add.at(found, at, there)
+        total[found == 0] = np.nan
+        notes = np.array([[f"{w} → {r}" for r in across] for w in up], dtype=object)
+        tables.append(_Table(total, notes, up, across))
+    figure = _drawn(
+        tables, many, across="reads", up="writes", least=13,
+        note=f"edges by layer, sum of |{unit(*many)}|, mean over {len(many[0].clean)} pairs; grey: "
+        "no edge",
+        name=f"sum of |{many[0].noun}|",
+    )  # fmt: skip
+    return figure.update_layout(plot_bgcolor=_NO_EDGE)
+
+
+def _layer(component: Component) -> str:
+    return f"L{component.layer}" if component.layer >= 0 else component.name
+
+
+# -- the picture -----------------------------------------------------------------------------------
+
+
+def _drawn(
+    tables: Sequence[_Table], many: Sequence[Scores], *, across: str, up: str, note: str,
+    least: float = 11, name: str = "",
+) -> go.Figure:  # fmt: skip
+    """A panel for each table. `name`: of a scale that begins at 0, if it is no score."""
+    rows, columns = tables[0].rows, tables[0].columns
+    several = len(tables) > 1
+    beside = max(1, min(len(tables), 3, _BESIDE // len(columns)))
+    longest = max(map(len, columns))
+    turned = longest > 2 and sum(len(c) + 1 for c in columns) * beside > 46
+    labels = 20.0 + (5.2 * longest if turned else 14)
+    # where the last row is not full, and where panels have columns of their own, all say theirs
+    everywhere = len(tables) % beside > 0
+    figure, plot, above = panels(
+        [[called(s)] if several else [] for s in many],
+        beside,
+        plot=max(116, len(rows) * min(26.0, max(least, 560 / len(rows)))),
+        between=labels if everywhere else 10,
+        gap=0.04,
+    )
+    finite = np.concatenate([abs(t.z[np.isfinite(t.z)]) for t in tables])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    return go.Heatmap(
-        z=z,
-        colorscale="RdBu",
-        zmin=-limit,
-        zmid=0,
-        zmax=limit,
-        colorbar={"title": {"text": plain(name), "side": "right"}, "thickness": 14},
-        **trace,
-    )
+    scale = {"colorscale": DIVERGING, "zmin": -limit, "zmid": 0, "zmax": limit}
+    if name:
+        scale = {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": limit}
+    for i, table in enumerate(tables):
+        trace = go.Heatmap(
+            z=table.z,
+            x=columns,
+            y=rows,
+            customdata=table.notes,
+            hovertemplate="%{customdata}: %{z:.4g}<extra>"
+            + (plain(called(many[i])) if several else "") + "</extra>",
+            xgap=1 if len(columns) <= 64 else 0,
+            ygap=1 if len(rows) <= 64 else 0,
+            showscale=i == 0,
+            colorbar={"title": {"text": plain(name or unit(*many)), "side": "right"}},
+            **scale,
+        )  # fmt: skip
+        at = {"row": i // beside + 1, "col": i % beside + 1}
+        figure.add_trace(trace, **at)
+        last = i + beside >= len(tables)
+        figure.update_xaxes(
+            title_text=across if last else "", showticklabels=last or everywhere,
+            ticks="outside" if last or everywhere else "", tickangle=-90 if turned else 0, **at,
+        )  # fmt: skip
+        first = at["col"] == 1
+        figure.update_yaxes(
+            title_text=up if first else "", showticklabels=first,
+            ticks="outside" if first else "", **at,
+        )  # fmt: skip
+    # all panels move together, and names that are numbers are names
+    figure.update_xaxes(type="category", matches="x", showgrid=False, zeroline=False)
+    figure.update_yaxes(type="category", matches="y", showgrid=False, zeroline=False)
+    figure.update_xaxes(tickfont_size=10)
+    return framed(figure, sources(many), note, plot=plot, above=above, below=labels + 22)

@@ -17,8 +17,10 @@ import numpy as np
 
 from circuits.graph import check_circuit, place_label, real_edges, size
 
-__all__ = ["BOX", "PORTS", "Curve", "Point", "bands", "bezier", "crossings", "lanes", "layout",
-           "routes"]  # fmt: skip
+__all__ = [
+    *("BOX", "PORTS", "Curve", "Point", "bands", "bezier", "crossings", "frame", "lanes"),
+    *("layout", "routes"),
+]
 
 BOX = (0.78, 0.42)
 """Width and height of a node."""
@@ -98,6 +100,18 @@ def lanes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> dict[str, Poin
     borders = [(before[1] + behind[0]) / 2 for before, behind in pairwise(ends)]
     borders = [ends[0][0] - edge, *borders, ends[-1][1] + edge]
     return dict(zip((place_label(graph, pos) for pos in found), pairwise(borders), strict=True))
+
+
+def frame(
+    positions: dict[str, Point], curves: dict[tuple[str, str, str], Curve]
+) -> tuple[Point, Point]:
+    """The lower left and the upper right corner of all that is drawn, with a little room."""
+    # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
+    reach = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves.values() for x, _ in inner]
+    dips = [0.75 * y + 0.25 * y0 for (_, y0), (_, y), *_ in curves.values()]
+    xs, ys = zip(*positions.values(), strict=True)
+    sides = [x + side for x in xs for side in (-0.6, 0.6)] + reach
+    return (min(sides), min([*dips, min(ys) - 0.4])), (max(sides), max(ys) + 0.4)
 
 
 def _extents(reach: Iterable[tuple[int, float, float]]) -> dict[int, Point]:

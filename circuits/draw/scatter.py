@@ -3,106 +3,140 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from circuits.draw.heatmaps import unit
-from circuits.draw.paint import NEUTRAL, POSITIVE, plain
+from circuits.draw.heatmaps import called, same, sources, unit
+from circuits.draw.paint import NEUTRAL, plain
+from circuits.draw.template import CATEGORIES, framed, packed, panels
 from circuits.judge.agreement import agreement, points
 from relp import Scores
 
 __all__ = ["scatter"]
 
 _MOST_POINTS = 5000
+_PLOT = 230
+"""Pixels of a panel."""
 
 
-def scatter(scores: Scores, effects: Scores, kind: str | None) -> go.Figure:
-    """The measured effect across, the estimate up: points on the line are right."""
-    panels = _panels(scores, effects, kind)
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    titles = _titles(scores, effects, list(panels))
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        subplot_titles=titles,
-        horizontal_spacing=0.08,
-        vertical_spacing=0.3 / rows,
-    )
-    hover = f"{plain(effects.noun)} %{{x:.4g}}<br>{plain(scores.noun)} %{{y:.4g}}<extra></extra>"
-    for i, (x, y) in enumerate(panels.values()):
-        for trace in _traces(x, y, hover):
-            figure.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
-    noun = scores.noun if scores.noun != effects.noun else f"{scores.noun}, {scores.rules}"
-    figure.update_xaxes(title_text=plain(unit(effects)), zerolinecolor="#d0d7de")
-    figure.update_yaxes(title_text=plain(f"{noun} ({scores.metric})"), zerolinecolor="#d0d7de")
-    notes = ["measures are means over pairs"] if scores.level == "node" else []
-    notes += ["*: one point decides r"] if any("*" in title for title in titles) else []
-    figure.update_layout(
-        title_text=f"{plain(scores.title)}<br><sup>"
-        + "; ".join([f"against {plain(effects.rules)} {plain(effects.noun)}s", *notes])
-        + "</sup>",
-        template="plotly_white",
-        showlegend=False,
-        height=120 + 340 * rows,
-        margin={"t": 110},
-    )
-    return figure
+def scatter(many: Sequence[Scores], effects: Scores, kind: str | None) -> go.Figure:
+    """The measured effect across, the estimate up: points on the line are right.
 
+    Kinds fill the rows one after another; several sets of scores stand side by side, a row for each
+    kind, on the same axes.
 
-def _panels(
-    scores: Scores, effects: Scores, kind: str | None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Effects and scores of each kind that is shown."""
-    panels = {
-        name: tuple(np.concatenate(values) for values in zip(*samples, strict=True))
-        for name, samples in points(scores, effects)
-        if name != "edge"  # all of the slots together
-    }
-    if kind is not None and kind not in panels:
+    Raises:
+        ValueError: there is no such kind, or the results are not about the same.
+    """
+    same(many)
+    each = [_kinds(scores, effects) for scores in many]
+    measures = [agreement(scores, effects).set_index("kind") for scores in many]
+    kinds = [k for k in each[0] if kind in (None, k)]
+    if not kinds:
         raise ValueError(
-            f"`kind` must be one of {tuple(panels)}; got {kind!r}; leave it out to see them all"
+            f"`kind` must be one of {tuple(each[0])}; got {kind!r}; leave it out to see them all"
         )
-    return {name: (x, y) for name, (y, x) in panels.items() if kind in (None, name)}
+    several = len(many) > 1
+    columns = min(3, len(many)) if several else min(2, len(kinds))
+    # a kind begins a row if several sets of scores are compared; what is then empty is None
+    blank = [None] * (-len(many) % columns if several else 0)
+    names = [called(scores) if several else "" for scores in many]
+    order = [(k, n) for k in kinds for n in (*range(len(many)), *blank)]
+    titles = [
+        [] if n is None else _title(k, names[n], measures[n].loc[k], columns)
+        for k, n in order
+    ]  # fmt: skip
+    figure, plot, above = panels(titles, columns, plot=_PLOT, between=46, gap=0.09)
+    for i, (k, n) in enumerate(order):
+        at = {"row": i // columns + 1, "col": i % columns + 1}
+        if n is None:
+            figure.update_xaxes(visible=False, **at)
+            figure.update_yaxes(visible=False, **at)
+            continue
+        hue, hover = CATEGORIES[n % len(CATEGORIES)], _hover(many[n], effects)
+        x, y = each[n][k]
+        figure.add_trace(_line(x, y), **at)
+        figure.add_trace(_dots(x, y, hover, hue), **at)
+        first = at["col"] == 1
+        # what is across is the same everywhere, and three titles do not fit beside each other
+        said = i + columns >= len(order) and (columns < 3 or at["col"] == 2)
+        figure.update_xaxes(title_text=plain(unit(effects)) if said else "", **at)
+        figure.update_yaxes(title_text=plain(_up(many, effects)) if first else "", **at)
+        if several and not first:
+            beside = next(figure.select_xaxes(row=at["row"], col=1)).plotly_name
+            number = beside.removeprefix("xaxis")
+            figure.update_xaxes(matches=f"x{number}", **at)
+            figure.update_yaxes(matches=f"y{number}", **at)
+    figure.update_xaxes(nticks=5)
+    figure.update_yaxes(nticks=6)
+    figure.update_layout(showlegend=False)
+    notes = [f"against {effects.rules} {effects.noun}s, {len(effects.clean)} pairs; dotted: equal"]
+    if many[0].level == "node":
+        notes.append("measures are means over pairs, [95 % bootstrap interval]")
+    if any(m.loc[kinds, "hangs"].any() for m in measures):
+        notes.append("*: one point decides r")
+    return framed(figure, sources(many), "; ".join(notes), plot=plot, above=above, below=52)
 
 
-def _titles(scores: Scores, effects: Scores, kinds: list[str]) -> list[str]:
-    """What each panel shows, and how well the two agree."""
-    measures = agreement(scores, effects).set_index("kind")
-    return [
-        f"{name}<br><sup>r {_measured(row['pearson'], '.3f')}{'*' * int(row['hangs'])} · "
-        f"ρ {_measured(row['spearman'], '.2f')} · signs {_measured(row['signs'], '.0%')} · "
-        f"error {_measured(row['relative_error'], '.2f')}</sup>"
-        for name in kinds
-        for row in [measures.loc[name]]
+def _up(many: Sequence[Scores], effects: Scores) -> str:
+    """What is up: if it has the same noun as what is across, its rules tell them apart."""
+    if len(many) == 1 and many[0].noun == effects.noun:
+        return f"{many[0].noun}, {many[0].rules} ({many[0].metric})"
+    return unit(*many)
+
+
+def _hover(scores: Scores, effects: Scores) -> str:
+    across, up = plain(called(effects)), plain(called(scores))
+    return f"{across} %{{x:.4g}}<br>{up} %{{y:.4g}}<extra></extra>"
+
+
+def _kinds(scores: Scores, effects: Scores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Effects and scores of each kind."""
+    found = {}
+    for name, samples in points(scores, effects):
+        if name != "edge":  # all of the slots together
+            y, x = (np.concatenate(values) for values in zip(*samples, strict=True))
+            found[name] = x, y
+    return found
+
+
+def _title(kind: str, name: str, row: pd.Series, columns: int) -> list[str]:
+    """What a panel shows, and how well the two agree."""
+    r = _measured("r", row["pearson"], ".3f") + "*" * int(row["hangs"])
+    if not math.isnan(row["pearson_low"]):
+        r += f" [{row['pearson_low']:.3f},\N{NO-BREAK SPACE}{row['pearson_high']:.3f}]"
+    rest = [
+        _measured("ρ", row["spearman"], ".2f"),
+        _measured("signs", row["signs"], ".0%"),
+        _measured("error", row["relative_error"], ".2f"),
     ]
+    return [*packed([kind, name] if name else [kind], columns), *packed([r, *rest], columns)]
 
 
-def _measured(value: float, form: str) -> str:
-    return "undefined" if math.isnan(value) else format(value, form)
+def _measured(name: str, value: float, form: str) -> str:
+    known = "undefined" if math.isnan(value) else format(value, form)
+    return f"{name}\N{NO-BREAK SPACE}{known}"
 
 
-def _traces(x: np.ndarray, y: np.ndarray, hover: str) -> tuple[Any, Any]:
-    """The line on which both are equal, and the points, or a sample of them."""
+def _line(x: np.ndarray, y: np.ndarray) -> go.Scatter:
+    """On which both are equal."""
+    ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))] if len(x) else [0, 1]
+    style = {"color": NEUTRAL, "width": 1, "dash": "dot"}
+    return go.Scatter(x=ends, y=ends, mode="lines", line=style, hoverinfo="skip")
+
+
+def _dots(x: np.ndarray, y: np.ndarray, hover: str, hue: str) -> go.Scatter:
+    """The points, or a sample of them."""
     if len(x) > _MOST_POINTS:
         chosen = np.random.default_rng(0).permutation(len(x))[:_MOST_POINTS]
         x, y = x[chosen], y[chosen]
-    ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))] if len(x) else [0, 1]
-    line = go.Scatter(
-        x=ends,
-        y=ends,
-        mode="lines",
-        line={"color": NEUTRAL, "width": 1, "dash": "dot"},
-        hoverinfo="skip",
-    )
-    dots = go.Scatter(
+    return go.Scatter(
         x=x.tolist(),
         y=y.tolist(),
         mode="markers",
-        marker={"color": POSITIVE, "size": 4, "opacity": 0.45},
+        marker={"color": hue, "size": 4, "opacity": 0.45},
         hovertemplate=hover,
     )
-    return line, dots

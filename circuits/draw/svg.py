@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import networkx as nx
 
 from circuits.draw import paint
 from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, PORTS, Curve, Point, bands, lanes, layout, routes
+from circuits.draw.layout import BOX, PORTS, Curve, Point, bands, frame, lanes, layout, routes
 
 __all__ = ["METADATA", "picture"]
 
@@ -46,9 +45,7 @@ def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | No
     positions = layout(graph)
     curves = routes(graph, positions)
     columns = lanes(graph, positions)
-    canvas = _Canvas.around(
-        positions.values(), curves.values(), paint.pixels(graph), laned=bool(columns)
-    )
+    canvas = _Canvas.around(frame(positions, curves), paint.pixels(graph), laned=bool(columns))
     svg = canvas.blank()
     _add(svg, "title", text=title or paint.heading(graph))
     if metadata is not None:
@@ -89,20 +86,14 @@ class _Canvas:
     height: float
 
     @classmethod
-    def around(
-        cls, points: Iterable[Point], curves: Iterable[Curve], unit: Point, *, laned: bool
-    ) -> _Canvas:
-        # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
-        reach = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves for x, _ in inner]
-        xs, ys = zip(*points, strict=True)
-        sides = [x + side for x in xs for side in (-0.6, 0.6)] + reach
-        left, right = min(sides), max(sides)
+    def around(cls, corners: tuple[Point, Point], unit: Point, *, laned: bool) -> _Canvas:
+        (left, low), (right, top) = corners
         plot = max((right - left) * unit[0], 620.0)
-        deep = (max(ys) - min(ys)) * unit[1] + 60 + 34 * laned  # with the names of the lanes
+        deep = (top - low) * unit[1] + 34 * laned  # with the names of the lanes
         return cls(
             unit,
             left,
-            top=max(ys),
+            top,
             bottom=_HEAD + deep,
             shift=(plot - (right - left) * unit[0]) / 2,
             width=_GUTTER + plot + 2 * _MARGIN,
@@ -112,7 +103,7 @@ class _Canvas:
     def at(self, point: Point) -> Point:
         x, y = point
         across = _MARGIN + _GUTTER + self.shift + (x - self.left) * self.unit[0]
-        return across, _HEAD + 30 + (self.top - y) * self.unit[1]
+        return across, _HEAD + (self.top - y) * self.unit[1]
 
     def box(self, point: Point) -> _Box:
         return _Box(*self.at(point), BOX[0] * self.unit[0], BOX[1] * self.unit[1])

@@ -48,12 +48,13 @@ class Explorer:
         A notebook that is not trusted, and GitHub, remove the frame: then the picture is seen.
         """
         source = base64.b64encode(self.picture.encode()).decode()
-        fill = "position:absolute;top:0;left:0;width:100%;height:100%;border:0;display:block"
+        title, fill = escape(self.title), "position:absolute;top:0;left:0;width:100%;height:100%"
         return (
             f'<div style="position:relative;height:{self.height}px;overflow:hidden">'
-            f'<img alt="{escape(self.title)}" style="max-width:100%;max-height:{self.height}px" '
+            f'<img alt="{title}" style="max-width:100%;max-height:{self.height - 30}px" '
             f'src="data:image/svg+xml;base64,{source}">'
-            f'<iframe title="{escape(self.title)}" style="{fill}" '
+            "<p>A picture: in a trusted notebook this is a page to look around in.</p>"
+            f'<iframe title="{title}" style="{fill};border:0;display:block" '
             'sandbox="allow-scripts allow-downloads" '
             f'srcdoc="{escape(self.page, quote=True)}"></iframe></div>'
         )

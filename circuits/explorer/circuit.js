@@ -6,7 +6,10 @@ const nodes = data.nodes;
 const edges = data.edges; // as they are painted: the strongest last
 edges.forEach((edge, number) => Object.assign(edge, { number, from: nodes[edge.from], to: nodes[edge.to] }));
 
-const ranked = edges.filter((edge) => !edge.kin).reverse();
+
+/** Of the edges `some`, those that have a score: not what only joins the parts of a head. */
+const real = (some) => some.filter((edge) => !edge.kin);
+const ranked = real(edges).reverse();
 
 // What is a dead end in the circuit itself is one of its ends, and stays.
 const written = new Set(edges.map((edge) => edge.from));
@@ -66,4 +69,6 @@ function signed(score) {
 }
 
 const sign = (score) => (score > 0 ? "positive" : score < 0 ? "negative" : "");
-const nameOf = (node) => (node.id === "" ? "(no name)" : node.id);
+
+/** What a node is called: by its component, and where it is. */
+const called = (node) => `${node.label || "(no name)"}${node.place ? ` ${node.place}` : ""}`;

@@ -147,12 +147,15 @@ function choose(node, { focus = false } = {}) {
   if (node) {
     reveal(node);
     if (focus) node.element.focus({ preventScroll: true });
-    say(`${node.note}; ${lit.length} edges on its paths`);
+    say(`${node.note}; ${real(lit).length} edges on its paths`);
   }
 }
 
+// What is clicked in the panel is gone by the time the click gets to the stage.
+el("panel").addEventListener("click", (event) => event.stopPropagation());
+map.addEventListener("click", (event) => event.stopPropagation());
+
 stage.addEventListener("click", (event) => {
-  if (event.target.closest("#panel, #map")) return;
   const node = under(event);
   if (node) node.element.focus({ preventScroll: true });
   else stage.focus({ preventScroll: true });
@@ -175,9 +178,9 @@ function showPanel(lit) {
   const close = add(panel, "button", "×", "close");
   close.setAttribute("aria-label", "Close");
   close.addEventListener("click", () => choose(null));
-  add(panel, "h2", nameOf(node));
+  add(panel, "h2", called(node));
   const score = node.score === null ? "" : `score ${signed(node.score)} · `;
-  add(panel, "p", `${score}${lit.filter((edge) => !edge.kin).length} edges on its paths`);
+  add(panel, "p", `${score}${real(lit).length} edges on its paths`);
   for (const [title, own, other] of [["Incoming", "to", "from"], ["Outgoing", "from", "to"]]) {
     const some = lit.filter((edge) => edge[own] === node).reverse();
     if (!some.length) continue;
@@ -186,7 +189,7 @@ function showPanel(lit) {
     for (const edge of some) {
       const item = add(add(list, "li"), "button");
       const slot = edge.kin || edge.slot === "in" ? "" : other === "from" ? ` → ${edge.slot}` : `.${edge.slot}`;
-      add(item, "span", nameOf(edge[other]) + slot);
+      add(item, "span", (edge[other].pos === node.pos ? edge[other].label : called(edge[other])) + slot);
       add(item, "span", edge.kin ? "reads for" : signed(edge.score), `number ${edge.kin ? "" : sign(edge.score)}`);
       item.title = edge.note;
       item.addEventListener("click", () => choose(edge[other], { focus: true }));
@@ -208,7 +211,7 @@ function threshold(step) {
   slider.value = state.step;
   paintEdges();
   showPanel(state.chosen ? d3.selectAll("#lit path").data() : []);
-  const shown = state.shown.filter((edge) => !edge.kin).length;
+  const shown = real(state.shown).length;
   const least = ranked[steps[state.step] - 1];
   const text = `${shown.toLocaleString("en")} · |s| ≥ ${least ? signed(Math.abs(least.score)).slice(1) || "0" : "0"}`;
   el("shown").textContent = text;
@@ -224,7 +227,7 @@ let found = -1;
 function search() {
   const text = field.value.trim().toLowerCase();
   const matching = nodes.filter((node) => node.used && text
-    && `${node.id} ${node.place} ${node.kind}`.toLowerCase().includes(text));
+    && `${node.id} ${called(node)} ${node.kind}`.toLowerCase().includes(text));
   state.hits = text ? new Set(matching) : null;
   found = -1;
   paintChoice();
@@ -433,8 +436,8 @@ addEventListener("afterprint", () => el("paper").replaceChildren());
 // -- words ---------------------------------------------------------------------------------------
 
 function subtitle() {
-  const some = data.left_out ? `the strongest ${ranked.length.toLocaleString("en")} of ` : "";
-  return `${data.source} · ${some}${data.extent}`;
+  const total = ranked.length + data.left_out;
+  return data.source + (data.left_out ? ` · shown: the strongest ${ranked.length.toLocaleString("en")} of ${total.toLocaleString("en")}` : "");
 }
 
 /** Colour, width and word of each line of the legend. */
@@ -460,6 +463,7 @@ function words() {
     item.innerHTML = `<svg width="24" height="8" aria-hidden="true"><line x1="0" x2="24" y1="4" y2="4" stroke="var(--${colour})" stroke-width="${wide}"/></svg>`;
     item.append(word);
   });
+  box.title = data.legend;
   const scale = add(box, "span", undefined, "wide");
   scale.append(`−${signed(data.limit).slice(1)}`);
   add(scale, "i", undefined, "scale");

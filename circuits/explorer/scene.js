@@ -10,8 +10,18 @@ const [LEFT, TOP, RIGHT, BOTTOM] = data.frame;
 const [BOX_WIDTH, BOX_HEIGHT] = data.box;
 document.documentElement.style.setProperty("--rim", `${RIM}px`);
 
+/** The last step with at most so many edges as a circuit opens with. */
+function opening() {
+  let low = 0, high = steps.length - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (real(strongest(steps[middle])).length <= data.open) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+
 const state = {
-  step: steps.findLastIndex((count) => count <= data.open), // of the slider
+  step: opening(), // of the slider
   shown: [], // edges
   chosen: null, // node
   hits: null, // nodes that are searched for
@@ -26,14 +36,17 @@ const curve = ([a, b, c, d, e, f, g, h]) => `M${a} ${b}C${c} ${d} ${e} ${f} ${g}
 const dressed = (edge) => `edge ${edge.kin ? "kin" : sign(edge.score) || "positive"}`;
 
 function paintBands() {
-  d3.select("#ground > g").selectAll("rect").data(data.bands).join("rect")
-    .attr("class", "band").attr("rx", 10)
+  const ground = d3.select("#ground > g");
+  ground.selectAll(".band").data(data.bands).join("rect").attr("class", "band").attr("rx", 8)
     .attr("x", LEFT - 70).attr("width", RIGHT - LEFT + 80)
     .attr("y", (band) => band.low).attr("height", (band) => band.high - band.low);
+  ground.selectAll(".lane").data(data.lanes).join("rect").attr("class", "lane").attr("rx", 8)
+    .attr("y", TOP).attr("height", BOTTOM - TOP + 24)
+    .attr("x", (lane) => lane.low + 3).attr("width", (lane) => lane.high - lane.low - 6);
   d3.select("#names").selectAll(".layer").data(data.bands).join("text")
     .attr("class", "layer").text((band) => band.label);
   d3.select("#names").selectAll(".lane").data(data.lanes).join("text")
-    .attr("class", "lane").text((lane) => lane.label);
+    .attr("class", "lane");
 }
 
 function paintNodes() {
@@ -51,8 +64,6 @@ function paintNodes() {
   }
   groups.select(".tint").attr("fill-opacity", (node) => 0.85 * Math.abs(node.share));
   groups.append("text").attr("class", "label").text((node) => node.label);
-  groups.filter((node) => node.place).append("text").attr("class", "place")
-    .attr("y", 8 - BOX_HEIGHT / 2).text((node) => node.place);
   groups.selectAll(".slot").data((node) => node.slots).join("text").attr("class", "slot")
     .attr("x", (slot) => data.ports[slot]).attr("y", BOX_HEIGHT / 2 - 3.5).text((slot) => slot);
 }
@@ -103,15 +114,14 @@ function thicken() {
   d3.selectAll("#lit path").attr("stroke-width", wide(1.5));
 }
 
-/** Labels grow as the circuit shrinks, as far as their boxes allow. */
+/** Labels grow as the circuit shrinks, as far as their boxes allow, and slots make room for them. */
 function label() {
-  const far = state.painted.k < 0.75;
+  const far = state.painted.k < 0.62; // slots could not be read
   sheets[2].classList.toggle("far", far);
   d3.selectAll(".node").each(function (node) {
     const fits = (BOX_WIDTH - 4) / (0.6 * Math.max(1, node.label.length));
-    const near = node.place ? 11 : 13;
-    const size = Math.min(fits, far ? Math.max(near, 9.5 / state.painted.k) : near);
-    const drop = far ? 0.36 * size : node.place ? 3 : node.slots.length ? 0.5 : 4.5;
+    const size = Math.min(fits, Math.max(13, 9.5 / state.painted.k));
+    const drop = far ? 0.36 * size : node.slots.length ? 0.5 : 4.5;
     d3.select(this).select(".label").attr("font-size", size.toFixed(2)).attr("y", drop.toFixed(2));
   });
 }
@@ -151,19 +161,26 @@ function placeNames() {
   const x = Math.max(10, at.applyX(LEFT - 58)), y = stage.clientHeight - 10;
   d3.selectAll("#names .layer").attr("x", x)
     .attr("y", (band) => at.applyY((band.low + band.high) / 2) + 4);
-  d3.selectAll("#names .lane").attr("y", Math.min(y, at.applyY(BOTTOM) + 14))
-    .attr("x", (lane) => at.applyX((lane.low + lane.high) / 2));
+  d3.selectAll("#names .lane").attr("y", Math.min(y, at.applyY(BOTTOM + 24) + 14))
+    .attr("x", (lane) => at.applyX((lane.low + lane.high) / 2))
+    .text((lane) => cut(lane.label, ((lane.high - lane.low) * at.k) / 7));
   d3.select("#touched").attr("transform", at.toString());
+}
+
+/** So many letters of a text, or none if they are too few to be read. */
+function cut(text, letters) {
+  return text.length <= letters ? text : letters < 3 ? "" : `${text.slice(0, letters - 1)}…`;
 }
 
 /** The whole circuit if it can be read so, else its upper end. */
 function fitted() {
   const width = stage.clientWidth, height = stage.clientHeight, names = 70;
-  const whole = Math.min(width / (RIGHT - LEFT + names + 20), height / (BOTTOM - TOP + 16));
+  const under = data.lanes.length ? 56 : 16; // names of lanes
+  const whole = Math.min(width / (RIGHT - LEFT + names + 20), height / (BOTTOM - TOP + under));
   const k = Math.min(1.4, Math.max(READABLE, whole));
   const x = width / 2 - (k * (LEFT - names + RIGHT)) / 2;
-  const tall = k * (BOTTOM - TOP) > height;
-  const y = tall ? 8 - k * TOP : height / 2 - (k * (TOP + BOTTOM)) / 2;
+  const tall = k * (BOTTOM - TOP + under) > height;
+  const y = tall ? 8 - k * TOP : height / 2 - (k * (TOP + BOTTOM + under - 16)) / 2;
   return d3.zoomIdentity.translate(x, y).scale(k);
 }
 

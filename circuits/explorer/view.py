@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import networkx as nx
 
 from circuits.draw import paint
 from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, PORTS, Curve, Point, layout, routes
+from circuits.draw.layout import BOX, PORTS, Point, bands, lanes, layout, routes
 from circuits.graph import place_label
 
 __all__ = ["OPEN", "view"]
 
 OPEN = 300
 """Edges that a large circuit opens with: more are hard to read, and slow to paint."""
-_X, _Y = 94.0, 74.0
-"""Pixels per unit of layout, as in the picture."""
 
 
 def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[str, Any]:
-    """The data of the page; x grows to the right and y downwards.
+    """The data of the page, in pixels at scale 1; x grows to the right and y downwards.
 
     Edges come in the order in which they are painted: the strongest last, so on top.
 
@@ -36,101 +34,115 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
     """
     drawn = by_lane(graph)
     positions = layout(drawn)
-    curves = routes(drawn, positions)
-    at = {node: _pixels(point) for node, point in positions.items()}
-    number = {node: i for i, node in enumerate(at)}
-    g, limit, peak = graph.graph, paint.node_limit(drawn), paint.edge_limit(drawn)
-    ranked = sorted(drawn.edges(keys=True, data=True), key=lambda edge: abs(edge[3]["score"]))
-    clean, corrupt = g["metric_clean"], g["metric_corrupt"]
+    across, up = paint.pixels(drawn)
+
+    def at(point: Point) -> Point:
+        return _round(point[0] * across), _round(-point[1] * up)
+
+    curves = {
+        edge: tuple(at(point) for point in curve)
+        for edge, curve in routes(drawn, positions).items()
+    }
+    layers = {f"layer {layer}": sides for layer, sides in bands(drawn, positions).items()}
+    places, g = {node: at(point) for node, point in positions.items()}, graph.graph
     return {
         "title": title or f"{g['task']} · {g['model']}",
-        "source": f"{g['rules']} · {g['direction']} · {g['metric']} {clean:.3g} clean, "
-        f"{corrupt:.3g} corrupt",
-        "metric": g["metric"],
-        "extent": paint.extent(graph),
+        "source": f"{g['rules']} · {g['direction']} · {paint.measured(graph)}",
+        "legend": paint.legend(drawn),
         "left_out": left_out,
         "prompt": json.loads(g["prompt"]),
         "open": OPEN,
-        "box": [BOX[0] * _X, BOX[1] * _Y],
-        "ports": {slot: _round(share * BOX[0] * _X) for slot, share in PORTS.items()},
-        "peak": peak,
-        "limit": limit,
-        "nodes": [_node(drawn, node, at[node], limit) for node in at],
-        "edges": [
-            {
-                "from": number[u],
-                "to": number[v],
-                "slot": data["slot"],
-                "score": data["score"],
-                "kin": data["structural"],
-                "note": paint.edge_note(u, v, data),
-                "width": _round(paint.edge_width(data, peak)),
-                "opacity": _round(
-                    paint.edge_opacity(paint.edge_share(data, peak), structural=data["structural"])
-                ),
-                "curve": [_round(c) for point in curves[u, v, key] for c in _pixels(point)],
-            }
-            for u, v, key, data in ranked
-        ],
-        "bands": _bands(drawn, at),
-        "lanes": _lanes(drawn, at),
-        "frame": _frame(at.values(), curves.values()),
+        "box": [BOX[0] * across, BOX[1] * up],
+        "ports": {slot: _round(share * BOX[0] * across) for slot, share in PORTS.items()},
+        "peak": paint.edge_limit(drawn),
+        "limit": paint.node_limit(drawn),
+        "nodes": _nodes(drawn, places),
+        "edges": _edges(drawn, curves, {node: i for i, node in enumerate(places)}),
+        "bands": _spans(layers, -up),
+        "lanes": _spans(lanes(drawn, positions), across),
+        "frame": _frame(places.values(), curves.values(), (across, up)),
     }
 
 
-def _bands(graph: nx.MultiDiGraph, at: dict[str, Point]) -> list[dict[str, Any]]:
-    """From where to where each layer goes, upwards."""
-    layers: dict[int, list[float]] = {}
-    for node, (_, y) in at.items():
-        if graph.nodes[node]["layer"] >= 0:
-            layers.setdefault(graph.nodes[node]["layer"], []).append(y)
-    return [_span(f"layer {layer}", layers[layer], 0.46 * _Y) for layer in sorted(layers)]
+def _nodes(graph: nx.MultiDiGraph, places: Mapping[str, Point]) -> list[dict[str, Any]]:
+    limit = paint.node_limit(graph)
+    return [
+        {
+            "id": node,
+            "label": paint.node_label(graph, node),
+            "place": place_label(graph, data["pos"]) if data.get("pos", -1) >= 0 else "",
+            "pos": data.get("pos", -1),
+            "kind": data["kind"],
+            "score": data["score"] if _writes(graph, node) else None,
+            "share": _round(max(-1.0, min(1.0, data["score"] / limit))),
+            "slots": paint.node_slots(graph, node),
+            "note": paint.node_note(graph, node),
+            "x": places[node][0],
+            "y": places[node][1],
+        }
+        for node, data in ((node, graph.nodes[node]) for node in places)
+    ]
 
 
-def _lanes(graph: nx.MultiDiGraph, at: dict[str, Point]) -> list[dict[str, Any]]:
-    """From where to where each position goes, across; none if edges are summed over positions."""
-    lanes: dict[int, list[float]] = {}
-    for node, (x, _) in at.items():
-        if (pos := graph.nodes[node].get("pos", -1)) >= 0:
-            lanes.setdefault(pos, []).append(x)
-    return [_span(place_label(graph, pos), lanes[pos], 0.46 * _X) for pos in sorted(lanes)]
+def _writes(graph: nx.MultiDiGraph, node: str) -> bool:
+    """Whether a node has a score to show: what only reads has none."""
+    if graph.nodes[node]["kind"] in ("kv", "logits"):
+        return False
+    return "pos" not in graph.nodes[node] or any(
+        not data["structural"] for *_, data in graph.out_edges(node, data=True)
+    )
 
 
-def _span(label: str, middles: list[float], half: float) -> dict[str, Any]:
-    return {"label": label, "low": _round(min(middles) - half), "high": _round(max(middles) + half)}
+def _edges(
+    graph: nx.MultiDiGraph,
+    curves: Mapping[tuple[str, str, str], tuple[Point, ...]],
+    number: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """The weakest first; what is weaker than many others is pale, as it is seen among them."""
+    peak = paint.edge_limit(graph)
+    noted = zip(graph.edges(keys=True, data=True), paint.edge_notes(graph), strict=True)
+    ranked = sorted(noted, key=lambda edge: -abs(edge[0][3]["score"]))
+    edges = [
+        {
+            "from": number[u],
+            "to": number[v],
+            "slot": data["slot"],
+            "score": data["score"],
+            "kin": data["structural"],
+            "note": note,
+            "width": _round(paint.edge_width(data, peak)),
+            "opacity": _round(
+                paint.edge_opacity(
+                    paint.edge_share(data, peak), structural=data["structural"], edges=rank
+                )
+            ),
+            "curve": [c for point in curves[u, v, key] for c in point],
+        }
+        for rank, ((u, v, key, data), note) in enumerate(ranked)
+    ]
+    return edges[::-1]
 
 
-def _node(graph: nx.MultiDiGraph, node: str, at: Point, limit: float) -> dict[str, Any]:
-    data = graph.nodes[node]
-    entered = {d["slot"] for *_, d in graph.in_edges(node, data=True)}
-    return {
-        "id": node,
-        "label": data.get("name", node),
-        "place": place_label(graph, data["pos"]) if data.get("pos", -1) >= 0 else "",
-        "kind": data["kind"],
-        "layer": data["layer"],
-        "pos": data.get("pos", -1),
-        # key/value heads and logits write nothing, so that there is no score to show
-        "score": None if data["kind"] in ("kv", "logits") else data["score"],
-        "share": _round(max(-1.0, min(1.0, data["score"] / limit))),
-        "slots": [slot for slot in PORTS if slot in entered],
-        "note": paint.node_note(graph, node),
-        "x": at[0],
-        "y": at[1],
-    }
+def _spans(found: Mapping[str, Point], unit: float) -> list[dict[str, Any]]:
+    """From where to where layers and lanes go, in pixels."""
+    return [
+        {"label": label, "low": _round(min(ends)), "high": _round(max(ends))}
+        for label, ends in (
+            (label, [end * unit for end in sides]) for label, sides in found.items()
+        )
+    ]
 
 
-def _frame(points: Iterable[Point], curves: Iterable[Curve]) -> list[float]:
+def _frame(
+    points: Iterable[Point], curves: Iterable[tuple[Point, ...]], unit: Point
+) -> list[float]:
     """Left, top, right and bottom of all there is to see."""
     # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
-    bows = [(0.75 * x + 0.25 * x0) * _X for (x0, _), *inner, _ in curves for x, _ in inner]
+    bows = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves for x, _ in inner]
     xs, ys = zip(*points, strict=True)
-    sides = [x + side for x in xs for side in (-0.6 * _X, 0.6 * _X)] + bows
-    return [_round(c) for c in (min(sides), min(ys) - 0.5 * _Y, max(sides), max(ys) + 0.5 * _Y)]
-
-
-def _pixels(point: Point) -> Point:
-    return _round(point[0] * _X), _round(-point[1] * _Y)
+    sides = [x + side * unit[0] for x in xs for side in (-0.6, 0.6)] + bows
+    top, bottom = min(ys) - 0.5 * unit[1], max(ys) + 0.5 * unit[1]
+    return [_round(end) for end in (min(sides), top, max(sides), bottom)]
 
 
 def _round(number: float) -> float:

@@ -3,14 +3,14 @@
 The format has a column for each token of the prompt, so it is for circuits by position (or span).
 A component is a node at each place where it reads or writes, as `circuits.draw.lanes.by_lane` has
 it; the scores of edges from one node to another (`q`, `k`, `v`) are one link with their sum. What a
-head hears as keys and values at one place and writes at another is a link too: its weight is the sum
-of what arrives there, in equal shares if it goes to several places, as a circuit does not know how
-it is divided. The output that the metric reads is the logit: the format wants its probability, which
-a circuit does not know, so that it says `(p=n/a)`.
+head hears as keys and values at one place and writes at another is a link too: its weight is the
+sum of what arrives there, in equal shares if it goes to several places, as a circuit does not know
+how it is divided. The output that the metric reads is the logit: the format wants its probability,
+which a circuit does not know, so that it says `(p=n/a)`.
 
 What is ours stands as node-link data under a key `relp`, which viewers skip: so a file that `save`
-wrote can be read, and no other. The format: `graph-schema.json` of github.com/hijohnnylin/neuronpedia
-and `frontend/graph_models.py` of github.com/safety-research/circuit-tracer.
+wrote can be read, and no other. The format: `graph-schema.json` of hijohnnylin/neuronpedia and
+`graph_models.py` of safety-research/circuit-tracer, both on github.com.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from circuits.graph import Circuit, place_label, size
 __all__ = ["SAID", "from_attribution_graph", "to_attribution_graph"]
 
 SAID = (
-    "must be an attribution graph written by circuits.save; it is not ({}); graphs of circuit-tracer "
-    "itself hold features, no components, and cannot be read"
+    "must be an attribution graph written by circuits.save; it is not ({}); those of "
+    "circuit-tracer itself hold features, no components, and cannot be read"
 )
 """Of a file that holds no circuit of ours."""
 
@@ -55,7 +55,9 @@ def to_attribution_graph(graph: nx.MultiDiGraph, title: str | None = None) -> st
             "all; use attribute(model, task, level='edge', positions=True), or save as .html"
         )
     lanes = by_lane(graph)
-    deepest = max((d["layer"] for _, d in lanes.nodes(data=True) if d["kind"] != "logits"), default=0)
+    deepest = max(
+        (d["layer"] for _, d in lanes.nodes(data=True) if d["kind"] != "logits"), default=0
+    )
     if deepest < 1:
         raise ValueError(
             "an attribution graph must reach above layer 0, or its viewers refuse it; this circuit "
@@ -82,7 +84,8 @@ def to_attribution_graph(graph: nx.MultiDiGraph, title: str | None = None) -> st
                 "generator": {"name": "relp", "version": graph.graph["versions"]},
             },
             "generation_settings": {
-                name: graph.graph[name] for name in ("task", "metric", "rules", "direction", "pairs")
+                name: graph.graph[name]
+                for name in ("task", "metric", "rules", "direction", "pairs")
             },
             "pruning_settings": {"edges": size(graph), "total_edges": graph.graph["total_edges"]},
         },

@@ -116,17 +116,24 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
 
 
 def _arranged(graph: nx.MultiDiGraph) -> Iterator[str]:
-    """A row above the other, and frames; lanes in their order and all of one height."""
+    """A row above the other, and frames; lanes of one height, side by side.
+
+    Graphviz cannot be told the order of frames. It mostly keeps to that of marks in them, which are
+    joined below and above.
+    """
     ranks = [[_quote(node) for node in row] for row in rows(graph)]
     framed = {name: [_quote(node) for node in nodes] for name, nodes in frames(graph).items()}
     if all("pos" in data for _, data in graph.nodes(data=True)):
-        for end, rank in zip(("foot", "head"), ranks[:1] + ranks[-1:], strict=bool(ranks)):
-            marks = [_quote(f" {end} {lane}") for lane in range(len(framed))]
-            for mark, nodes in zip(marks, framed.values(), strict=True):
+        ends = (("foot", "out"), ("head", "in"))
+        for (end, way), rank in zip(ends, ranks[:1] + ranks[-1:], strict=bool(ranks)):
+            joint = _quote(f" {end}")
+            yield f"{joint} [{_HIDDEN}, shape=point, ordering={way}];"
+            for lane, nodes in enumerate(framed.values()):
+                mark = _quote(f" {end} {lane}")
                 yield f"{mark} [{_HIDDEN}, shape=point];"
+                yield " -> ".join((joint, mark)[:: 1 if way == "out" else -1]) + f" [{_HIDDEN}];"
                 nodes.append(mark)
-            yield from (f"{left} -> {right} [{_HIDDEN}];" for left, right in pairwise(marks))
-            rank += marks
+                rank.append(mark)
     look = f'color="#f0f2f5"; fontcolor="{paint.MUTED}"; style="filled,rounded"'
     for number, (name, nodes) in enumerate(framed.items()):
         yield f"subgraph cluster_{number} {{ label={_label(name)}; {look}; {'; '.join(nodes)}; }}"
@@ -190,8 +197,9 @@ def from_dot(text: str) -> nx.MultiDiGraph:
             continue
         if sign == "->":
             result.add_edge(_text(first), _text(second), **kept)  # `key` among them
-        elif sign is None and (data or not depth) and first not in ("node", "edge", "graph"):  # those are defaults
+        elif sign == "=":
+            if not depth and first not in _STYLE | {"label"}:
+                result.graph[_text(first)] = _read(second)
+        elif first not in ("node", "edge", "graph") and (data or not depth):  # those are defaults
             result.add_node(_text(first), **kept)
-        elif sign == "=" and not depth and first not in _STYLE | {"label"}:
-            result.graph[_text(first)] = _read(second)
     return result

@@ -18,6 +18,7 @@ _HEIGHT = {"kv": 0, "neuron": 2, "mlp": 2}
 def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
     """The nodes that stand at one height, from `embed` up to `logits`.
 
+    >>> from circuits.files.layers import rows
     >>> rows(circuit)
     [['embed'], ['L0H0', 'L0H1'], ['L0.mlp'], ...]
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -92,7 +93,14 @@ def agreement(
         for s in several(scores)
         for group in _groups(s, effect, floor, seed, by_layer=by_layer)
     ]
-    return pd.DataFrame(rows)
+    return _titled(pd.DataFrame(rows), "agreement", effect)
+
+
+def _titled(table: pd.DataFrame, what: str, effect: Scores) -> pd.DataFrame:
+    """With the line that says where its numbers come from: figures of it show it."""
+    source = replace(effect.provenance, rules=f"{what} with {effect.rules} {effect.noun}s")
+    table.attrs["title"] = source.title
+    return table
 
 
 def _row(
@@ -174,7 +182,7 @@ def agreement_tests(
     columns = ["kind", "measure", "one", "other", "difference", "low", "high", "pairs", "p_value"]
     table = pd.DataFrame(rows, columns=columns)
     table["p_holm"] = holm(table["p_value"].to_numpy(dtype=float))
-    return table
+    return _titled(table, "differences in agreement", effect)
 
 
 def _test(

@@ -128,7 +128,9 @@ class Evaluation:
             return np.concatenate([self._areas(shares), shares], -1)
 
         names = ["CPR", "CMD", *(f"faithfulness at {s:.1%}" for s in self.sizes)]
-        return _paired(names, metrics, self.clean, self.corrupt, measures, seed)
+        table = _paired(names, metrics, self.clean, self.corrupt, measures, seed)
+        table.attrs["title"] = f"{one} − {other} · {self.model} · {self.task}"
+        return table
 
     def area_samples(self, seed: int) -> Float[np.ndarray, "sample rules area"]:
         """CPR and CMD, and behind them what they are in bootstrap samples of the pairs."""

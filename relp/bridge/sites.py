@@ -4,8 +4,9 @@ A site is a hook point of the bridge, used through plain torch hooks, so that th
 the ones on the path (`HookPoint.add_hook` converts shapes, and gradients of converted copies are
 zero). Names of sites: `L3.resid` (entering block 3), `L3.q` `L3.k` `L3.v` (before rotary and
 QK-norm), `L3.z` (the heads' mixed values, before W_O), `L3.heads` (their sum, where a post-norm
-reads it), `L3.attn` and `L3.mlp` (what is added to the residual stream), `L3.mid` (the stream
-between the two), `L3.mlp_in`, `L3.up` and, gated, `L3.gate` (each neuron before the activation),
+reads it), `L3.pattern` (how the heads attend, `[pair, head, query, key]`, where the model computes
+it), `L3.attn` and `L3.mlp` (what is added to the residual stream), `L3.mid` (the stream between the
+two), `L3.mlp_in`, `L3.up` and, gated, `L3.gate` (each neuron before the activation),
 `L3.neurons` (what the MLP's last matrix reads), `L3.mlp_out` (what it gives, where a post-norm
 reads it), `final` (the residual stream that the final norm reads), `unembed` (what the unembedding
 reads; here positions may be left out, before it some models restore the shape). Where heads cannot
@@ -349,6 +350,8 @@ def _attention(
         behind=f"L{layer}.attn" if post is None else f"L{layer}.heads",
     )
     points = {slot: inside[slot].hook_out for slot in "qkv"} | {"z": inside["o"].hook_in}
+    if "hook_pattern" in inside:
+        points["pattern"] = inside["hook_pattern"]
     return basis, points if post is None else points | {"heads": post.hook_in}
 
 
@@ -384,7 +387,7 @@ Edit = Callable[[Tensor], Tensor]
 def _visiting(sites: Sites, visits: Mapping[str, Edit]) -> Iterator[None]:
     """Shows each function its site's tensor as `[pair, pos, d]`; its result takes that place.
 
-    Only in this thread: others may run the same model.
+    Attention patterns have axes of their own. Only in this thread: others may run the same model.
     """
     shape: list[int] = []
     here = get_ident()
@@ -399,7 +402,7 @@ def _visiting(sites: Sites, visits: Mapping[str, Edit]) -> Iterator[None]:
         if value.dim() == 2 and len(value) == math.prod(shape):
             # OPT's MLP works on merged pairs and positions
             return visits[name](value.unflatten(0, shape)).flatten(0, 1)
-        if value.dim() != 3:
+        if value.dim() != (4 if name.endswith(".pattern") else 3):
             raise ValueError(
                 f"a site must hold [pair, pos, d]; {name!r} holds {list(value.shape)}; "
                 "use relp.propagate on this architecture"

@@ -1,4 +1,4 @@
-"""What the explorer takes in headless Chromium: `python tests/benchmarks/explorer.py [--edges N …]`.
+"""What the explorer takes in headless Chromium: `python tests/benchmarks/explorer.py`.
 
 Synthetic circuits at the shape of GPT-2 small, 12 layers of 12 heads. Milliseconds, of three runs
 the middle one:
@@ -51,7 +51,9 @@ window.gaps = []; window.watching = true;
   });
 })();
 """
-PAINTED = """() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
+PAINTED = (
+    """() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
+)
 
 
 def scores() -> EdgeScores:
@@ -124,7 +126,6 @@ def measured(page: Page, url: str) -> dict[str, float]:
     """One run: a page that was not open before."""
     result = {"opened": opened(page, url)}
     page.evaluate(EVENTS)
-    most = page.evaluate("steps.length - 1")
     result["shown"] = page.evaluate("document.querySelectorAll('#edges path').length")
     slider = page.locator("#threshold")
     slider.focus()
@@ -132,8 +133,8 @@ def measured(page: Page, url: str) -> dict[str, float]:
     result["all to few"] = event(page, "key", lambda: page.keyboard.press("Home"))
     result["few to all"] = event(page, "key", lambda: page.keyboard.press("End"))
     result["slider, all"] = event(page, "key", lambda: page.keyboard.press("ArrowLeft"))
-    for name, step in (("", "state.step"), (", all", str(most))):
-        page.evaluate(f"threshold({step if name else 'steps.findLastIndex((n) => n <= data.open)'})")
+    for name, step in (("", "opening()"), (", all", "steps.length - 1")):
+        page.evaluate(f"threshold({step})")
         page.evaluate("fit()")
         result["pan" + name], result["longest pan" + name] = frames(page, lambda: drag(page))
         page.evaluate("fit()")
