@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plotly.graph_objects import Figure
+
 from circuits import draw, evaluate, explore, patch, save, top
 from circuits.draw import attention
 from relp import GRADIENT, PARTWAY, RELP, attribute
@@ -25,6 +27,8 @@ FLAGS = (
     "--disable-component-update --disable-sync --hide-scrollbars"
 ).split()
 WIDE, NARROW = (1280, 800), (420, 800)
+WIDTH = 780
+"""Of figures: as wide as a page has room for, so that letters stay readable."""
 
 
 class Shipped:
@@ -69,13 +73,16 @@ def figure(made: Callable[[Shipped], Any], suffix: str = "svg") -> Callable[[Shi
     """A picture of what `made` gives: a figure, or a circuit. Many points are smaller as pixels."""
 
     def write(shipped: Shipped, name: str) -> None:
-        print(save(made(shipped), FOLDER / f"{name}.{suffix}"))
+        what = made(shipped)
+        if isinstance(what, Figure):
+            what.update_layout(width=WIDTH)
+        print(save(what, FOLDER / f"{name}.{suffix}"))
 
     return write
 
 
 def explorer(made: Callable[[Shipped], Any], node: str) -> Callable[[Shipped, str], None]:
-    """The explorer of a circuit with a node chosen: wide, in the dark, and narrow."""
+    """The explorer of a circuit with a node chosen: wide, and narrow."""
 
     def write(shipped: Shipped, name: str) -> None:
         from playwright.sync_api import sync_playwright
@@ -88,15 +95,8 @@ def explorer(made: Callable[[Shipped], Any], node: str) -> Callable[[Shipped, st
                 executable_path=os.environ.get("BROWSER_PATH") or next(filter(None, found), None),
                 args=FLAGS,
             )
-            for suffix, size, scheme in (
-                ("", WIDE, "light"),
-                ("-dark", WIDE, "dark"),
-                ("-narrow", NARROW, "light"),
-            ):
-                context = browser.new_context(
-                    viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=scheme
-                )
-                tab = context.new_page()
+            for suffix, (width, height) in {"": WIDE, "-narrow": NARROW}.items():
+                tab = browser.new_page(viewport={"width": width, "height": height})
                 tab.goto(page.as_uri())
                 tab.wait_for_selector("html[data-ready]", state="attached")
                 tab.fill("#search", node)
