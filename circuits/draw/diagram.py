@@ -15,8 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from circuits.draw import paint
-from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, PORTS, Point, bands, bezier, lanes, layout, routes
+from circuits.draw.layout import BOX, PORTS, Point, bands, bezier, drawn, lanes, layout, routes
 from circuits.draw.template import TEMPLATE
 
 __all__ = ["diagram"]
@@ -53,7 +52,7 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    graph = by_lane(graph)
+    whole, graph = graph, drawn(graph)
     positions, unit = layout(graph), paint.pixels(graph)
     lines = _lines(graph, positions)
     figure = go.Figure(
@@ -78,7 +77,7 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
         title={
             "text": paint.plain(paint.heading(graph)),
             "y": 1 - 8 / height,
-            "subtitle": {"text": paint.plain(paint.measured(graph))},
+            "subtitle": {"text": paint.plain(paint.measured(whole, graph))},
         },
         legend={
             "orientation": "h",
