@@ -51,7 +51,8 @@ def test_heatmap_shows_the_mean_over_pairs(kind):
     scores = make_nodes()
     figure = draw(scores, kind=kind)
     np.testing.assert_allclose(figure.data[0].z, scores.of_kind(kind)[1].mean(0), rtol=1e-6)
-    assert list(figure.layout.yaxis.ticktext) == ["L0", "L1"]
+    assert list(figure.data[0].y) == ["L0", "L1"]
+    assert figure.layout.yaxis.autorange is None, "layer 0 is at the bottom"
     assert "relp · tiny · toy · denoise" in figure.layout.title.text
     assert "score (logit difference)" in figure.data[0].colorbar.title.text
 
@@ -88,26 +89,30 @@ def test_colours_are_symmetric_about_zero_and_blue_is_positive():
     assert (tint(1.0, 1.0), tint(0.0, 1.0), tint(-9.0, 1.0)) == ("#427db8", "#ffffff", "#be3b4b")
 
 
+def shown(title) -> list[str]:
+    """The lines of a panel's title."""
+    return re.sub("</?b>", "", title.text).replace("\N{NO-BREAK SPACE}", " ").split("<br>")
+
+
 def test_scores_of_zero_can_be_drawn():
     scores = make_nodes()
     scores.nodes.zero_()
     assert draw(scores).data[0].zmax == 1.0
     (title, *_) = draw(scores, scores).layout.annotations
-    assert title.text == (
-        "embed<br><sup>r undefined · ρ undefined · signs undefined · error undefined</sup>"
-    )
+    assert shown(title) == [
+        "embed", "r undefined · ρ undefined", "signs undefined", "error undefined"
+    ]  # fmt: skip
 
 
 def test_tokens_label_positions_only_where_all_pairs_have_them():
     tokens = ("<b>", " A&B", "\n", "x")
-    labels = draw(make_nodes(tokens=tokens)).layout.xaxis.ticktext
-    assert list(labels) == ["&lt;b&gt; · 0", " A&amp;B · 1", "↵ · 2", "x · 3"]
-    for scores in (
-        make_nodes(),
-        make_nodes(tokens=tokens, lengths=torch.tensor([4, 3, 4])),
-        make_nodes(tokens=tokens[:3]),
-    ):
-        assert draw(scores).layout.xaxis.ticktext is None
+    trace = draw(make_nodes(tokens=tokens)).data[0]
+    assert list(trace.x) == ['"&lt;b&gt;"@0', '" A&amp;B"@1', '"\\n"@2', '"x"@3']
+    assert trace.customdata[0, 1] == 'L0.resid " A&amp;B"@1'
+    assert list(draw(make_nodes()).data[0].x) == ["@0", "@1", "@2", "@3"]
+    long = (f" {'a' * 40}", *tokens[1:])
+    trace = draw(make_nodes(tokens=long)).data[0]
+    assert trace.x[0] == '" aaaaaaaaaaa…aaa"@0' and "a" * 40 in trace.customdata[0, 0]
 
 
 def test_spans_that_lie_apart_take_the_place_of_positions():
@@ -119,7 +124,7 @@ def test_spans_that_lie_apart_take_the_place_of_positions():
         kept = torch.where(torch.arange(4) < lengths[:, None, None], nodes, 0.0)
         scores = make_nodes(nodes=kept, lengths=lengths, spans=spans, tokens=tuple("abcd"))
         figure = draw(scores, kind="mlp")
-        assert list(figure.layout.xaxis.ticktext) == ["name", "end", "other"]
+        assert list(figure.data[0].x) == ["name", "end", "other"]
         assert figure.layout.xaxis.title.text == "span"
         assert figure.data[0].customdata[1, 0] == "L1.mlp@name"
         row = kept[:, scores.components.index("L1.mlp")]
@@ -127,11 +132,11 @@ def test_spans_that_lie_apart_take_the_place_of_positions():
         expected = [*named, float(row.sum(-1).mean()) - sum(named)]
         np.testing.assert_allclose(figure.data[0].z[1], expected, atol=1e-6)
         by_position = draw(scores, kind="mlp", positions=True)
-        assert by_position.data[0].customdata[1, 3] == "L1.mlp@3"
+        assert by_position.data[0].customdata[1, 3] in ("L1.mlp@3", 'L1.mlp "d"@3')
     named = altered(scores, spans={"<b>": spans["name"], "end": spans["end"]})
     assert draw(named, kind="mlp").data[0].customdata[1, 0] == "L1.mlp@&lt;b&gt;"
     same = make_nodes(spans={"name": torch.tensor([1, 1, 1]), "end": end}, tokens=tuple("abcd"))
-    assert draw(same).data[0].customdata[0, 3] == "L0.resid@3"
+    assert draw(same).data[0].customdata[0, 3] == 'L0.resid "d"@3'
     effect = altered(scores, nodes=kept.sum(-1, keepdim=True), tokens=("all positions",))
     assert draw(effect).data[0].customdata[1, 0] == "L1.resid@all positions"
     assert effect.by_span() is effect
@@ -145,9 +150,14 @@ def test_edges_are_writer_by_reader_and_blank_where_none_can_be():
     w, r = scores.writers.index("L0H1"), scores.readers.index("L1H0.k")
     assert trace.z[w, r] == pytest.approx(float(scores.edges[w, r]))
     assert (trace.y[w], trace.x[r]) == ("L0H1", "L1H0.k")
-    by_position = make_scores(positions=3)
-    z = draw(by_position).data[0].z
-    assert z[w, r] == pytest.approx(float(by_position.edges[:, w, r].sum()), rel=1e-5)
+    assert "grey: no edge" in draw(scores).layout.title.subtitle.text
+    # edges by position: a reader at each of them is a column of its own, nothing is summed
+    by_position = make_scores(positions=2)
+    trace = draw(by_position).data[0]
+    assert (trace.z.shape, trace.x[2 * r + 1]) == ((7, 30), "L1H0.k@1")
+    assert trace.z[w, 2 * r + 1] == pytest.approx(float(by_position.edges[1, w, r]))
+    with pytest.raises(ValueError, match="`kind` of edges must be one of .'q', 'k', 'v', 'in'"):
+        draw(scores, kind="head")
 
 
 # -- score against effect -------------------------------------------------------------------------
@@ -158,25 +168,29 @@ def test_scatter_has_a_panel_per_kind_with_all_measures():
     noise = torch.randn(scores.nodes.shape, generator=torch.Generator().manual_seed(5))
     effect = make_nodes(Effects, pairs=2, nodes=scores.nodes + 0.5 * noise)
     figure = draw(scores, effect)
-    titles = [annotation.text for annotation in figure.layout.annotations]
-    assert [title.split("<")[0] for title in titles] == ["embed", "resid", "attn", "head", "mlp"]
+    titles = [shown(annotation) for annotation in figure.layout.annotations]
+    assert [lines[0] for lines in titles] == ["embed", "resid", "attn", "head", "mlp"]
     measures = agreement(scores, effect).set_index("kind")
-    assert "*: one point decides r" in figure.layout.title.text and measures["hangs"].any()
+    note = figure.layout.title.subtitle.text.replace("<br>", " ")
+    assert "*: one point decides r" in note and measures["hangs"].any()
     for kind, title in zip(scores.kinds(), titles, strict=True):
         x, y = scores.of_kind(kind)[1], effect.of_kind(kind)[1]
         each = [np.corrcoef(x[p].flatten(), y[p].flatten())[0, 1] for p in range(2)]
         norms = [torch.linalg.norm(v.flatten(1), dim=1) for v in (x - y, y)]
         error = float((norms[0] / norms[1]).mean())
         row = measures.loc[kind]
-        assert title == (
-            f"{kind}<br><sup>r {np.mean(each):.3f}{'*' if row['hangs'] else ''} · ρ "
-            f"{row['spearman']:.2f} · signs {row['signs']:.0%} · error {error:.2f}</sup>"
+        star = "*" if row["hangs"] else ""
+        bracket = f" [{row['pearson_low']:.3f}, {row['pearson_high']:.3f}]"
+        said = " · ".join(title[1:]).replace(f"{star} · [", f"{star} [")
+        assert said == (
+            f"r {np.mean(each):.3f}{star}{'' if math.isnan(row['pearson_low']) else bracket} · ρ "
+            f"{row['spearman']:.2f} · signs {row['signs']:.0%} · error {error:.2f}"
         )
     line, points = figure.data[6:8]  # two traces per panel; heads are the fourth
     assert list(line.x) == list(line.y)
-    np.testing.assert_allclose(points.x, effect.of_kind("head")[1].flatten())
-    np.testing.assert_allclose(points.y, scores.of_kind("head")[1].flatten())
-    assert figure.layout.xaxis.title.text == "effect (logit difference)"
+    np.testing.assert_allclose(points.x, effect.of_kind("head")[1].flatten(), rtol=1e-6)
+    np.testing.assert_allclose(points.y, scores.of_kind("head")[1].flatten(), rtol=1e-6)
+    assert figure.layout.xaxis5.title.text == "effect (logit difference)"
     assert figure.layout.yaxis.title.text == "score (logit difference)"
     assert "denoise" in figure.layout.title.text
     assert len(draw(scores, effect, kind="mlp").data) == 2
@@ -197,8 +211,8 @@ def test_scatter_takes_the_same_sample_of_many_points_each_time():
 def test_edges_can_be_compared_too():
     scores = make_scores()
     figure = draw(scores, make_scores(seed=1))
-    titles = [annotation.text for annotation in figure.layout.annotations]
-    assert [title.split("<")[0] for title in titles] == ["q", "k", "v", "in"]
+    titles = [shown(annotation) for annotation in figure.layout.annotations]
+    assert [lines[0] for lines in titles] == ["q", "k", "v", "in"]
     assert sum(len(trace.x) for trace in figure.data[1::2]) == 46
 
 
@@ -222,7 +236,7 @@ def test_what_does_not_belong_together_is_refused():
 def test_wrong_types_are_told_what_is_accepted():
     for wrong in (("scores",), (make_nodes(), make_circuit()), (make_circuit(), make_nodes())):
         with pytest.raises(
-            TypeError, match="draw takes Scores, Effects, Scores with Effects, a table of"
+            TypeError, match="draw takes Scores, Effects, Scores with Effects, a list of them"
         ):
             inspect.unwrap(draw)(*wrong)  # without the tests' type checker
     with pytest.raises(TypeError, match="got DiGraph"):
@@ -256,9 +270,10 @@ def test_agreement_is_drawn_by_measure() -> None:
     table = agreement(noisy, effect)
     table.loc[table["kind"] == "embed", "pearson"] = math.nan
     figure = draw(table)
-    assert [a.text for a in figure.layout.annotations[:4]] == [
-        "Pearson's r", "Spearman's ρ", "right signs", "relative error",
+    assert [shown(a) for a in figure.layout.annotations[:4]] == [
+        ["Pearson's r"], ["Spearman's ρ"], ["right signs"], ["relative error"],
     ]  # fmt: skip
+    assert "agreement with exact effects · tiny · toy" in figure.layout.title.text
     marks = {(t.name, t.xaxis): t for t in figure.data}
     assert len(marks) == len(figure.data) == 8
     # what has no correlation has no row
