@@ -341,7 +341,7 @@ def test_figures_are_light():
 
 
 def test_of_a_whole_model_the_strongest_edges_are_drawn(monkeypatch):
-    monkeypatch.setattr(sys.modules["circuits.draw.layout"], "_DRAWN", 40)
+    monkeypatch.setattr(sys.modules["circuits.draw.lanes"], "_DRAWN", 40)
     circuit = assemble(make_scores(layers=4, heads=4))
     figure = draw(circuit)
     assert sum(int(np.isnan(t.x).sum()) for t in traces(figure)["edges"]) == 40

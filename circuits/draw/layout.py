@@ -15,12 +15,11 @@ from itertools import pairwise
 import networkx as nx
 import numpy as np
 
-from circuits.draw.lanes import by_lane
-from circuits.graph import check_circuit, keep, place_label, real_edges, size
+from circuits.graph import check_circuit, place_label, real_edges, size
 
 __all__ = [
     *("BOX", "PORTS", "Curve", "Point", "bands", "bezier", "crossings", "frame", "lanes"),
-    *("drawn", "layout", "routes"),
+    *("layout", "routes"),
 ]
 
 BOX = (0.78, 0.42)
@@ -38,24 +37,12 @@ of that row, if it is broken into several."""
 Rows = dict[Row, dict[int, list[str]]]
 """Row -> lane (-1 if there are none) -> its nodes from left to right."""
 
-_DRAWN = 2000
-"""Edges that a picture has, the strongest: more can neither be read nor opened."""
 _COUNTED = 500
 """Edges whose crossings are counted, the strongest: the time grows with the square."""
 _ASPECT = 1.2
 """Width by height, in units of layout, that rows are broken for: wider than high on paper."""
 _APART = 0.3
 """Between lanes."""
-
-
-def drawn(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
-    """What pictures show of a circuit: its strongest edges, with a node for each place.
-
-    Raises:
-        TypeError, ValueError: `graph` is no circuit.
-    """
-    result = by_lane(graph)
-    return keep(result, _strongest(result, _DRAWN)) if size(result) > _DRAWN else result
 
 
 def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:

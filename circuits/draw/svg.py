@@ -9,13 +9,13 @@ from typing import NamedTuple
 import networkx as nx
 
 from circuits.draw import paint
+from circuits.draw.lanes import drawn
 from circuits.draw.layout import (
     BOX,
     PORTS,
     Curve,
     Point,
     bands,
-    drawn,
     frame,
     lanes,
     layout,

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 import networkx as nx
 
 from circuits.draw import paint
+from circuits.draw.lanes import drawn
 from circuits.draw.layout import (
     BOX,
     PORTS,
     Curve,
     Point,
     bands,
-    drawn,
     frame,
     lanes,
     layout,
