@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import networkx as nx
 import numpy as np
