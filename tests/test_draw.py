@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 
 import networkx as nx
 import numpy as np
@@ -13,9 +12,8 @@ from test_graph import make_scores
 
 from circuits import agreement
 from circuits.draw import draw
-from circuits.draw.layout import BOX, crossings, layout, routes
-from circuits.draw.paint import NEGATIVE, NEUTRAL, POSITIVE, ink, tint
-from circuits.graph import assemble, size
+from circuits.draw.paint import ink, tint
+from circuits.graph import assemble
 from circuits.search.prune import top
 from relp.scores import Effects, Scores
 
@@ -246,144 +244,7 @@ def test_wrong_types_are_told_what_is_accepted():
         inspect.unwrap(draw)(nx.DiGraph())
 
 
-# -- circuits -------------------------------------------------------------------------------------
-
-
-def test_layout_goes_up_from_embed_to_logits():
-    circuit = make_circuit(edges=120, layers=4, heads=4, kv_heads=2)
-    places = layout(circuit)
-    assert set(places) == set(circuit)
-    for u, v in circuit.edges():
-        assert places[u][1] < places[v][1]
-    heights = [y for _, y in places.values()]
-    assert places["embed"][1] == min(heights) and places["logits"][1] == max(heights)
-    for node, data in circuit.nodes(data=True):
-        if data["kind"] == "mlp":
-            heads = [n for n, d in circuit.nodes(data=True) if d["kind"] == "head"]
-            same = [places[h][1] for h in heads if circuit.nodes[h]["layer"] == data["layer"]]
-            assert all(places[node][1] > y for y in same)
-    xs = [x for x, _ in places.values()]
-    assert max(xs) == pytest.approx(-min(xs)), "centred"
-
-
-def test_boxes_do_not_overlap():
-    places = list(layout(make_circuit(edges=200, layers=8, heads=8)).values())
-    for i, (x, y) in enumerate(places):
-        for other_x, other_y in places[:i]:
-            assert abs(x - other_x) >= min(1, BOX[0]) or abs(y - other_y) > BOX[1]
-
-
-def test_layout_crosses_fewer_edges_than_the_order_of_heads():
-    circuit = make_circuit(edges=80, layers=6, heads=6)
-    places = layout(circuit)
-    rows: dict[float, list[str]] = {}
-    for node, (_, y) in places.items():
-        rows.setdefault(y, []).append(node)
-    naive = {}
-    for y, nodes in rows.items():
-        nodes.sort(key=lambda node: circuit.nodes[node]["head"])
-        naive |= {node: (i - (len(nodes) - 1) / 2, y) for i, node in enumerate(nodes)}
-    assert crossings(circuit, places) < 0.9 * crossings(circuit, naive)
-
-
-def test_crossings_of_a_drawing_worked_out_by_hand():
-    graph = nx.MultiDiGraph([("a", "d"), ("b", "c"), ("a", "c"), ("a", "c")])
-    low = {"a": (0.0, 0.0), "b": (1.0, 0.0)}
-    assert crossings(graph, low | {"c": (0.0, 1.0), "d": (1.0, 1.0)}) == 1
-    assert crossings(graph, low | {"c": (1.0, 1.0), "d": (0.0, 1.0)}) == 0
-    assert crossings(nx.MultiDiGraph(), {}) == 0
-
-
-def test_layout_is_the_same_each_time():
-    circuit = make_circuit(edges=60, layers=5, heads=5)
-    assert layout(circuit) == layout(circuit.copy())
-
-
-def test_routes_join_boxes_and_pass_by_those_in_between():
-    circuit = make_circuit(edges=60, layers=5, heads=5)
-    places = layout(circuit)
-    curves = routes(circuit, places)
-    assert set(curves) == set(circuit.edges(keys=True))
-
-    def covered(ways) -> int:
-        hits = 0
-        for (u, v, _), points in ways.items():
-            for t in np.linspace(0, 1, 40):
-                w = np.array([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
-                px, py = w @ np.array(points)
-                hits += any(
-                    abs(px - x) < BOX[0] / 2 and abs(py - y) < BOX[1] / 2
-                    for node, (x, y) in places.items()
-                    if node not in (u, v)
-                )
-        return hits
-
-    straight = {}
-    for (u, v, key), (start, _, _, end) in curves.items():
-        assert start == pytest.approx((places[u][0], places[u][1] + BOX[1] / 2))
-        assert end[1] == pytest.approx(places[v][1] - BOX[1] / 2)
-        assert abs(end[0] - places[v][0]) < BOX[0] / 2
-        rise = 0.45 * (end[1] - start[1])
-        straight[u, v, key] = (
-            start, (start[0], start[1] + rise), (end[0], end[1] - rise), end
-        )  # fmt: skip
-    assert covered(curves) < 0.5 * covered(straight)
-
-
-def test_circuit_figure():
-    circuit = make_circuit(edges=30, heads=4, kv_heads=2)
-    figure = draw(circuit)
-    traces = {trace.name: trace for trace in figure.data}
-    assert {a.text for a in figure.layout.annotations} == set(circuit)
-    assert len(traces["nodes"].x) == len(circuit)
-    embed = traces["nodes"].hovertext[list(layout(circuit)).index("embed")]
-    assert embed.startswith(f"embed · score {circuit.nodes['embed']['score']:+.4g} · 0 in")
-    logits = traces["nodes"].hovertext[list(layout(circuit)).index("logits")]
-    assert re.fullmatch(r"logits · \d+ in, 0 out", logits)
-    notes = set(traces["edges"].hovertext)
-    assert len(notes) == circuit.number_of_edges()
-    for u, _, _, data in circuit.edges(keys=True, data=True):
-        if not data["structural"]:
-            assert f"{u} → {data['reader']}: {data['score']:+.4g}" in notes
-    lines = [trace for trace in figure.data if trace.mode == "lines"]
-    drawn = sum(sum(math.isnan(x) for x in line.x) for line in lines)
-    assert drawn == circuit.number_of_edges() > size(circuit)
-    assert {line.line.color for line in lines} == {POSITIVE, NEGATIVE, NEUTRAL}
-    hover = traces["edges"]
-    assert [colour for _, colour in hover.marker.colorscale] == [NEGATIVE, NEUTRAL, POSITIVE]
-    assert (hover.marker.cmin, hover.marker.cmax) == (0, 2)
-    assert len(hover.x) == len(hover.y) == len(hover.hovertext) == 4 * circuit.number_of_edges()
-    for note, colour in zip(hover.hovertext, hover.marker.color, strict=True):
-        assert colour == (1 if "keys and values" in note else 2 if ": +" in note else 0)
-    assert {line.line.color for line in lines if line.line.dash == "dot"} == {NEUTRAL}
-    scale = traces["nodes"].marker
-    inner = [abs(d["score"]) for node, d in circuit.nodes(data=True) if node != "embed"]
-    assert scale.cmax == max(inner)
-    assert scale.cmin == -scale.cmax and scale.cmid == 0
-    assert f"{size(circuit)} of {circuit.graph['total_edges']} edges" in figure.layout.title.text
-
-
-def test_stronger_edges_are_wider():
-    figure = draw(make_circuit(edges=40))
-    lines = {t.name: t.line.width for t in figure.data if t.mode == "lines"}
-    steps = sorted(lines, key=lambda name: int(name.split()[1].split("/")[0]))
-    widths = [lines[name] for name in steps]
-    assert widths == sorted(widths) and widths[-1] == 7
-
-
-def test_positions_are_named():
-    circuit = make_circuit(edges=20, positions=3, heads=4, kv_heads=2)
-    figure = draw(circuit)
-    edges, nodes = (next(t for t in figure.data if t.name == n) for n in ("edges", "nodes"))
-    assert all((" @ position " in text) != ("keys and values" in text) for text in edges.hovertext)
-    boxes = {a.text.partition("<br>")[0]: a.text for a in figure.layout.annotations}
-    for node, note in zip(layout(circuit), nodes.hovertext, strict=True):
-        around = [circuit.out_edges(node, data=True), circuit.in_edges(node, data=True)]
-        found = [sorted({d["pos"] for *_, d in edges if d["pos"] >= 0}) for edges in around]
-        at = found[0] or found[1]  # key/value heads and the logits only read
-        shown = {1: "@{0}", 2: "@{0} @{1}", 3: "@{0}…{2}"}[len(at)].format(*at)
-        assert note.startswith(f"{node} {shown} · ") and f">{shown}</span>" in boxes[node]
-    assert "@" not in str(draw(make_circuit(edges=20)).layout.annotations)
+# -- texts and tables ------------------------------------------------------------------------------
 
 
 def test_text_of_models_and_tasks_is_escaped():
@@ -401,24 +262,6 @@ def test_text_of_models_and_tasks_is_escaped():
         assert "<u>" not in str(figure.to_dict())
     nodes = str(draw(nx.relabel_nodes(make_circuit(), {"L0H0": "<b>"})).to_dict())
     assert nodes.count("&lt;b&gt;") > 2 and "<b>" not in nodes
-
-
-@pytest.mark.parametrize("edges", [30, 1000])
-def test_small_and_large_circuits_can_be_drawn(edges):
-    circuit = make_circuit(edges=edges, layers=8, heads=8)
-    assert draw(circuit).layout.height < 4000
-
-
-def test_an_empty_circuit_is_refused():
-    with pytest.raises(ValueError, match="this one is empty"):
-        draw(make_circuit(edges=0))
-
-
-def test_the_circuit_is_left_alone():
-    circuit = make_circuit()
-    before = circuit.copy()
-    draw(circuit)
-    assert nx.utils.graphs_equal(circuit, before)
 
 
 def test_agreement_is_drawn_by_measure() -> None:
