@@ -92,7 +92,8 @@ def test_colours_are_symmetric_about_zero_and_blue_is_positive():
 
 def shown(title) -> list[str]:
     """The lines of a panel's title."""
-    return re.sub("</?b>", "", title.text).replace("\N{NO-BREAK SPACE}", " ").split("<br>")
+    text = title.text.replace("<b>", "").replace("</b>", "")
+    return text.replace("\N{NO-BREAK SPACE}", " ").split("<br>")
 
 
 def test_scores_of_zero_can_be_drawn():

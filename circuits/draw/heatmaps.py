@@ -194,10 +194,12 @@ def matrices(many: Sequence[EdgeScores]) -> tuple[np.ndarray, list[str]]:
                 f"{other.rules!r} have others than those of {many[0].rules!r}; compute all with "
                 "the same `neurons`"
             )
-    exists = layout.exists.numpy()
-    tables = [s.by_position.detach().double().cpu().numpy() for s in many]
-    each = [np.where(exists, t, np.nan).transpose(1, 2, 0).reshape(len(exists), -1) for t in tables]
-    return np.stack(each), [name for r in layout.readers for name in at_places(r, many[0])]
+    exists = layout.exists.numpy()[..., None]
+    tables = [s.by_position.detach().double().permute(1, 2, 0).cpu().numpy() for s in many]
+    z = np.stack([np.where(exists, table, np.nan) for table in tables])
+    return z.reshape(*z.shape[:2], -1), [
+        name for r in layout.readers for name in at_places(r, many[0])
+    ]
 
 
 def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
@@ -217,27 +219,23 @@ def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
             f"`kind` of edges must be one of {tuple(dict.fromkeys(slots))}, the slot that reads, "
             f"or 'layer' or 'distribution'; got {kind!r}; leave it out for the strongest of all"
         )
-    chosen = np.repeat([kind in (None, s) for s in slots], len(names) // len(slots))
-    z, readers = z[:, :, chosen], [name for name, c in zip(names, chosen, strict=True) if c]
-    sizes = np.nan_to_num(abs(z))
+    if kind is not None:
+        chosen = np.repeat([s == kind for s in slots], len(names) // len(slots))
+        z, names = z[:, :, chosen], [name for name, c in zip(names, chosen, strict=True) if c]
+    sizes = np.fmax(abs(z), 0)
     rows, columns = _strongest(sizes.max(0))
     shown = sizes[:, rows][:, :, columns].sum((1, 2)) / np.maximum(sizes.sum((1, 2)), 1e-300)
     writers = many[0].writers
-    tables = [
-        _Table(
-            table[np.ix_(rows, columns)],
-            np.array([[plain(f"{writers[w]} → {readers[r]}") for r in columns] for w in rows]),
-            [label(writers[w]) for w in rows],
-            [label(readers[r]) for r in columns],
-        )
-        for table in z
-    ]  # fmt: skip
-    places = {True: "; readers at each span", False: "; readers at each position"}
+    said = np.array([[plain(f"{writers[w]} → {names[r]}") for r in columns] for w in rows])
+    up, across = [label(writers[w]) for w in rows], [label(names[r]) for r in columns]
+    tables = [_Table(table[np.ix_(rows, columns)], said, up, across) for table in z]
+    by = "; readers at each span" if many[0].places else "; readers at each position"
+    unknown = any(s.edges[..., s.layout.exists].isnan().any() for s in many)
     note = (
         f"{'edges' if kind is None else f'edges into {kind}'}, mean over {len(many[0].clean)} "
-        f"pairs{places[bool(many[0].places)] if many[0].place_labels else ''}; "
-        f"{len(rows)} of {len(writers)} writers and {len(columns)} of {len(readers)} readers, with "
-        f"{_shares(shown)} of all |score|; grey: no edge"
+        f"pairs{by if many[0].place_labels else ''}; {len(rows)} of {len(writers):,} writers and "
+        f"{len(columns)} of {len(names):,} readers, with {_shares(shown)} of all |score|; "
+        f"grey: no edge{', or not measured' if unknown else ''}"
     )
     figure = _drawn(tables, many, across="reader", up="writer", note=note, least=13)
     return figure.update_layout(plot_bgcolor=_NO_EDGE)
@@ -253,8 +251,12 @@ def _strongest(sizes: np.ndarray) -> tuple[list[int], list[int]]:
     if sizes.shape[0] <= _WRITERS and sizes.shape[1] <= _READERS:
         return list(range(sizes.shape[0])), list(range(sizes.shape[1]))
     rows, columns = set[int](), set[int]()
-    best, shown = np.argsort(-sizes, axis=None, kind="stable"), 0.0
-    for row, column in zip(*np.unravel_index(best[:_LOOKED_AT], sizes.shape), strict=True):
+    flat, enough, shown = sizes.ravel(), _ENOUGH * sizes.sum(), 0.0
+    # those that are looked at are found without sorting all
+    last = min(_LOOKED_AT, flat.size)
+    best = np.flatnonzero(flat >= np.partition(flat, -last)[-last])
+    best = best[np.argsort(-flat[best], kind="stable")][:last]
+    for row, column in zip(*np.unravel_index(best, sizes.shape), strict=True):
         fits = (row in rows or len(rows) < _WRITERS) and (
             column in columns or len(columns) < _READERS
         )
@@ -262,7 +264,7 @@ def _strongest(sizes: np.ndarray) -> tuple[list[int], list[int]]:
             rows.add(int(row))
             columns.add(int(column))
             shown += sizes[row, column]
-        if shown >= _ENOUGH * sizes.sum():
+        if shown >= enough:
             break
     return sorted(rows), sorted(columns)
 
