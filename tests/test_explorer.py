@@ -510,6 +510,7 @@ def test_inside_a_notebook_it_keeps_to_itself(opened, tmp_path) -> None:
     page.mouse.wheel(0, -100)
     page.keyboard.up("Control")
     inside.wait_for_function(f"state.at.k > {scale}")
+    inside.evaluate("fit()")
     frame.locator(".node", has_text="embed").click()
     scale = inside.evaluate("state.at.k")
     page.mouse.move(box["x"] + 300, box["y"] + 300)

@@ -14,6 +14,9 @@ const zoom = d3.zoom()
   .filter((event) => (event.type === "wheel"
     ? event.ctrlKey || event.metaKey || awake()
     : !event.button && !event.target.closest("#panel, #map")))
+  // a pinch comes as Ctrl and a wheel that turns little; a wheel with Ctrl held turns as without
+  .wheelDelta(({ deltaY, deltaMode, ctrlKey }) => -deltaY
+    * (deltaMode === 1 ? 0.05 : deltaMode ? 1 : 0.002) * (ctrlKey && Math.abs(deltaY) < 40 ? 10 : 1))
   .on("start", () => touch(null))
   .on("zoom", (event) => {
     state.at = event.transform;
