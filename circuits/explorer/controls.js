@@ -428,9 +428,9 @@ function toPaper() {
   const style = document.documentElement.style, before = [style.colorScheme, state.at];
   style.colorScheme = "light";
   mix();
-  const width = RIGHT - LEFT + 100, height = BOTTOM - TOP + 40;
+  const width = RIGHT - LEFT + 100, height = BOTTOM - TOP + (data.lanes.length ? 60 : 20);
   state.at = d3.zoomIdentity.translate(80 - LEFT, 10 - TOP);
-  placeNames();
+  placeNames(height);
   el("paper").replaceChildren(picture(state.at, width, height));
   [style.colorScheme, state.at] = before;
   mix();
