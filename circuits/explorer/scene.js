@@ -12,7 +12,7 @@ const [BOX_WIDTH, BOX_HEIGHT] = data.box;
 const fits = (letters) => (BOX_WIDTH - 4) / (0.6 * Math.max(1, letters));
 
 // No circuit opens smaller: the longest labels, but for odd ones, have eight pixels at this scale.
-const READABLE = Math.min(1, 8 / fits(Math.min(8, Math.max(...nodes.map((node) => node.label.length)))));
+const READABLE = Math.min(1, 8.1 / fits(Math.min(8, Math.max(...nodes.map((node) => node.label.length)))));
 document.documentElement.style.setProperty("--rim", `${RIM}px`);
 
 /** The last step with at most so many edges as a circuit opens with. */
