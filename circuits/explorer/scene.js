@@ -60,7 +60,6 @@ function paintNodes() {
   groups.attr("class", (node) => `node ${node.kind}${Math.abs(node.share) > 0.62 ? " strong" : ""}`)
     .attr("transform", (node) => `translate(${node.x} ${node.y})`)
     .attr("role", "button").attr("tabindex", -1).attr("aria-pressed", "false")
-    .attr("aria-label", (node) => node.note)
     .each(function (node) { node.element = this; });
   for (const part of ["box", "tint"]) {
     groups.append("rect").attr("class", (node) => `${part} ${part === "tint" ? sign(node.share) : ""}`)
@@ -84,11 +83,15 @@ function paintEdges() {
       .attr("d", (edge) => curve(edge.curve)).attr("class", dressed)
       .attr("stroke-width", wide(0.4)).attr("stroke-opacity", (edge) => edge.opacity))
     .order();
-  const used = new Set(state.shown.flatMap((edge) => [edge.from, edge.to]));
-  for (const node of nodes) node.used = used.has(node);
+  for (const node of nodes) Object.assign(node, { used: false, heard: 0, said: 0 });
+  for (const { from, to, kin } of state.shown) {
+    from.used = to.used = true;
+    if (!kin) { to.heard += 1; from.said += 1; }
+  }
   if (state.chosen && !state.chosen.used) state.chosen = null;
   if (!state.active?.used) state.active = nodes.find((node) => node.used) ?? null;
-  d3.selectAll(".node").attr("visibility", (node) => (node.used ? null : "hidden"));
+  d3.selectAll(".node").attr("visibility", (node) => (node.used ? null : "hidden"))
+    .attr("aria-label", described);
   paintChoice();
   paintMap();
 }
