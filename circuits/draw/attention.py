@@ -107,7 +107,7 @@ def _drawn(
     many = len(tokens["clean"])
     columns = 2 if many <= _BESIDE else 1
     longest = max(len(label(token, _LETTERS)) for side in tokens.values() for token in side)
-    labels = 26 + 5.5 * longest
+    labels = 26 + round(5.5 * longest)
     figure, plot, above = panels(
         [["clean prompt"], ["corrupt prompt"]],
         columns,

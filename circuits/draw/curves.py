@@ -41,7 +41,7 @@ def curves(found: Sequence[Evaluation]) -> go.Figure:
             new = not any(name in before for before in entries[: row - 1])
             label = name if several else said[name]
             for trace in _curve(table[table["rules"] == name], label, number, shown=new):
-                figure.add_trace(trace.update(legendgroup=name), **at)
+                figure.add_trace(trace.update(legendgroup=plain(name)), **at)
         wide = min(evaluation.sizes) < max(evaluation.sizes) / 20
         figure.update_xaxes(
             type="log" if wide else "linear", dtick="D2" if wide else None, tickformat="~%",
@@ -103,7 +103,8 @@ def _curve(table: pd.DataFrame, entry: str, number: int | None, *, shown: bool) 
     return [
         *traces,
         go.Scatter(
-            x=x, y=table["faithfulness"].tolist(), mode="lines+markers", name=plain(entry), showlegend=shown,
+            x=x, y=table["faithfulness"].tolist(), mode="lines+markers", name=plain(entry),
+            showlegend=shown,
             line={"color": hue, "width": 2, "dash": "dot" if number is None else "solid"},
             marker={"size": 6, "symbol": SHAPES[(number or 0) % len(SHAPES)]},
             hovertext=notes, hoverinfo="text",

@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 from circuits.draw import paint
 from circuits.draw.lanes import by_lane
 from circuits.draw.layout import BOX, PORTS, Point, bands, bezier, lanes, layout, routes
+from circuits.draw.template import TEMPLATE
 
 __all__ = ["diagram"]
 
@@ -42,8 +43,9 @@ class _Line(NamedTuple):
 def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     """Boxes and curves that say what they are when the pointer is over them.
 
+    >>> from circuits.draw.diagram import diagram
     >>> diagram(circuit).layout.title.text
-    'RELP · ioi-gpt2 ...'
+    'RELP · ioi-gpt2 · ioi · denoise'
 
     Where edges run side by side, the strongest one answers. The legend hides and shows edges by
     their sign.
@@ -68,24 +70,27 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     reach = np.concatenate([np.array(list(positions.values())), curved])
     (left, low), (right, high) = reach.min(0) - [0.7, 0.6], reach.max(0) + [0.7, 0.6]
     layers, columns = bands(graph, positions), lanes(graph, positions)
-    note = paint.legend(graph)
-    foot = 34 if columns else 8  # names of lanes
-    margin = {"l": 64, "r": 110, "t": 96, "b": foot + 40}
+    foot = 34.0 if columns else 8.0  # names of lanes
+    margin = {"l": 64, "r": 110, "t": 68, "b": foot + 60}
+    height = margin["t"] + margin["b"] + unit[1] * (high - low)
     figure.update_layout(
-        title_text=paint.plain(paint.heading(graph))
-        + "".join(f"<br><sup>{paint.plain(line)}</sup>" for line in (paint.measured(graph), note)),
-        template="plotly_white",
+        template=TEMPLATE,
+        title={
+            "text": paint.plain(paint.heading(graph)),
+            "y": 1 - 8 / height,
+            "subtitle": {"text": paint.plain(paint.measured(graph))},
+        },
         legend={
             "orientation": "h",
             "x": 0,
             "y": -foot / (unit[1] * (high - low)),
             "yanchor": "top",
         },
-        width=max(700, margin["l"] + margin["r"] + unit[0] * (right - left)),
-        height=margin["t"] + margin["b"] + unit[1] * (high - low),
-        hovermode="closest",
+        width=max(560.0, margin["l"] + margin["r"] + unit[0] * (right - left)),
+        height=height,
         hoverdistance=12,
         shapes=_backdrop(layers, columns, (left, right), (low, high)),
+        annotations=[_below(paint.legend(graph), foot + 34)],
         margin=margin,
     )
     figure.update_xaxes(
@@ -117,6 +122,13 @@ def _backdrop(
         | {"fillcolor": paint.MUTED, "opacity": paint.LANE}
         for left, right in columns.values()
     ]
+
+
+def _below(text: str, pixels: float) -> dict[str, Any]:
+    """An annotation so far under the plot."""
+    at = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top"}
+    font = {"size": 11, "color": paint.MUTED}
+    return {**at, "yshift": -pixels, "text": paint.plain(text), "showarrow": False, "font": font}
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -153,6 +165,7 @@ def _strokes(lines: list[_Line]) -> list[go.Scatter]:
                     "color": hue,
                     "width": paint.line_width(share, 0.7),
                     "dash": "dot" if structural else "solid",
+                    "simplify": False,
                 },
                 opacity=paint.edge_opacity(share, structural=structural, edges=len(lines)),
                 hoverinfo="skip",
@@ -257,7 +270,7 @@ def _boxes(graph: nx.MultiDiGraph, positions: dict[str, Point], unit: Point) -> 
                 y=xy[:, 1].astype(np.float32),
                 mode="lines",
                 fill="toself",
-                fillcolor=paint.tint(step, _TINTS),
+                fillcolor=paint.tint(float(step), float(_TINTS)),
                 line={"color": paint.MUTED, "width": 1.1, "simplify": False}
                 | ({"dash": "3px,2px"} if dashed else {}),
                 hoverinfo="skip",
@@ -312,7 +325,8 @@ def _texts(graph: nx.MultiDiGraph, positions: dict[str, Point], unit: Point) -> 
 def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatter:
     """Three unseen points on each box that say what it is, and the scale of their colours."""
     limit = paint.node_limit(graph)
-    title = {"text": paint.plain(f"node score ({graph.graph['metric']})"), "side": "right"}
+    name = paint.plain(f"node score ({graph.graph['metric']})")
+    title = {"text": name, "side": "right", "font": {"size": 11}}
     aside = np.array([-0.3, 0.0, 0.3]) * BOX[0]
     xy = np.array(list(positions.values())).repeat(3, axis=0)
     return go.Scatter(
@@ -327,7 +341,7 @@ def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatt
             "cmin": -limit,
             "cmid": 0,
             "cmax": limit,
-            "colorbar": {"title": title, "thickness": 12, "lenmode": "pixels", "len": 240},
+            "colorbar": {"title": title, "thickness": 12, "lenmode": "pixels", "len": 220},
         },
         hovertext=[paint.plain(paint.node_note(graph, node)) for node in positions for _ in aside],
         hoverinfo="text",

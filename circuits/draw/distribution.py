@@ -24,8 +24,8 @@ _DEEP = 1e-6
 def distribution(many: Sequence[EdgeScores]) -> go.Figure:
     """|score| by rank: all edges, and positive and negative ones by ranks of their own.
 
-    Dotted lines stand at 20, 200, … edges and say which share of the sum of all |score| the edges
-    up to there have. Several sets of scores have a curve each, of all edges.
+    Dotted lines stand at 20, 200, … edges, up to a fifth of all, and say which share of the sum of
+    all |score| the edges up to there have. Several sets of scores have a curve each, of all edges.
     """
     z, _ = matrices(many)
     figure, peak, total = go.Figure(), 0.0, 1
@@ -84,7 +84,7 @@ def _marks(figure: go.Figure, sizes: Float[np.ndarray, " edge"]) -> None:
     """Where circuits of the usual sizes end."""
     whole = sizes.sum() or 1.0
     for n in (2 * 10**k for k in range(1, 9)):
-        if n >= len(sizes):
+        if n > len(sizes) / 5:
             break
         figure.add_vline(x=n, line={"color": MUTED, "width": 1, "dash": "dot"})
         figure.add_annotation(

@@ -18,6 +18,7 @@ from circuits.draw.template import DIVERGING, SEQUENTIAL, framed, panels
 from relp import Component, EdgeScores, NodeScores, Scores
 
 __all__ = [
+    "at_places",
     "called",
     "edge_heatmap",
     "label",
@@ -86,6 +87,13 @@ def label(text: str, letters: int = _LETTERS) -> str:
     if len(text) > letters:
         text = f"{text[: letters - 7]}…{text[-6:]}"
     return plain(text)
+
+
+def at_places(name: str, scores: Scores) -> list[str]:
+    """A component at each place: `L9H6@7`, `L9H6 " Mary"@4`, `L9H6@S2`; alone if there is none."""
+    if scores.places or "@" not in "".join(scores.place_labels):
+        return [f"{name}@{place}" for place in scores.place_labels] or [name]
+    return [f"{name}{'' if p.startswith('@') else ' '}{p}" for p in scores.place_labels]
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -160,8 +168,7 @@ def _by_place(scores: NodeScores, kind: str, parsed: Sequence[Component]) -> _Ta
     z = np.full((len(parsed), known.shape[1]), np.nan)
     z[[[c.name for c in parsed].index(name) for name in names]] = known
     places = scores.place_labels
-    joint = "" if places[0].endswith("@0") else "@"
-    notes = [[plain(f"{c.name}{joint}{place}") for place in places] for c in parsed]
+    notes = [[plain(name) for name in at_places(c.name, scores)] for c in parsed]
     named = kind == "neuron" or parsed[0].layer < 0
     rows = [c.name if named else f"L{c.layer}" for c in parsed]
     return _Table(z, np.array(notes, dtype=object), rows, [label(place) for place in places])
@@ -190,10 +197,7 @@ def matrices(many: Sequence[EdgeScores]) -> tuple[np.ndarray, list[str]]:
     exists = layout.exists.numpy()
     tables = [s.by_position.detach().double().cpu().numpy() for s in many]
     each = [np.where(exists, t, np.nan).transpose(1, 2, 0).reshape(len(exists), -1) for t in tables]
-    places = many[0].place_labels
-    joined = "" if places and places[0].endswith("@0") else "@"
-    readers = [f"{r}{joined}{p}" for r in layout.readers for p in places] or [*layout.readers]
-    return np.stack(each), readers
+    return np.stack(each), [name for r in layout.readers for name in at_places(r, many[0])]
 
 
 def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
@@ -299,7 +303,7 @@ def _layer(component: Component) -> str:
 
 def _drawn(
     tables: Sequence[_Table], many: Sequence[Scores], *, across: str, up: str, note: str,
-    least: float = 11, name: str = "",
+    least: int = 11, name: str = "",
 ) -> go.Figure:  # fmt: skip
     """A panel for each table. `name`: of a scale that begins at 0, if it is no score."""
     rows, columns = tables[0].rows, tables[0].columns
@@ -307,13 +311,13 @@ def _drawn(
     beside = max(1, min(len(tables), 3, _BESIDE // len(columns)))
     longest = max(map(len, columns))
     turned = longest > 2 and sum(len(c) + 1 for c in columns) * beside > 46
-    labels = 20.0 + (5.2 * longest if turned else 14)
+    labels = 20 + (round(5.2 * longest) if turned else 14)
     # where the last row is not full, and where panels have columns of their own, all say theirs
     everywhere = len(tables) % beside > 0
     figure, plot, above = panels(
         [[called(s)] if several else [] for s in many],
         beside,
-        plot=max(116, len(rows) * min(26.0, max(least, 560 / len(rows)))),
+        plot=max(116, len(rows) * min(26, max(least, 560 // len(rows)))),
         between=labels if everywhere else 10,
         gap=0.04,
     )

@@ -26,6 +26,7 @@ _CARRIES = {"head", "kv", "attn", "mixer"}
 def by_lane(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
     """The same circuit with a node for each component at each place where it reads or writes.
 
+    >>> from circuits.draw.lanes import by_lane
     >>> by_lane(circuit).number_of_nodes() == len(circuit)  # it is summed over positions
     True
 

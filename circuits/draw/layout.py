@@ -48,6 +48,7 @@ _APART = 0.3
 def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     """Where each node goes, with `embed` lowest and `logits` highest; y grows upwards.
 
+    >>> from circuits.draw.layout import layout
     >>> layout(circuit)["embed"][1] < layout(circuit)["logits"][1]
     True
 

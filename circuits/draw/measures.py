@@ -78,7 +78,7 @@ def measures(table: pd.DataFrame) -> go.Figure:
         "mean over pairs, 95 % bootstrap intervals; r and the error over all cells, ρ and signs "
         "over those above rounding and the floor"
     )
-    legend = 24.0 + 19 * len(rules)
+    legend = 24 + 19 * len(rules)
     framed(
         figure,
         table.attrs.get("title", "agreement with effects"),
@@ -175,7 +175,7 @@ def _marks(of: pd.DataFrame, measure: str, rows: list[float], name: str, number:
         marker={"color": hue, "size": 8, "symbol": SHAPES[number % len(SHAPES)],
                 "line": {"width": 0.5, "color": MUTED}},
         name=plain(name),
-        legendgroup=name,
+        legendgroup=plain(name),
         customdata=list(zip(of["kind"], value, strict=True)),
         hovertemplate=f"{plain(name)} · %{{customdata[0]}}<br>%{{customdata[1]:.3f}}"
         "<extra></extra>",

@@ -30,6 +30,7 @@ _CAPTION = f"fill:{paint.MUTED}"
 def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | None = None) -> str:
     """A picture of `layout` and `routes` that needs nothing else; notes appear on hovering.
 
+    >>> from circuits.draw.svg import picture
     >>> picture(circuit).startswith("<?xml")
     True
 
@@ -151,7 +152,8 @@ def _heading(svg: ET.Element, graph: nx.MultiDiGraph, title: str | None, width: 
     first = title or source
     second = f"{source} · " if title else ""
     second += f"{g['rules']} · {g['direction']} · {paint.measured(graph)}"
-    _label(svg, _MARGIN, 42.0, _fit(first, 20.0, room), 20.0, font_weight="600")
+    px = max(13.0, min(20.0, room / (0.55 * len(first) + 1)))  # smaller before it is cut
+    _label(svg, _MARGIN, 42.0, _fit(first, px, room), px, font_weight="600")
     _label(svg, _MARGIN, 65.0, _fit(second, 13.0, room), 13.0, style=_CAPTION)
 
 

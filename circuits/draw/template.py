@@ -100,7 +100,7 @@ TEMPLATE = go.layout.Template(
 
 
 def framed(
-    figure: go.Figure, title: str, note: str, *, plot: float, above: float = 6, below: float = 44
+    figure: go.Figure, title: str, note: str, *, plot: int, above: int = 6, below: int = 44
 ) -> go.Figure:
     """The figure in the house style, under a heading: what and whose it is, and how to read it.
 
@@ -112,18 +112,18 @@ def framed(
     """
     lines, notes = (_lines(text, size) for text, size in ((title, _TITLE), (note, _NOTE)))
     heading = _LEADING * (_TITLE * len(lines) + _NOTE * len(notes))
-    top = 24 + heading + (0.7 * _NOTE if len(notes) == 1 else 0) + above
-    height = round(top + plot + below)
+    top = round(24 + heading + (0.7 * _NOTE if len(notes) == 1 else 0)) + above
+    height = top + plot + below
     return figure.update_layout(
         template=TEMPLATE,
         height=height,
-        margin={"t": round(top), "b": round(below)},
+        margin={"t": top, "b": below},
         title={"text": "<br>".join(lines), "y": _top(lines, height),
                "subtitle": {"text": "<br>".join(notes)}},
     )  # fmt: skip
 
 
-def _top(lines: Sequence[str], height: float) -> float:
+def _top(lines: Sequence[str], height: int) -> float:
     """Where a title has its top, twelve pixels below that of the figure."""
     return 1 - (7.5 if len(lines) == 1 else 18) / height
 
@@ -162,11 +162,11 @@ def panels(
     titles: Sequence[Sequence[str]],
     columns: int,
     *,
-    plot: float,
-    between: float,
+    plot: int,
+    between: int,
     gap: float = 0.06,
     **options: Any,
-) -> tuple[go.Figure, float, float]:
+) -> tuple[go.Figure, int, int]:
     """Panels in rows, each under its title, which begins where the panel does.
 
     Args:
@@ -183,7 +183,7 @@ def panels(
     """
     rows = -(-len(titles) // columns)
     most = max(map(len, titles))
-    above = 8 + _LEADING * _PANEL * most if most else 0
+    above = round(8 + _LEADING * _PANEL * most) if most else 0
     space = above + between
     height = rows * plot + (rows - 1) * space
     figure = make_subplots(

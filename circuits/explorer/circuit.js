@@ -71,4 +71,4 @@ function signed(score) {
 const sign = (score) => (score > 0 ? "positive" : score < 0 ? "negative" : "");
 
 /** What a node is called: by its component, and where it is. */
-const called = (node) => `${node.label || "(no name)"}${node.place ? ` ${node.place}` : ""}`;
+const called = (node) => `${node.label || "(no name)"}${node.place ? ` at ${node.place}` : ""}`;

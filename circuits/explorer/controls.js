@@ -93,7 +93,7 @@ function path(edge) {
 /** The edge that is nearest to a point of the circuit, at most `far` from it. */
 function nearest(x, y, far) {
   let best = null, least = far * far;
-  const some = state.chosen ? d3.selectAll("#lit path").data() : state.shown;
+  const some = state.chosen || state.hits ? d3.selectAll("#lit path").data() : state.shown;
   for (let n = some.length - 1; n >= 0; n--) {
     const at = path(some[n]);
     if (y > at[1] + far && y > at[49] + far || y < at[1] - far && y < at[49] - far) continue;
@@ -141,13 +141,13 @@ function choose(node, { focus = false } = {}) {
   state.chosen = node;
   if (node) state.active = node;
   if (node && state.hits) clearSearch();
-  const lit = paintChoice();
+  paintChoice();
   paintMap();
-  showPanel(lit);
+  showPanel();
   if (node) {
     reveal(node);
     if (focus) node.element.focus({ preventScroll: true });
-    say(`${node.note}; ${real(lit).length} edges on its paths`);
+    say(`${node.note}; ${real(paths(node, state.shown)).length} edges on its paths`);
   }
 }
 
@@ -170,11 +170,12 @@ function add(parent, tag, text, kind) {
 }
 
 /** The chosen node's numbers, and its edges from the strongest down. */
-function showPanel(lit) {
+function showPanel() {
   const panel = el("panel"), node = state.chosen;
   panel.replaceChildren();
   panel.hidden = !node;
   if (!node) return;
+  const lit = paths(node, state.shown);
   const close = add(panel, "button", "×", "close");
   close.setAttribute("aria-label", "Close");
   close.addEventListener("click", () => choose(null));
@@ -210,7 +211,7 @@ function threshold(step) {
   state.step = Math.max(0, Math.min(steps.length - 1, step));
   slider.value = state.step;
   paintEdges();
-  showPanel(state.chosen ? d3.selectAll("#lit path").data() : []);
+  showPanel();
   const shown = real(state.shown).length;
   const least = ranked[steps[state.step] - 1];
   const text = `${shown.toLocaleString("en")} · |s| ≥ ${least ? signed(Math.abs(least.score)).slice(1) || "0" : "0"}`;
@@ -264,12 +265,13 @@ function towards(node, dx, dy) {
   return best;
 }
 
+el("nodes").addEventListener("focusin", (event) => reveal(event.target.__data__)); // Tab came here
+
 function walk(node) {
   if (!node) return;
   state.active = node;
   if (state.chosen) choose(node);
   else paintChoice();
-  reveal(node);
   node.element.focus({ preventScroll: true });
 }
 
@@ -382,7 +384,7 @@ function picture(at, width, height) {
     if (text) made.textContent = text.replace(ILLEGAL, "\ufffd");
     return made;
   };
-  const head = 48, foot = 34, font = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif";
+  const head = 48, foot = 50, font = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif";
   const all = height + head + foot;
   const svg = make("svg", { width, height: all, viewBox: `0 0 ${width} ${all}`, "font-family": font });
   svg.append(make("title", {}, data.title), make("rect", { width, height: all, fill: palette.paper }));
@@ -398,12 +400,13 @@ function picture(at, width, height) {
     make("text", { x: 16, y: 22, "font-size": 15, "font-weight": 600, fill: palette.ink }, data.title),
     make("text", { x: 16, y: 39, "font-size": 11, fill: palette.muted }, subtitle()));
   let x = 16;
-  const y = all - 13;
+  const y = all - 30;
   for (const [colour, wide, word] of legend()) {
     svg.append(make("line", { x1: x, x2: x + 24, y1: y - 4, y2: y - 4, stroke: palette[colour], "stroke-width": wide }),
       make("text", { x: x + 30, y, "font-size": 11, fill: palette.muted }, word));
     x += 52 + 6.2 * word.length;
   }
+  svg.append(make("text", { x: 16, y: all - 12, "font-size": 11, fill: palette.muted }, data.legend));
   return svg;
 }
 
@@ -451,11 +454,10 @@ function words() {
   el("source").textContent = el("source").title = subtitle();
   sheets[2].setAttribute("aria-label", `Circuit with ${nodes.length} nodes and ${ranked.length} edges, inputs at the bottom`);
   data.prompt.forEach((token, i) => {
-    const lane = data.lanes.length > 0;
-    const chip = add(el("prompt"), lane ? "button" : "span", token.replaceAll("\n", "⏎"), "token");
+    const chip = add(el("prompt"), data.by_token ? "button" : "span", token.replaceAll("\n", "⏎"), "token");
     chip.title = `position ${i}`;
     add(chip, "sub", String(i));
-    if (lane) chip.addEventListener("click", () => atToken(i, chip));
+    if (data.by_token) chip.addEventListener("click", () => atToken(i, chip));
   });
   const box = el("legend");
   legend().forEach(([colour, wide, word], i) => {
@@ -463,11 +465,12 @@ function words() {
     item.innerHTML = `<svg width="24" height="8" aria-hidden="true"><line x1="0" x2="24" y1="4" y2="4" stroke="var(--${colour})" stroke-width="${wide}"/></svg>`;
     item.append(word);
   });
-  box.title = data.legend;
   const scale = add(box, "span", undefined, "wide");
   scale.append(`−${signed(data.limit).slice(1)}`);
   add(scale, "i", undefined, "scale");
-  scale.append(`+${signed(data.limit).slice(1)} node`);
+  scale.append(`+${signed(data.limit).slice(1)}`);
+  const note = add(box, "span", data.legend, "wide note");
+  note.title = data.legend;
 }
 
 /** Marks the nodes at a position of the prompt. */
@@ -475,8 +478,7 @@ function atToken(pos, chip) {
   const on = !chip.classList.contains("on");
   clearSearch();
   chip.classList.toggle("on", on);
-  state.hits = on ? new Set(nodes.filter((node) => node.pos === pos && node.used)) : null;
-  if (on && state.chosen) choose(null);
+  if (on) choose(null);
   if (on) state.hits = new Set(nodes.filter((node) => node.pos === pos && node.used));
   paintChoice();
 }

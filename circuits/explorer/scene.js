@@ -87,10 +87,12 @@ function paintEdges() {
   paintMap();
 }
 
-/** Lights the paths of the chosen node, and dims what is on none or not searched for. */
+/** Lights the paths of the chosen node, or what is between the nodes that are searched for, and dims
+the others. */
 function paintChoice() {
   const { chosen, hits } = state;
-  const lit = chosen ? paths(chosen, state.shown) : [];
+  const among = (edge) => hits.has(edge.from) && hits.has(edge.to);
+  const lit = hits ? state.shown.filter(among) : chosen ? paths(chosen, state.shown) : [];
   const on = new Set(hits ?? (chosen ? [chosen, ...lit.flatMap((edge) => [edge.from, edge.to])] : nodes));
   sheets[1].classList.toggle("dim", chosen !== null || hits !== null);
   d3.select("#lit").selectAll("path").data(lit, (edge) => edge.number).join("path")

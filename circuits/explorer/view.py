@@ -51,6 +51,7 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
         "legend": paint.legend(drawn),
         "left_out": left_out,
         "prompt": json.loads(g["prompt"]),
+        "by_token": g["positions"] and not g["by_span"],  # a lane is a token of the prompt
         "open": OPEN,
         "box": [BOX[0] * across, BOX[1] * up],
         "ports": {slot: _round(share * BOX[0] * across) for slot, share in PORTS.items()},

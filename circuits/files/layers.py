@@ -20,7 +20,7 @@ def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
 
     >>> from circuits.files.layers import rows
     >>> rows(circuit)
-    [['embed'], ['L0H0', 'L0H1'], ['L0.mlp'], ...]
+    [['embed'], ['L0H0', 'L0H1', ...], ['L0.mlp'], ...]
     """
     found: dict[tuple[float, int], list[str]] = defaultdict(list)
     for node, data in graph.nodes(data=True):

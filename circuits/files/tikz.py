@@ -47,7 +47,8 @@ _PAGE = r"""\documentclass{article}
   note/.style={anchor=base west, inner sep=0pt, text=muted,
     font=\sffamily\fontsize{8}{9}\selectfont},
   title/.style={anchor=base west, inner sep=0pt,
-    font=\sffamily\bfseries\fontsize{12}{14}\selectfont}]
+    font=\sffamily\bfseries\fontsize{12}{14}\selectfont},
+  long title/.style={title, font=\sffamily\bfseries\fontsize{9}{10}\selectfont}]
 \useasboundingbox (0,0) rectangle (%(width).1f,%(height).1f);
 %(body)s
 \end{tikzpicture}\vss}
@@ -58,6 +59,7 @@ _PAGE = r"""\documentclass{article}
 def to_tikz(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     """The picture of `circuits.draw.svg` as a LaTeX document.
 
+    >>> from circuits.files.tikz import to_tikz
     >>> "tikzpicture" in to_tikz(circuit)
     True
 
@@ -123,19 +125,19 @@ class _Paper:
 def _backdrop(graph: nx.MultiDiGraph, positions: dict[str, Point], paper: _Paper) -> Iterator[str]:
     """Bands of layers with their numbers, and lanes with what they stand for."""
     for layer, (low, high) in bands(graph, positions).items():
-        bottom, top = paper.at((0, low))[1], paper.at((0, high))[1]
+        bottom, top = paper.at((0.0, low))[1], paper.at((0.0, high))[1]
         yield (
-            rf"\fill[band, rounded corners=5pt] {_at(16, bottom)} rectangle "
-            + _at(paper.width - 16, top)
+            rf"\fill[band, rounded corners=5pt] {_at(16.0, bottom)} rectangle "
+            + _at(paper.width - 16.0, top)
             + ";"
         )
-        yield rf"\node[note] at {_at(22, (bottom + top) / 2 - 3)} {{layer {layer}}};"
+        yield rf"\node[note] at {_at(22.0, (bottom + top) / 2 - 3)} {{layer {layer}}};"
     for place, sides in paper.lanes.items():
-        left, right = (paper.at((x, 0))[0] for x in sides)
+        left, right = (paper.at((x, 0.0))[0] for x in sides)
         base = paper.foot - 20
         yield (
-            rf"\fill[muted, opacity={paint.LANE}, rounded corners=5pt] {_at(left + 2, base)} "
-            rf"rectangle {_at(right - 2, paper.height - paper.head)};"
+            rf"\fill[muted, opacity={paint.LANE}, rounded corners=5pt] {_at(left + 2.0, base)} "
+            rf"rectangle {_at(right - 2.0, paper.height - paper.head)};"
         )
         name = _latex(_fit(place, right - left))
         yield rf"\node[name] at {_at((left + right) / 2, base + 7)} {{{name}}};"
@@ -189,11 +191,12 @@ def _nodes(graph: nx.MultiDiGraph, positions: dict[str, Point], paper: _Paper) -
 def _heading(graph: nx.MultiDiGraph, title: str | None, paper: _Paper) -> Iterator[str]:
     g, room = graph.graph, paper.width - 32
     source = f"{g['task']} · {g['model']}"
-    first = _fit(title or source, room * 0.66)
+    kind = "title" if len(title or source) * 6.6 < room else "long title"
+    first = _fit(title or source, room * 4.4 / (6.6 if kind == "title" else 5.0))
     second = f"{source} · " if title else ""
     second = _fit(second + f"{g['rules']} · {g['direction']} · {paint.measured(graph)}", room)
-    yield rf"\node[title] at {_at(16, paper.height - 26)} {{{_latex(first)}}};"
-    yield rf"\node[note] at {_at(16, paper.height - 40)} {{{_latex(second)}}};"
+    yield rf"\node[{kind}] at {_at(16.0, paper.height - 26.0)} {{{_latex(first)}}};"
+    yield rf"\node[note] at {_at(16.0, paper.height - 40.0)} {{{_latex(second)}}};"
 
 
 def _legend(graph: nx.MultiDiGraph) -> Iterator[str]:
@@ -207,23 +210,23 @@ def _legend(graph: nx.MultiDiGraph) -> Iterator[str]:
     for hue, width, word in samples:
         yield (
             rf"\draw[{_HUES[hue]}, line width={width * _POINTS:.2f}pt] "
-            rf"{_at(x, 30)} -- {_at(x + 18, 30)};"
+            rf"{_at(x, 30.0)} -- {_at(x + 18.0, 30.0)};"
         )
-        yield rf"\node[note] at {_at(x + 23, 27)} {{{_latex(word)}}};"
+        yield rf"\node[note] at {_at(x + 23.0, 27.0)} {{{_latex(word)}}};"
         x += 36 + 5 * len(word)
     low, high = f"-{limit:.2g}", f"+{limit:.2g}"
-    yield rf"\node[note] at {_at(x, 27)} {{{_latex(low)}}};"
+    yield rf"\node[note] at {_at(x, 27.0)} {{{_latex(low)}}};"
     x += 5 * len(low) + 4
     yield (
-        rf"\shade[left color=negative!85, right color=white] {_at(x, 26)} rectangle "
-        rf"{_at(x + 35, 34)};"
+        rf"\shade[left color=negative!85, right color=white] {_at(x, 26.0)} rectangle "
+        rf"{_at(x + 35.0, 34.0)};"
     )
     yield (
-        rf"\shade[left color=white, right color=positive!85] {_at(x + 35, 26)} rectangle "
-        rf"{_at(x + 70, 34)};"
+        rf"\shade[left color=white, right color=positive!85] {_at(x + 35.0, 26.0)} rectangle "
+        rf"{_at(x + 70.0, 34.0)};"
     )
-    yield rf"\node[note] at {_at(x + 74, 27)} {{{_latex(high)}}};"
-    yield rf"\node[note] at {_at(16, 12)} {{{_latex(paint.legend(graph))}}};"
+    yield rf"\node[note] at {_at(x + 74.0, 27.0)} {{{_latex(high)}}};"
+    yield rf"\node[note] at {_at(16.0, 12.0)} {{{_latex(paint.legend(graph))}}};"
 
 
 # -- texts -----------------------------------------------------------------------------------------

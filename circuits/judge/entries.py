@@ -20,6 +20,7 @@ from circuits.judge.areas import areas
 from circuits.judge.evaluation import Evaluation
 from circuits.judge.measures import percentiles
 from circuits.judge.resampling import holm, p_value, random_swaps, resamples
+from circuits.judge.tables import markdown
 
 __all__ = ["AGREEMENT", "MEASURES", "Bench", "Entry", "by_case"]
 
@@ -219,10 +220,11 @@ class Bench:
         for group in self.groups:
             cases = len({entry.case for entry in self.entries if entry.group == group})
             table = self.overview(group, baseline=baseline, intervals=True, seed=seed)
-            parts.append(f"**{group}**, mean over {cases} cases\n\n{_markdown(table)}")
+            parts.append(f"**{group}**, mean over {cases} cases\n\n{markdown(table.reset_index())}")
         if any(entry.true for entry in self.entries):
             wide = self.by_case("auroc").map(lambda v: "-" if np.isnan(v) else f"{v:.2f}")
-            parts.append(f"**Area under the ROC curve of the true edges**\n\n{_markdown(wide)}")
+            whole = markdown(wide.reset_index())
+            parts.append(f"**Area under the ROC curve of the true edges**\n\n{whole}")
         return "\n\n".join(parts) + "\n"
 
     def by_case(self, measure: str) -> pd.DataFrame:
@@ -310,9 +312,3 @@ def by_case(table: pd.DataFrame) -> pd.DataFrame:
 def _text(row: Any, intervals: bool) -> str:
     text = f"{row.value:.1f}×" if row.measure in COST else f"{row.value:.2f}"
     return f"{text} [{row.low:.2f}, {row.high:.2f}]" if intervals and row.low == row.low else text
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    lines = [[table.index.name or "", *table.columns], ["---"] * (1 + len(table.columns))]
-    lines += [[str(name), *row] for name, row in zip(table.index, table.to_numpy(), strict=True)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
