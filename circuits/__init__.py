@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
     from circuits.judge.known import auroc
     from circuits.judge.missed import missed
+    from circuits.judge.tables import to_latex, to_markdown
     from circuits.search.acdc import acdc
     from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
 
@@ -44,6 +45,8 @@ __all__ = [
     "random",
     "save",
     "threshold",
+    "to_latex",
+    "to_markdown",
     "to_mib",
     "top",
     "top_nodes",
@@ -66,6 +69,7 @@ lazy.lazily(
         "exact.verify": "verify",
         "judge.known": "auroc",
         "judge.missed": "missed",
+        "judge.tables": "to_latex to_markdown",
         "search.prune": "between connect greedy random threshold top top_nodes",
     },
 )
