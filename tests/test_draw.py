@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 
 import networkx as nx
 import numpy as np
