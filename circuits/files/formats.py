@@ -11,7 +11,7 @@ suffix       load     what it is
 .dot         yes      for Graphviz, layers as rows; attributes are data and style
 .csv         yes      a row for each edge; the nodes' attributes in comments above
 .svg         yes      a picture that stands alone; the graph as JSON in its metadata
-.html        yes      the interactive figure, works offline; the graph as JSON inside
+.html        yes      the explorer, works offline; the graph as JSON inside
 .pdf, .png   no       the same picture, drawn by kaleido and a browser
 .tex         no       the same picture in TikZ, for papers; compiles by itself
 .mmd         no       Mermaid, for Markdown files, layers as frames; up to 500 edges
