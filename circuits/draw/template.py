@@ -118,14 +118,14 @@ def framed(
         template=TEMPLATE,
         height=height,
         margin={"t": top, "b": below},
-        title={"text": "<br>".join(lines), "y": _top(lines, height),
+        title={"text": "<br>".join(lines), "y": _top(len(lines), height),
                "subtitle": {"text": "<br>".join(notes)}},
     )  # fmt: skip
 
 
-def _top(lines: Sequence[str], height: int) -> float:
+def _top(lines: int, height: Any) -> float:
     """Where a title has its top, twelve pixels below that of the figure."""
-    return 1 - (7.5 if len(lines) == 1 else 18) / height
+    return 1 - (7.5 if lines == 1 else 18) / float(height)
 
 
 def retitled(figure: go.Figure, title: str) -> go.Figure:
@@ -136,7 +136,7 @@ def retitled(figure: go.Figure, title: str) -> go.Figure:
     if layout.template == TEMPLATE and layout.height:
         layout.height += round(max(0, more) * _LEADING * _TITLE)
         layout.margin.t += round(max(0, more) * _LEADING * _TITLE)
-        layout.title.y = _top(lines, layout.height)
+        layout.title.y = _top(len(lines), layout.height)
     return figure
 
 

@@ -47,7 +47,6 @@ def to_markdown(
 ) -> str:
     """A table of results as Markdown, rounded, with its intervals: `0.83 [0.79, 0.87]`.
 
-    >>> from circuits.judge.tables import to_markdown
     >>> print(to_markdown(agreement([scores], effect)))
     >>> print(to_markdown(agreement([scores], effect), columns=["pearson", "overlap"], digits=3))
 
@@ -75,7 +74,6 @@ def to_latex(
 ) -> str:
     r"""A table of results as LaTeX, for the package `booktabs`; see `to_markdown`.
 
-    >>> from circuits.judge.tables import to_latex
     >>> print(to_latex(agreement([scores], effect)))
 
     It is a `tabular`, to be put into a `table` with a caption. All text is escaped.
