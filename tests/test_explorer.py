@@ -116,9 +116,10 @@ def test_large_circuits_show_the_strongest_and_say_so() -> None:
     graph = assemble(make_scores(layers=6, heads=8))
     assert size(graph) > 1500
     data = data_of(page_of(strongest(graph, 200), total=size(graph)))
-    assert (
-        150 < len(data["edges"]) <= 200 == len(data["edges"]) + data["left_out"] - size(graph) + 200
-    )
+    assert 150 < len(data["edges"]) <= 200
+    assert len(data["edges"]) + data["left_out"] == size(graph)
+    chosen = top(graph, edges=200)  # of which the short way must not differ
+    assert nx.utils.graphs_equal(strongest(graph, 200), chosen)
     assert strongest(graph, 5000) is graph
     loose = threshold(graph, 0.0, connected=False)
     loose.remove_node("logits")
@@ -145,7 +146,7 @@ def test_inline_is_a_frame_over_a_picture() -> None:
 def test_a_whole_model_is_shown_in_a_moment() -> None:
     text = inline(assemble(make_scores(layers=6, heads=8)))
     data = data_of(html.unescape(text.partition('srcdoc="')[2]))
-    assert 0 < len(data["edges"]) <= 500
+    assert 0 < len(data["edges"]) <= 300
 
 
 def test_what_cannot_be_explored_is_refused() -> None:

@@ -26,7 +26,7 @@ from relp import check_texts
 
 __all__ = ["Explorer", "explore", "inline"]
 
-_INLINE = 500
+_INLINE = OPEN
 """Edges that a notebook shows unasked: of whole models it shows the strongest, and says so."""
 
 
@@ -87,7 +87,7 @@ def explore(circuit: nx.MultiDiGraph, *, title: str | None = None, height: int =
 
 
 def inline(circuit: nx.MultiDiGraph) -> str:
-    """What a notebook shows of a circuit at the end of a cell: at most its 500 strongest edges."""
+    """What a notebook shows of a circuit at the end of a cell: at most its 300 strongest edges."""
     return _explorer(circuit, None, 640, _INLINE)._repr_html_()
 
 

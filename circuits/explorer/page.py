@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
+from heapq import nlargest
 from html import escape
 from importlib import resources
+from typing import Any
 
 import networkx as nx
 
 from circuits.draw import paint
 from circuits.explorer.view import view
-from circuits.graph import check_circuit, size
-from circuits.search.prune import top
+from circuits.graph import check_circuit, keep, real_edges, size
+from circuits.search.prune import connect, top
 
 __all__ = ["MOST", "json_text", "page_of", "strongest"]
 
@@ -52,8 +54,14 @@ def strongest(graph: nx.MultiDiGraph, edges: int) -> nx.MultiDiGraph:
     """
     if size(check_circuit(graph)) <= edges:
         return graph
-    connected = top(graph, edges=edges)
+    # of a whole model: all that can be chosen is among the first few, if enough of these are linked
+    few = keep(graph, (e[:3] for e in nlargest(4 * edges, real_edges(graph), key=_strength)))
+    connected = top(few if size(connect(few)) > edges else graph, edges=edges)
     return connected if size(connected) else top(graph, edges=edges, connected=False)
+
+
+def _strength(edge: tuple[str, str, str, dict[str, Any]]) -> float:
+    return abs(edge[3]["score"])
 
 
 def json_text(text: str) -> str:
