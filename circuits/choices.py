@@ -13,8 +13,8 @@ MIB = ".mib.json"
 GRAPH = ".graph.json"
 """How attribution graphs are told from them, which viewers of circuit-tracer's open."""
 SUFFIXES = (
-    *(".json", ".graphml", ".gexf", ".dot", ".csv", ".svg", ".html", ".pdf", ".png", ".mmd"),
-    *(MIB, GRAPH),
+    *(".json", ".graphml", ".gexf", ".dot", ".csv", ".svg", ".html", ".pdf", ".png", ".tex"),
+    *(".mmd", MIB, GRAPH),
 )
 """The formats that circuits are saved in: the keys of `circuits.files.formats.FORMATS`."""
 

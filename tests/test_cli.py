@@ -796,7 +796,10 @@ def test_only_pairs_that_are_answered_rightly_are_kept(model: Path) -> None:
 def test_compare_draws_what_it_prints(model: Path) -> None:
     result = relp("compare", "--model", model, "--pairs", 2, "--no-circuits", "--out", "pictures")
     assert result.exit_code == 0, result.output
-    assert [p.name for p in Path("pictures").iterdir()] == ["compare.html"]
+    assert files(Path("pictures")) == [f"compare.{s}" for s in ("csv", "html", "md", "tex")]
+    assert len(pd.read_csv("pictures/compare.csv")) == 5 * 8  # kinds by estimates
+    assert "| rules | kind |" in Path("pictures/compare.md").read_text().replace(" Pearson", "|")
+    assert "\\begin{tabular}" in Path("pictures/compare.tex").read_text()
     assert "faithfulness" not in result.stdout
     page = Path("pictures/compare.html").read_text()
     assert "wrote pictures/compare.html" in result.stdout

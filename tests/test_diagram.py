@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ET
 
@@ -335,14 +336,23 @@ def test_positions_are_lanes_with_the_names_of_their_tokens():
 
 def test_figures_are_light():
     figure = draw(make_circuit(edges=500, layers=8, heads=8))
-    assert len(figure.to_json()) < 1e6
+    assert len(figure.to_json()) < 1e6 and figure.layout.height < 3000
     assert len(figure.data) < 60, "each trace takes time to draw"
 
 
-@pytest.mark.parametrize("edges", [30, 1000])
-def test_small_and_large_circuits_can_be_drawn(edges):
-    circuit = make_circuit(edges=edges, layers=8, heads=8)
-    assert draw(circuit).layout.height < 4000
+def test_of_a_whole_model_the_strongest_edges_are_drawn(monkeypatch):
+    monkeypatch.setattr(sys.modules["circuits.draw.lanes"], "_DRAWN", 40)
+    circuit = assemble(make_scores(layers=4, heads=4))
+    figure = draw(circuit)
+    assert sum(int(np.isnan(t.x).sum()) for t in traces(figure)["edges"]) == 40
+    said = f"{size(circuit):,} of {size(circuit):,} edges, the 40 strongest drawn"
+    assert said in figure.layout.title.subtitle.text
+    root = drawn(circuit)
+    assert any(said in (e.text or "") for e in root.iter(f"{SVG}text"))
+    shown = {path.findtext(f"{SVG}title") for path in root.iter(f"{SVG}path")}
+    notes = zip(edge_notes(circuit), circuit.edges(data=True), strict=True)
+    strongest = sorted(notes, key=lambda edge: -abs(edge[1][2]["score"]))[:40]
+    assert shown == {note for note, _ in strongest}
 
 
 def test_an_empty_circuit_is_refused():

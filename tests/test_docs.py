@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -251,3 +255,43 @@ def test_what_the_readme_points_to_exists() -> None:
     links = re.findall(r"\]\(([^)#]+)", PAGES["README.md"].read_text())
     here = [link for link in links if not link.startswith("http")]
     assert len(here) > 5 and [link for link in here if not (ROOT / link).exists()] == []
+
+
+# -- the site --------------------------------------------------------------------------------------
+
+
+@pytest.mark.outside
+def test_the_site_is_built_and_read_without_a_network(tmp_path: Path) -> None:
+    """No warning while it is built; its pages ask for nothing, and what is searched is found."""
+    from playwright.sync_api import Page, sync_playwright
+
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (built.returncode, built.stderr) == (0, "")
+    asked, said = list[str](), list[str]()
+
+    def opened(page: Page) -> Page:
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        return page
+
+    with sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        for width in (1280, 420):
+            page = opened(browser.new_page(viewport={"width": width, "height": 800}))
+            for name in PAGES:
+                if name != "README.md":
+                    path = Path(name).relative_to("docs").with_suffix(".html")
+                    page.goto((tmp_path / path).as_uri())
+                    assert page.evaluate("document.documentElement.scrollWidth") == width, name
+        page = opened(browser.new_page(viewport={"width": 1280, "height": 800}))
+        page.goto((tmp_path / "recipes" / "task.html").as_uri())
+        page.click("input.md-search__input")
+        page.keyboard.type("midpoint", delay=20)
+        page.wait_for_selector(".md-search-result__item")
+        browser.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []

@@ -115,7 +115,7 @@ def test_the_saved_page_is_the_explorer_and_comes_back(tmp_path) -> None:
 def test_large_circuits_show_the_strongest_and_say_so() -> None:
     graph = assemble(make_scores(layers=6, heads=8))
     assert size(graph) > 1500
-    data = data_of(page_of(graph, most=200))
+    data = data_of(page_of(strongest(graph, 200), total=size(graph)))
     assert (
         150 < len(data["edges"]) <= 200 == len(data["edges"]) + data["left_out"] - size(graph) + 200
     )
@@ -510,6 +510,7 @@ def test_inside_a_notebook_it_keeps_to_itself(opened, tmp_path) -> None:
     page.mouse.wheel(0, -100)
     page.keyboard.up("Control")
     inside.wait_for_function(f"state.at.k > {scale}")
+    inside.evaluate("fit()")
     frame.locator(".node", has_text="embed").click()
     scale = inside.evaluate("state.at.k")
     page.mouse.move(box["x"] + 300, box["y"] + 300)

@@ -346,7 +346,7 @@ def test_unknown_suffixes_name_the_known_ones(tmp_path):
     known = r"\.json \.graphml \.gexf \.dot \.csv \.svg \.html "
     for name in ("c.jpg", "c", "c.SVG"):
         with pytest.raises(
-            ValueError, match=known + r"\.pdf \.png \.mmd \.mib\.json \.graph\.json; got"
+            ValueError, match=known + r"\.pdf \.png \.tex \.mmd \.mib\.json \.graph\.json; got"
         ):
             save(make_circuit(), tmp_path / name)
         with pytest.raises(ValueError, match=known + r"\.mib\.json \.graph\.json; got"):
@@ -354,7 +354,7 @@ def test_unknown_suffixes_name_the_known_ones(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [*READABLE, ".mmd"])
+@pytest.mark.parametrize("suffix", [*READABLE, ".tex", ".mmd"])
 def test_half_a_surrogate_pair_is_refused_wherever_it_is(suffix, tmp_path):
     def refuse(circuit, where, **options):
         with pytest.raises(ValueError) as error:
@@ -425,7 +425,7 @@ def test_places_that_cannot_be_written(tmp_path):
         load(tmp_path / "nothing.json")
 
 
-@pytest.mark.parametrize("suffix", [*READABLE, ".mmd"])
+@pytest.mark.parametrize("suffix", [*READABLE, ".tex", ".mmd"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(suffix, tmp_path, monkeypatch):
     path = save(make_circuit(), tmp_path / f"c{suffix}")
     before = path.read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ def test_it_is_a_story_with_short_cells(path: Path) -> None:
     first = notebook.cells[0].source
     assert first.startswith("# ") and "**You will learn**" in first and "**What it costs**" in first
     for cell in code(notebook):
-        assert "def " not in cell.source and len(cell.source.splitlines()) <= 16, cell.source
-    for one, other in pairwise(notebook.cells):  # no more than two cells without a word
-        assert (one.cell_type, other.cell_type) != ("markdown", "markdown")
+        assert "def " not in cell.source and len(cell.source.splitlines()) <= 18, cell.source
+    kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
+    assert "ccc" not in kinds  # at most two cells without a word between
 
 
 @each

@@ -15,7 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from circuits.draw import paint
-from circuits.draw.lanes import by_lane
+from circuits.draw.lanes import drawn
 from circuits.draw.layout import BOX, PORTS, Point, bands, bezier, lanes, layout, routes
 from circuits.draw.template import TEMPLATE
 
@@ -53,7 +53,7 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    graph = by_lane(graph)
+    whole, graph = graph, drawn(graph)
     positions, unit = layout(graph), paint.pixels(graph)
     lines = _lines(graph, positions)
     figure = go.Figure(
@@ -72,13 +72,13 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
     layers, columns = bands(graph, positions), lanes(graph, positions)
     foot = 34.0 if columns else 8.0  # names of lanes
     margin = {"l": 64, "r": 110, "t": 68, "b": foot + 60}
-    height = margin["t"] + margin["b"] + unit[1] * (high - low)
+    height = round(margin["t"] + margin["b"] + unit[1] * (high - low))
     figure.update_layout(
         template=TEMPLATE,
         title={
             "text": paint.plain(paint.heading(graph)),
             "y": 1 - 8 / height,
-            "subtitle": {"text": paint.plain(paint.measured(graph))},
+            "subtitle": {"text": paint.plain(paint.measured(whole, graph))},
         },
         legend={
             "orientation": "h",
@@ -86,7 +86,7 @@ def diagram(graph: nx.MultiDiGraph) -> go.Figure:
             "y": -foot / (unit[1] * (high - low)),
             "yanchor": "top",
         },
-        width=max(560.0, margin["l"] + margin["r"] + unit[0] * (right - left)),
+        width=max(560, round(margin["l"] + margin["r"] + unit[0] * (right - left))),
         height=height,
         hoverdistance=12,
         shapes=_backdrop(layers, columns, (left, right), (low, high)),

@@ -15,10 +15,12 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.graph import check_circuit, real_edges
+from circuits.graph import check_circuit, keep, real_edges, size
 
-__all__ = ["by_lane"]
+__all__ = ["by_lane", "drawn"]
 
+_DRAWN = 2000
+"""Edges that a picture has, the strongest: more can neither be read nor opened."""
 _CARRIES = {"head", "kv", "attn", "mixer"}
 """Kinds of components that write at other places than they read at."""
 
@@ -91,3 +93,16 @@ def _suffixes(graph: nx.MultiDiGraph) -> Callable[[int], str]:
     """What is put behind a component's name at a position: `@14`, or `@IO` by span."""
     spans = json.loads(graph.graph["places"]) if graph.graph["by_span"] else []
     return lambda pos: "" if pos < 0 else f"@{spans[pos] if pos < len(spans) else pos}"
+
+
+def drawn(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
+    """What pictures show of a circuit: its strongest edges, with a node for each place.
+
+    Raises:
+        TypeError, ValueError: `graph` is no circuit.
+    """
+    result = by_lane(graph)
+    if size(result) <= _DRAWN:
+        return result
+    ranked = sorted(real_edges(result), key=lambda edge: -abs(edge[3]["score"]))
+    return keep(result, (edge[:3] for edge in ranked[:_DRAWN]))

@@ -304,10 +304,11 @@ def routes(
 
     Edges leave at the top of a box and enter at the bottom, q, k and v side by side. Each one bows
     as far to the side as it needs to pass by the boxes in between, and stays in its lane; the
-    strongest have the most ways to choose from. What a head read for its other places goes on from
-    below it, where it came in.
+    strongest have the most ways to choose from, and the weakest of thousands none. What a head
+    read for its other places goes on from below it, where it came in.
     """
-    grid, strong = _Grid.of(graph, positions), _strongest(graph, _STRONG)
+    grid = _Grid.of(graph, positions)
+    strong, others = (_strongest(graph, count) for count in (_STRONG, _BOWED))
     result: dict[tuple[str, str, str], Curve] = {}
     seen: dict[tuple[str, str, str], int] = defaultdict(int)
     for u, v, key, data in graph.edges(keys=True, data=True):
@@ -321,8 +322,10 @@ def routes(
         nth = seen[u, v, data["slot"]]
         seen[u, v, data["slot"]] += 1
         fan = 0.14 * ((nth + 1) // 2) * (1 if nth % 2 else -1)
-        bows = _BOWS[(u, v, key) in strong]
-        lean, land = grid.bow(start, end, bows, graph.nodes[u].get("pos", -1))
+        lean, land = 0.0, 0.0
+        if (u, v, key) in others or data["structural"]:
+            bows = _BOWS[(u, v, key) in strong]
+            lean, land = grid.bow(start, end, bows, graph.nodes[u].get("pos", -1))
         rise = _RISE * max(end[1] - start[1], 0.4)
         result[u, v, key] = (
             start, (start[0] + lean + fan, start[1] + rise),
@@ -352,8 +355,8 @@ def _ways(steps: Sequence[float]) -> np.ndarray:
     return np.array(sorted(ways, key=lambda way: way[2]))
 
 
-_STRONG = 60
-"""Edges that may choose from many ways."""
+_STRONG, _BOWED = 60, 3000
+"""How many edges, the strongest, may choose from many ways, and from some."""
 _BOWS = (
     _ways((0.0, 0.4, -0.4, 0.9, -0.9, 1.6, -1.6, 2.6, -2.6)),
     _ways([step / 5 for step in range(-15, 16)]),

@@ -144,11 +144,12 @@ def extent(graph: nx.MultiDiGraph) -> str:
     return f"{size(graph):,} of {graph.graph['total_edges']:,} edges"
 
 
-def measured(graph: nx.MultiDiGraph) -> str:
-    """How large a circuit is, and what its scores are shares of."""
-    g = graph.graph
+def measured(graph: nx.MultiDiGraph, drawn: nx.MultiDiGraph | None = None) -> str:
+    """How large a circuit is, how much of it is drawn, and what its scores are shares of."""
+    g, most = graph.graph, size(graph if drawn is None else drawn)
     metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
-    return f"{extent(graph)} · {metric}"
+    part = f", the {most:,} strongest drawn" if most < size(graph) else ""
+    return f"{extent(graph)}{part} · {metric}"
 
 
 def has_lanes(graph: nx.MultiDiGraph) -> bool:

@@ -9,8 +9,18 @@ from typing import NamedTuple
 import networkx as nx
 
 from circuits.draw import paint
-from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, PORTS, Curve, Point, bands, frame, lanes, layout, routes
+from circuits.draw.lanes import drawn
+from circuits.draw.layout import (
+    BOX,
+    PORTS,
+    Curve,
+    Point,
+    bands,
+    frame,
+    lanes,
+    layout,
+    routes,
+)
 
 __all__ = ["METADATA", "picture"]
 
@@ -42,7 +52,7 @@ def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | No
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    graph = by_lane(graph)
+    whole, graph = graph, drawn(graph)
     positions = layout(graph)
     curves = routes(graph, positions)
     columns = lanes(graph, positions)
@@ -53,7 +63,7 @@ def picture(graph: nx.MultiDiGraph, title: str | None = None, metadata: str | No
         _add(svg, "metadata", text=metadata, id=METADATA)
     _add(svg, "style", text=_STYLE)
     _add(svg, "rect", width="100%", height="100%", fill="#ffffff")
-    _heading(svg, graph, title, canvas.width)
+    _heading(svg, title, whole, graph, canvas.width)
     _bands(svg, bands(graph, positions), canvas)
     _lanes(svg, columns, canvas)
     _edges(svg, graph, curves, canvas)
@@ -146,12 +156,14 @@ def _fit(text: str, px: float, room: float, least: int = 8) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
-def _heading(svg: ET.Element, graph: nx.MultiDiGraph, title: str | None, width: float) -> None:
+def _heading(
+    svg: ET.Element, title: str | None, whole: nx.MultiDiGraph, graph: nx.MultiDiGraph, width: float
+) -> None:
     g, room = graph.graph, width - 2 * _MARGIN
     source = f"{g['task']} · {g['model']}"
     first = title or source
     second = f"{source} · " if title else ""
-    second += f"{g['rules']} · {g['direction']} · {paint.measured(graph)}"
+    second += f"{g['rules']} · {g['direction']} · {paint.measured(whole, graph)}"
     px = max(13.0, min(20.0, room / (0.55 * len(first) + 1)))  # smaller before it is cut
     _label(svg, _MARGIN, 42.0, _fit(first, px, room), px, font_weight="600")
     _label(svg, _MARGIN, 65.0, _fit(second, 13.0, room), 13.0, style=_CAPTION)

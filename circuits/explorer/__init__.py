@@ -19,9 +19,9 @@ from html import escape
 import networkx as nx
 
 from circuits.draw.svg import picture
-from circuits.explorer.page import page_of, strongest
+from circuits.explorer.page import MOST, page_of, strongest
 from circuits.explorer.view import OPEN
-from circuits.graph import check_circuit
+from circuits.graph import size
 from relp import check_texts
 
 __all__ = ["Explorer", "explore", "inline"]
@@ -83,16 +83,16 @@ def explore(circuit: nx.MultiDiGraph, *, title: str | None = None, height: int =
     if height < 200:
         raise ValueError(f"`height` must be 200 pixels or more; got {height}; leave it out for 640")
     check_texts("the title", title)
-    return _explorer(check_circuit(circuit), title, height)
+    return _explorer(circuit, title, height, MOST)
 
 
 def inline(circuit: nx.MultiDiGraph) -> str:
     """What a notebook shows of a circuit at the end of a cell: at most its 500 strongest edges."""
-    return _explorer(circuit, None, 640, most=_INLINE)._repr_html_()
+    return _explorer(circuit, None, 640, _INLINE)._repr_html_()
 
 
-def _explorer(circuit: nx.MultiDiGraph, title: str | None, height: int, **most: int) -> Explorer:
+def _explorer(circuit: nx.MultiDiGraph, title: str | None, height: int, most: int) -> Explorer:
+    shown = strongest(circuit, most)
+    page = page_of(shown, title, total=size(circuit))
     said = title or f"{circuit.graph['task']} · {circuit.graph['model']}"
-    return Explorer(
-        page_of(circuit, title, **most), picture(strongest(circuit, OPEN), title), said, height
-    )
+    return Explorer(page, picture(strongest(shown, OPEN), title), said, height)

@@ -72,3 +72,9 @@ const sign = (score) => (score > 0 ? "positive" : score < 0 ? "negative" : "");
 
 /** What a node is called: by its component, and where it is. */
 const called = (node) => `${node.label || "(no name)"}${node.place ? ` at ${node.place}` : ""}`;
+
+/** What hovering over a node says; `heard` and `said` are its edges that are shown. */
+function described(node) {
+  const score = node.score === null ? "" : ` · ${data.scored} ${signed(node.score)}`;
+  return `${called(node)}${score} · ${node.heard} in, ${node.said} out`;
+}

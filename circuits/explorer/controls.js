@@ -14,6 +14,9 @@ const zoom = d3.zoom()
   .filter((event) => (event.type === "wheel"
     ? event.ctrlKey || event.metaKey || awake()
     : !event.button && !event.target.closest("#panel, #map")))
+  // a pinch comes as Ctrl and a wheel that turns little; a wheel with Ctrl held turns as without
+  .wheelDelta(({ deltaY, deltaMode, ctrlKey }) => -deltaY
+    * (deltaMode === 1 ? 0.05 : deltaMode ? 1 : 0.002) * (ctrlKey && Math.abs(deltaY) < 40 ? 10 : 1))
   .on("start", () => touch(null))
   .on("zoom", (event) => {
     state.at = event.transform;
@@ -54,11 +57,12 @@ function reveal(node) {
 
 new ResizeObserver(() => { bounds(); if (moved) place(); else fit(); }).observe(stage);
 
+let hidden; // when the hint will be
 stage.addEventListener("wheel", (event) => {
   if (!framed || awake() || event.ctrlKey || event.metaKey) return;
   el("hint").hidden = false;
-  clearTimeout(say.later);
-  say.later = setTimeout(() => { el("hint").hidden = true; }, 900);
+  clearTimeout(hidden);
+  hidden = setTimeout(() => { el("hint").hidden = true; }, 900);
 }, { passive: true });
 
 for (const kind of ["pointerdown", "pointermove"]) {
@@ -79,7 +83,7 @@ for (const kind of ["pointerdown", "pointermove"]) {
 /** The node that the mouse is on. */
 const under = (event) => event.target.closest(".node")?.__data__ ?? null;
 
-/** Points along an edge, made when first asked for. */
+/** Points along an edge, and its ends up and down, made when first asked for. */
 function path(edge) {
   if (edge.path) return edge.path;
   const [a, b, c, d, e, f, g, h] = edge.curve;
@@ -87,6 +91,8 @@ function path(edge) {
     const t = (i >> 1) / 24, s = 1 - t, [p, q, r, l] = i % 2 ? [b, d, f, h] : [a, c, e, g];
     return s * s * s * p + 3 * s * s * t * q + 3 * s * t * t * r + t * t * t * l;
   });
+  const heights = edge.path.filter((_, i) => i % 2);
+  Object.assign(edge, { top: Math.min(...heights), bottom: Math.max(...heights) });
   return edge.path;
 }
 
@@ -96,7 +102,7 @@ function nearest(x, y, far) {
   const some = state.chosen || state.hits ? d3.selectAll("#lit path").data() : state.shown;
   for (let n = some.length - 1; n >= 0; n--) {
     const at = path(some[n]);
-    if (y > at[1] + far && y > at[49] + far || y < at[1] - far && y < at[49] - far) continue;
+    if (y > some[n].bottom + far || y < some[n].top - far) continue;
     for (let i = 0; i < 48; i += 2) {
       const dx = at[i + 2] - at[i], dy = at[i + 3] - at[i + 1];
       const t = Math.max(0, Math.min(1, ((x - at[i]) * dx + (y - at[i + 1]) * dy) / (dx * dx + dy * dy || 1)));
@@ -131,7 +137,7 @@ stage.addEventListener("pointermove", (event) => {
   const [x, y] = state.at.invert([event.clientX - box.x, event.clientY - box.y]);
   const edge = node ? null : nearest(x, y, 7 / state.at.k);
   touch(edge);
-  if (node || edge) tip((node ?? edge).note, event);
+  if (node || edge) tip(node ? described(node) : edge.note, event);
 });
 stage.addEventListener("pointerleave", () => touch(null));
 
@@ -147,7 +153,7 @@ function choose(node, { focus = false } = {}) {
   if (node) {
     reveal(node);
     if (focus) node.element.focus({ preventScroll: true });
-    say(`${node.note}; ${real(paths(node, state.shown)).length} edges on its paths`);
+    say(`${described(node)}; ${real(paths(node, state.shown)).length} edges on its paths`);
   }
 }
 
@@ -180,7 +186,7 @@ function showPanel() {
   close.setAttribute("aria-label", "Close");
   close.addEventListener("click", () => choose(null));
   add(panel, "h2", called(node));
-  const score = node.score === null ? "" : `score ${signed(node.score)} · `;
+  const score = node.score === null ? "" : `${data.scored} ${signed(node.score)} · `;
   add(panel, "p", `${score}${real(lit).length} edges on its paths`);
   for (const [title, own, other] of [["Incoming", "to", "from"], ["Outgoing", "from", "to"]]) {
     const some = lit.filter((edge) => edge[own] === node).reverse();
@@ -425,9 +431,9 @@ function toPaper() {
   const style = document.documentElement.style, before = [style.colorScheme, state.at];
   style.colorScheme = "light";
   mix();
-  const width = RIGHT - LEFT + 100, height = BOTTOM - TOP + 40;
+  const width = RIGHT - LEFT + 100, height = BOTTOM - TOP + (data.lanes.length ? 60 : 20);
   state.at = d3.zoomIdentity.translate(80 - LEFT, 10 - TOP);
-  placeNames();
+  placeNames(height);
   el("paper").replaceChildren(picture(state.at, width, height));
   [style.colorScheme, state.at] = before;
   mix();

@@ -22,22 +22,18 @@ MOST = 3000
 _SCRIPTS = ("d3.js", "circuit.js", "scene.js", "controls.js")
 
 
-def page_of(graph: nx.MultiDiGraph, title: str | None = None, *, most: int = MOST) -> str:
-    """The page of a circuit, which works offline.
-
-    >>> page_of(circuit).startswith("<!doctype html>")
-    True
+def page_of(graph: nx.MultiDiGraph, title: str | None = None, *, total: int | None = None) -> str:
+    """The page of a circuit, which works offline; call it with `strongest(circuit, MOST)`.
 
     Args:
-        graph: a circuit.
+        graph: a circuit, or what is shown of one.
         title: plain text in place of the task and the model.
-        most: show the strongest edges, and say so, if the circuit has more than these.
+        total: how many edges the circuit has that `graph` was taken of; the page says so.
 
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    shown = strongest(graph, most)
-    data = view(shown, title, left_out=size(graph) - size(shown))
+    data = view(graph, title, left_out=0 if total is None else total - size(graph))
     pieces = {
         "title": escape(title or paint.heading(graph)),
         "style": _asset("page.css"),

@@ -5,9 +5,14 @@
 const stage = document.getElementById("stage");
 const sheets = ["ground", "edges", "front"].map((id) => document.getElementById(id));
 const RIM = 160; // pixels around the stage that are painted too, so that moving shows no gap
-const READABLE = 0.5; // the longest labels have eight pixels at this scale: no circuit opens smaller
 const [LEFT, TOP, RIGHT, BOTTOM] = data.frame;
 const [BOX_WIDTH, BOX_HEIGHT] = data.box;
+
+/** The largest size of letters with which a label fits into its box. */
+const fits = (letters) => (BOX_WIDTH - 4) / (0.6 * Math.max(1, letters));
+
+// No circuit opens smaller: the longest labels, but for odd ones, have eight pixels at this scale.
+const READABLE = Math.min(1, 8.1 / fits(Math.min(8, Math.max(...nodes.map((node) => node.label.length)))));
 document.documentElement.style.setProperty("--rim", `${RIM}px`);
 
 /** The last step with at most so many edges as a circuit opens with. */
@@ -43,6 +48,7 @@ function paintBands() {
   ground.selectAll(".lane").data(data.lanes).join("rect").attr("class", "lane").attr("rx", 8)
     .attr("y", TOP).attr("height", BOTTOM - TOP + 24)
     .attr("x", (lane) => lane.low + 3).attr("width", (lane) => lane.high - lane.low - 6);
+  d3.select("#names").append("rect").attr("class", "shelf").attr("height", 24); // below names of lanes
   d3.select("#names").selectAll(".layer").data(data.bands).join("text")
     .attr("class", "layer").text((band) => band.label);
   d3.select("#names").selectAll(".lane").data(data.lanes).join("text")
@@ -54,7 +60,6 @@ function paintNodes() {
   groups.attr("class", (node) => `node ${node.kind}${Math.abs(node.share) > 0.62 ? " strong" : ""}`)
     .attr("transform", (node) => `translate(${node.x} ${node.y})`)
     .attr("role", "button").attr("tabindex", -1).attr("aria-pressed", "false")
-    .attr("aria-label", (node) => node.note)
     .each(function (node) { node.element = this; });
   for (const part of ["box", "tint"]) {
     groups.append("rect").attr("class", (node) => `${part} ${part === "tint" ? sign(node.share) : ""}`)
@@ -78,11 +83,15 @@ function paintEdges() {
       .attr("d", (edge) => curve(edge.curve)).attr("class", dressed)
       .attr("stroke-width", wide(0.4)).attr("stroke-opacity", (edge) => edge.opacity))
     .order();
-  const used = new Set(state.shown.flatMap((edge) => [edge.from, edge.to]));
-  for (const node of nodes) node.used = used.has(node);
+  for (const node of nodes) Object.assign(node, { used: false, heard: 0, said: 0 });
+  for (const { from, to, kin } of state.shown) {
+    from.used = to.used = true;
+    if (!kin) { to.heard += 1; from.said += 1; }
+  }
   if (state.chosen && !state.chosen.used) state.chosen = null;
   if (!state.active?.used) state.active = nodes.find((node) => node.used) ?? null;
-  d3.selectAll(".node").attr("visibility", (node) => (node.used ? null : "hidden"));
+  d3.selectAll(".node").attr("visibility", (node) => (node.used ? null : "hidden"))
+    .attr("aria-label", described);
   paintChoice();
   paintMap();
 }
@@ -121,8 +130,7 @@ function label() {
   const far = state.painted.k < 0.62; // slots could not be read
   sheets[2].classList.toggle("far", far);
   d3.selectAll(".node").each(function (node) {
-    const fits = (BOX_WIDTH - 4) / (0.6 * Math.max(1, node.label.length));
-    const size = Math.min(fits, Math.max(13, 9.5 / state.painted.k));
+    const size = Math.min(fits(node.label.length), Math.max(13, 9.5 / state.painted.k));
     const drop = far ? 0.36 * size : node.slots.length ? 0.5 : 4.5;
     d3.select(this).select(".label").attr("font-size", size.toFixed(2)).attr("y", drop.toFixed(2));
   });
@@ -157,15 +165,16 @@ function settle() {
   placeNames();
 }
 
-/** Names of layers keep to the left edge of the stage, those of lanes to its lower edge. */
-function placeNames() {
-  const { at } = state;
-  const x = Math.max(10, at.applyX(LEFT - 58)), y = stage.clientHeight - 10;
+/** Names of layers keep to the left edge of what is seen, those of lanes to its lower edge. */
+function placeNames(height = stage.clientHeight) {
+  const { at } = state, low = at.applyY(BOTTOM + 24) + 14, x = Math.max(10, at.applyX(LEFT - 58));
   d3.selectAll("#names .layer").attr("x", x)
     .attr("y", (band) => at.applyY((band.low + band.high) / 2) + 4);
-  d3.selectAll("#names .lane").attr("y", Math.min(y, at.applyY(BOTTOM + 24) + 14))
+  d3.selectAll("#names .lane").attr("y", Math.min(height - 8, low))
     .attr("x", (lane) => at.applyX((lane.low + lane.high) / 2))
     .text((lane) => cut(lane.label, ((lane.high - lane.low) * at.k) / 7));
+  d3.selectAll("#names .shelf").attr("y", height - 24).attr("width", stage.clientWidth)
+    .attr("visibility", data.lanes.length && low > height ? null : "hidden");
   d3.select("#touched").attr("transform", at.toString());
 }
 
@@ -180,7 +189,10 @@ function fitted() {
   const under = data.lanes.length ? 56 : 16; // names of lanes
   const whole = Math.min(width / (RIGHT - LEFT + names + 20), height / (BOTTOM - TOP + under));
   const k = Math.min(1.4, Math.max(READABLE, whole));
-  const x = width / 2 - (k * (LEFT - names + RIGHT)) / 2;
+  const room = width - k * (RIGHT - LEFT + names + 20); // below 0: the first output is in the middle
+  const middle = room < 0 ? outputs[0].x : (LEFT - names + RIGHT) / 2;
+  const left = k * (names - LEFT); // where the circuit begins at the left edge of the stage
+  const x = room < 0 ? Math.min(left, Math.max(left + room, width / 2 - k * middle)) : width / 2 - k * middle;
   const tall = k * (BOTTOM - TOP + under) > height;
   const y = tall ? 8 - k * TOP : height / 2 - (k * (TOP + BOTTOM + under - 16)) / 2;
   return d3.zoomIdentity.translate(x, y).scale(k);

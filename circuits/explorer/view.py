@@ -51,6 +51,8 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
         "legend": paint.legend(drawn),
         "left_out": left_out,
         "prompt": json.loads(g["prompt"]),
+        # a place's score is the sum of its edges here: what it does in the whole model is not known
+        "scored": "score of its edges here" if paint.has_lanes(drawn) else "score",
         "by_token": g["positions"] and not g["by_span"],  # a lane is a token of the prompt
         "open": OPEN,
         "box": [BOX[0] * across, BOX[1] * up],
@@ -77,7 +79,6 @@ def _nodes(graph: nx.MultiDiGraph, places: Mapping[str, Point]) -> list[dict[str
             "score": data["score"] if _writes(graph, node) else None,
             "share": _round(max(-1.0, min(1.0, data["score"] / limit))),
             "slots": paint.node_slots(graph, node),
-            "note": paint.node_note(graph, node),
             "x": places[node][0],
             "y": places[node][1],
         }

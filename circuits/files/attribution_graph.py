@@ -72,15 +72,16 @@ def to_attribution_graph(graph: nx.MultiDiGraph, title: str | None = None) -> st
         _node({"kind": "embed", "head": -1, "layer": -1, "name": "embed", "pos": pos}, deepest, "")
         for pos in sorted({*range(len(tokens))} - embedded)
     ]  # viewers show the tokens that are embedded
+    named = title or f"{paint.heading(graph)} · {paint.extent(graph)}"
     described = {
         "metadata": {
-            "slug": re.sub(r"[^a-z0-9]+", "-", (title or paint.heading(graph)).lower()).strip("-"),
+            "slug": re.sub(r"[^a-z0-9]+", "-", named.lower()).strip("-") or "circuit",
             "scan": graph.graph["model"],
             "transcoder_list": [],
             "prompt_tokens": tokens,
             "prompt": "".join(json.loads(graph.graph["prompt"])) or " ".join(tokens),
             "info": {
-                "description": title or f"{paint.heading(graph)} · {paint.extent(graph)}",
+                "description": named,
                 "generator": {"name": "relp", "version": graph.graph["versions"]},
             },
             "generation_settings": {

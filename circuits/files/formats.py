@@ -11,8 +11,9 @@ suffix       load     what it is
 .dot         yes      for Graphviz, layers as rows; attributes are data and style
 .csv         yes      a row for each edge; the nodes' attributes in comments above
 .svg         yes      a picture that stands alone; the graph as JSON in its metadata
-.html        yes      the interactive figure, works offline; the graph as JSON inside
+.html        yes      the explorer, works offline; the graph as JSON inside
 .pdf, .png   no       the same picture, drawn by kaleido and a browser
+.tex         no       the same picture in TikZ, for papers; compiles by itself
 .mmd         no       Mermaid, for Markdown files, layers as frames; up to 500 edges
 .mib.json    yes      EAP-IG's and MIB's graphs (`circuits.files.mib`): all edges of a
                       model
@@ -48,6 +49,7 @@ from circuits.files.mermaid import to_mermaid
 from circuits.files.node_link import from_json, to_json
 from circuits.files.svg import from_svg, to_svg
 from circuits.files.texts import check_storable, read_circuit, write_file
+from circuits.files.tikz import to_tikz
 from circuits.graph import check_circuit
 from relp import check_texts
 
@@ -88,6 +90,7 @@ FORMATS: Mapping[str, Format] = {
     ".html": Format(to_html, from_html, to_page),
     ".pdf": _image("pdf"),
     ".png": _image("png"),
+    ".tex": Format(to_tikz),
     ".mmd": Format(to_mermaid),
     MIB: Format(mib.to_text, mib.from_text, said=mib.SAID, shape=mib.Shape.of),
     GRAPH: Format(

@@ -7,8 +7,9 @@ from html import escape
 import networkx as nx
 import plotly.graph_objects as go
 
-from circuits.explorer.page import json_text, page_of
+from circuits.explorer.page import MOST, json_text, page_of, strongest
 from circuits.files.node_link import FORMAT, from_json, to_json
+from circuits.graph import size
 
 __all__ = ["from_html", "to_html", "to_page"]
 
@@ -17,7 +18,8 @@ _SCRIPT = f'<script type="application/json" id="{FORMAT}">'
 
 def to_html(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     """The explorer's page, with the graph inside."""
-    before, tag, after = page_of(graph, title).rpartition("</body>")
+    page = page_of(strongest(graph, MOST), title, total=size(graph))
+    before, tag, after = page.rpartition("</body>")
     return f"{before}{_SCRIPT}{json_text(to_json(graph))}</script>\n{tag}{after}"
 
 

@@ -1,16 +1,20 @@
 """Circuits and figures as .png, .pdf and .svg, as a browser draws them; nothing is fetched.
 
-Kaleido turns plotly figures into images, with the Chrome or Chromium that is there. A circuit's
-picture goes the same way, as the only image of an empty figure: in a .pdf lines stay lines, and
-letters letters.
+Kaleido turns plotly figures into images, with the Chrome or Chromium that is there. A circuit's own
+picture is printed by the same browser: in a .pdf lines stay lines, and letters letters.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import networkx as nx
 import plotly.graph_objects as go
@@ -23,6 +27,10 @@ _SIZE = (1000, 600)
 """Pixels of a figure that has no width or height of its own."""
 _SHARPNESS = 2
 """Pixels of a .png for each of them."""
+_PATIENCE = 90.0
+"""Seconds that a browser is waited for."""
+_INCH = 96.0
+"""Pixels of an inch of paper."""
 
 
 def circuit_image(graph: nx.MultiDiGraph, title: str | None, kind: str) -> bytes:
@@ -33,20 +41,37 @@ def circuit_image(graph: nx.MultiDiGraph, title: str | None, kind: str) -> bytes
         RuntimeError: as `figure_image`.
     """
     svg = picture(graph, title)
-    drawn = ET.fromstring(svg)
-    page = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1}
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode()
-    figure = go.Figure(
-        layout={
-            "width": float(drawn.get("width", "")),
-            "height": float(drawn.get("height", "")),
-            "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
-            "xaxis": {"visible": False},
-            "yaxis": {"visible": False},
-            "images": [{"source": source, "sizing": "stretch", **page}],
-        }
-    )
-    return figure_image(figure, kind)
+    with _browser(kind), ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own
+        printed = asyncio.wait_for(_printed(svg, kind), _PATIENCE)
+        return aside.submit(asyncio.run, printed).result()
+
+
+async def _printed(svg: str, kind: str) -> bytes:
+    from choreographer import Browser
+
+    root = ET.fromstring(svg)
+    width, height = (float(root.get(side, "")) for side in ("width", "height"))
+    async with Browser() as browser:
+        tab = await browser.create_tab()
+
+        async def ask(command: str, **options: Any) -> dict[str, Any]:
+            answer = await tab.send_command(command, params=options)
+            if "error" in answer:
+                raise RuntimeError(answer["error"]["message"])
+            return dict(answer["result"])
+
+        frame = (await ask("Page.getFrameTree"))["frameTree"]["frame"]["id"]
+        page = f'<body style="margin:0">{svg.partition("?>")[2]}'
+        await ask("Page.setDocumentContent", frameId=frame, html=page)
+        if kind == "pdf":
+            paper = {"paperWidth": width / _INCH, "paperHeight": height / _INCH}
+            margins = {f"margin{side}": 0 for side in ("Top", "Right", "Bottom", "Left")}
+            options = {"printBackground": True, "pageRanges": "1", **paper, **margins}
+            done = await ask("Page.printToPDF", **options)
+        else:
+            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": _SHARPNESS}
+            done = await ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        return base64.b64decode(done["data"])
 
 
 def figure_image(figure: go.Figure, kind: str) -> bytes:
@@ -56,14 +81,6 @@ def figure_image(figure: go.Figure, kind: str) -> bytes:
         ValueError: kaleido or a browser is not there.
         RuntimeError: the browser did not draw it.
     """
-    if find_spec("kaleido") is None:
-        raise ValueError(
-            "images must be drawn with the package kaleido; it is not installed; in a checkout of "
-            'relp type pip install -c constraints.txt ".[images]", or save as .html'
-        )
-    import kaleido
-    from kaleido import errors
-
     own = (figure.layout, figure.layout.template.layout)
     width, height = (
         next((layout[side] for layout in own if layout[side]), least)
@@ -71,8 +88,26 @@ def figure_image(figure: go.Figure, kind: str) -> bytes:
     )
     sharpness = _SHARPNESS if kind == "png" else 1
     size = {"format": kind, "width": width, "height": height, "scale": sharpness}
-    try:  # without its own choice of MathJax, which is fetched
-        return bytes(kaleido.calc_fig_sync(figure.to_dict(), size, kopts={"mathjax": False}))
+    with _browser(kind):
+        import kaleido
+
+        # MathJax would be fetched
+        options = {"mathjax": False, "timeout": _PATIENCE}
+        return bytes(kaleido.calc_fig_sync(figure.to_dict(), size, kopts=options))
+
+
+@contextmanager
+def _browser(kind: str) -> Iterator[None]:
+    """Says what is missing or went wrong, in one sentence."""
+    if find_spec("kaleido") is None:
+        raise ValueError(
+            "images must be drawn with the package kaleido; it is not installed; in a checkout of "
+            'relp type pip install -c constraints.txt ".[images]", or save as .html'
+        )
+    from choreographer import errors  # what kaleido finds and starts browsers with
+
+    try:
+        yield
     except errors.ChromeNotFoundError as error:
         looked = os.environ.get("BROWSER_PATH")
         raise ValueError(

@@ -13,8 +13,18 @@ from collections.abc import Iterator
 import networkx as nx
 
 from circuits.draw import paint
-from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, PORTS, Curve, Point, bands, frame, lanes, layout, routes
+from circuits.draw.lanes import drawn
+from circuits.draw.layout import (
+    BOX,
+    PORTS,
+    Curve,
+    Point,
+    bands,
+    frame,
+    lanes,
+    layout,
+    routes,
+)
 
 __all__ = ["to_tikz"]
 
@@ -69,7 +79,7 @@ def to_tikz(graph: nx.MultiDiGraph, title: str | None = None) -> str:
     Raises:
         TypeError, ValueError: `graph` is no circuit, or empty.
     """
-    graph = by_lane(graph)
+    whole, graph = graph, drawn(graph)
     positions = layout(graph)
     curves = routes(graph, positions)
     paper = _Paper(graph, positions, curves)
@@ -87,7 +97,7 @@ def to_tikz(graph: nx.MultiDiGraph, title: str | None = None) -> str:
                 *_backdrop(graph, positions, paper),
                 *_edges(graph, curves, paper),
                 *_nodes(graph, positions, paper),
-                *_heading(graph, title, paper),
+                *_heading(title, whole, graph, paper),
                 *_legend(graph),
             ]
         ),
@@ -188,13 +198,17 @@ def _nodes(graph: nx.MultiDiGraph, positions: dict[str, Point], paper: _Paper) -
             yield rf"\node[slot{ink}] at {_at(x + PORTS[slot] * w, y - h / 2 + 2.6)} {{{slot}}};"
 
 
-def _heading(graph: nx.MultiDiGraph, title: str | None, paper: _Paper) -> Iterator[str]:
+def _heading(
+    title: str | None, whole: nx.MultiDiGraph, graph: nx.MultiDiGraph, paper: _Paper
+) -> Iterator[str]:
     g, room = graph.graph, paper.width - 32
     source = f"{g['task']} · {g['model']}"
     kind = "title" if len(title or source) * 6.6 < room else "long title"
     first = _fit(title or source, room * 4.4 / (6.6 if kind == "title" else 5.0))
     second = f"{source} · " if title else ""
-    second = _fit(second + f"{g['rules']} · {g['direction']} · {paint.measured(graph)}", room)
+    second = _fit(
+        second + f"{g['rules']} · {g['direction']} · {paint.measured(whole, graph)}", room
+    )
     yield rf"\node[{kind}] at {_at(16.0, paper.height - 26.0)} {{{_latex(first)}}};"
     yield rf"\node[note] at {_at(16.0, paper.height - 40.0)} {{{_latex(second)}}};"
 

@@ -29,7 +29,7 @@ from relp import RELP, attribute
 from tasks import ioi, zoo
 
 IMAGES = (".pdf", ".png")
-DRAWN = (".svg", ".html", ".mmd", *IMAGES, GRAPH)
+DRAWN = (".svg", ".html", ".tex", ".mmd", *IMAGES, GRAPH)
 """What is for circuits: a whole model cannot be drawn, or not by position."""
 
 
