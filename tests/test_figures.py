@@ -65,8 +65,14 @@ def every_figure() -> Iterator[tuple[str, go.Figure]]:
     nodes = [make_nodes(seed=s, rules=r) for s, r in enumerate(("GRADIENT", "RELP", "DEEPLIFT"))]
     effect, edges = make_nodes(Effects, seed=4), make_scores(layers=6, heads=6)
     by_place = make_scores(positions=3)
+    bench = pd.DataFrame(
+        [(f"tiny · a task of mine {case}", method, measure, 0.5)
+         for case in range(8) for method in ("RELP", "GIM") for measure in ("auroc", "CMD")],
+        columns=["case", "method", "measure", "value"],
+    )  # fmt: skip
     yield "nodes", draw(nodes[0], kind="mlp")
-    yield "heads", draw([*nodes, effect], kind="head")
+    long = nodes[1].renamed("RELP with a name that nobody would choose for a set of scores")
+    yield "heads", draw([*nodes[:2], long, effect], kind="head")
     yield "scatter", draw(nodes[0], effect)
     yield "scatters", draw(nodes, effect)
     yield "edges", draw(edges)
@@ -75,6 +81,7 @@ def every_figure() -> Iterator[tuple[str, go.Figure]]:
     yield "distribution", draw([edges, edges.renamed("GIM")], kind="distribution")
     yield "curve", draw(make_evaluation())
     yield "curves", draw([make_evaluation(), make_evaluation(seed=1, task="other")])
+    yield "bench", draw(bench)
     yield "measures", draw(agreement(nodes, effect))
     yield "differences", draw(agreement_tests(nodes, effect, measures=["pearson", "signs"]))
 
@@ -128,6 +135,13 @@ def test_text_is_no_markup() -> None:
     ):
         said = re.sub("</?b>|<br>|<extra></extra>", "", str(figure.to_dict()))
         assert not re.search("<(i|u|s|script)>", said)
+
+
+def test_names_that_would_be_one_when_cut_are_not_cut() -> None:
+    names = [f"of all persons the {which} in the prompt" for which in ("first", "second")]
+    spans = {name: torch.tensor([0, i + 1, 2]) for i, name in enumerate(names)}
+    assert list(draw(make_nodes(spans=spans)).data[0].x) == [*names, "other"]
+    assert "…" in draw(make_nodes(spans={names[0]: torch.tensor([0, 1, 2])})).data[0].x[0]
 
 
 # -- panels by method ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 
-from circuits.draw.heatmaps import label
+from circuits.draw.heatmaps import labels
 from circuits.draw.paint import plain
 from circuits.draw.template import SEQUENTIAL, framed, panels
 from relp import Component, ModelLike, TaskLike
@@ -106,23 +106,23 @@ def _drawn(
 ) -> go.Figure:
     many = len(tokens["clean"])
     columns = 2 if many <= _BESIDE else 1
-    longest = max(len(label(token, _LETTERS)) for side in tokens.values() for token in side)
-    labels = 26 + round(5.5 * longest)
+    names = {side: labels(texts, _LETTERS) for side, texts in tokens.items()}
+    below = 16 + round(5.2 * max(len(name) for side in names.values() for name in side))
     figure, plot, above = panels(
         [["clean prompt"], ["corrupt prompt"]],
         columns,
         plot=max(160, many * (13 if columns == 2 else 11)),
-        between=labels + 14,
+        between=below + 14,
         gap=0.22,
     )
     for i, (side, pattern) in enumerate(patterns.items()):
         at = {"row": i // columns + 1, "col": i % columns + 1}
-        names = [label(token, _LETTERS) for token in tokens[side]]
         seen = torch.ones_like(pattern).tril().bool() | (pattern > 0)
         figure.add_trace(
             go.Heatmap(
                 z=torch.where(seen, pattern, torch.nan).numpy(),
-                x=names, y=names, zmin=0, zmax=1, colorscale=SEQUENTIAL, showscale=i == 0,
+                x=names[side], y=names[side], zmin=0, zmax=1, colorscale=SEQUENTIAL,
+                showscale=i == 0,
                 colorbar={"tickvals": [0, 0.5, 1]},
                 customdata=[[f"{plain(q)} looks at {plain(k)}" for k in tokens[side]]
                             for q in tokens[side]],
@@ -135,4 +135,4 @@ def _drawn(
     figure.update_xaxes(type="category", tickfont_size=10, showgrid=False)
     figure.update_yaxes(type="category", tickfont_size=10, showgrid=False, autorange="reversed")
     note = f"attention pattern, pair {pair}; a row is a query, and sums to 1 over its keys"
-    return framed(figure, title, note, plot=plot, above=above, below=labels + 20)
+    return framed(figure, title, note, plot=plot, above=above, below=below + 20)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
 
 from circuits.draw.paint import plain
-from circuits.draw.template import DIVERGING, SEQUENTIAL, framed, panels
+from circuits.draw.template import DIVERGING, SEQUENTIAL, framed, packed, panels
 from relp import Component, EdgeScores, NodeScores, Scores
 
 __all__ = [
     "at_places",
     "called",
     "edge_heatmap",
-    "label",
+    "labels",
     "layer_heatmap",
     "lined_up",
     "matrices",
@@ -44,6 +44,10 @@ _LOOKED_AT = 2000
 """Edges, from the strongest on: after so many, all rows and columns are taken."""
 _LETTERS = 20
 """Of a label on an axis; the note of a cell has all."""
+_LEVEL = 46
+"""Letters of all names below a row of panels that can stand level; more are turned."""
+_GAPS = 64
+"""Cells in a row up to which there are lines between them."""
 _NO_EDGE = "#e3e8ed"
 
 
@@ -82,11 +86,13 @@ def same(many: Sequence[Scores]) -> None:
                 )
 
 
-def label(text: str, letters: int = _LETTERS) -> str:
-    """A name on an axis: long tokens are cut in the middle, as their place stands at the end."""
-    if len(text) > letters:
-        text = f"{text[: letters - 7]}…{text[-6:]}"
-    return plain(text)
+def labels(names: Sequence[str], letters: int = _LETTERS) -> list[str]:
+    """Names on an axis: long tokens are cut in the middle, as their place stands at the end.
+
+    None is cut if two would then be one: an axis shows names that are equal as one place.
+    """
+    cut = [n if len(n) <= letters else f"{n[: letters - 7]}…{n[-6:]}" for n in names]
+    return [plain(name) for name in (cut if len(set(cut)) == len(set(names)) else names)]
 
 
 def at_places(name: str, scores: Scores) -> list[str]:
@@ -171,7 +177,7 @@ def _by_place(scores: NodeScores, kind: str, parsed: Sequence[Component]) -> _Ta
     notes = [[plain(name) for name in at_places(c.name, scores)] for c in parsed]
     named = kind == "neuron" or parsed[0].layer < 0
     rows = [c.name if named else f"L{c.layer}" for c in parsed]
-    return _Table(z, np.array(notes, dtype=object), rows, [label(place) for place in places])
+    return _Table(z, np.array(notes, dtype=object), rows, labels(places))
 
 
 # -- edges -----------------------------------------------------------------------------------------
@@ -227,7 +233,7 @@ def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     shown = sizes[:, rows][:, :, columns].sum((1, 2)) / np.maximum(sizes.sum((1, 2)), 1e-300)
     writers = many[0].writers
     said = np.array([[plain(f"{writers[w]} → {names[r]}") for r in columns] for w in rows])
-    up, across = [label(writers[w]) for w in rows], [label(names[r]) for r in columns]
+    up, across = labels([writers[w] for w in rows]), labels([names[r] for r in columns])
     tables = [_Table(table[np.ix_(rows, columns)], said, up, across) for table in z]
     by = "; readers at each span" if many[0].places else "; readers at each position"
     unknown = any(s.edges[..., s.layout.exists].isnan().any() for s in many)
@@ -307,55 +313,65 @@ def _drawn(
     tables: Sequence[_Table], many: Sequence[Scores], *, across: str, up: str, note: str,
     least: int = 11, name: str = "",
 ) -> go.Figure:  # fmt: skip
-    """A panel for each table. `name`: of a scale that begins at 0, if it is no score."""
-    rows, columns = tables[0].rows, tables[0].columns
-    several = len(tables) > 1
+    """A panel for each table.
+
+    Args:
+        tables: what the panels show, all with the same rows and columns.
+        many: what they are of.
+        across: what columns are; `up`: what rows are.
+        note: what is said below the title.
+        least: pixels of a row.
+        name: of numbers that begin at 0; those of scores do not, and are called what they are.
+    """
+    rows, columns, several = tables[0].rows, tables[0].columns, len(tables) > 1
     beside = max(1, min(len(tables), 3, _BESIDE // len(columns)))
     longest = max(map(len, columns))
-    turned = longest > 2 and sum(len(c) + 1 for c in columns) * beside > 46
-    labels = 20 + (round(5.2 * longest) if turned else 14)
-    # where the last row is not full, and where panels have columns of their own, all say theirs
+    turned = longest > 2 and sum(len(c) + 1 for c in columns) * beside > _LEVEL
+    below = 20 + (round(5.2 * longest) if turned else 14)
+    # where the last row is not full, columns are named below each panel
     everywhere = len(tables) % beside > 0
     figure, plot, above = panels(
-        [[called(s)] if several else [] for s in many],
+        [packed([called(s)], beside) if several else [] for s in many],
         beside,
         plot=max(116, len(rows) * min(26, max(least, 560 // len(rows)))),
-        between=labels if everywhere else 10,
+        between=below if everywhere else 10,
         gap=0.04,
     )
+    scale = _scale(tables, symmetric=not name)
+    scale["colorbar"] = {"title": {"text": plain(name or unit(*many)), "side": "right"}}
+    for i, table in enumerate(tables):
+        at = {"row": i // beside + 1, "col": i % beside + 1}
+        whose = plain(called(many[i])) if several else ""
+        figure.add_trace(_trace(table, whose).update(showscale=i == 0, **scale), **at)
+        last, first = i + beside >= len(tables), at["col"] == 1
+        named = last or everywhere
+        figure.update_xaxes(title_text=across if last else "", showticklabels=named, **at)
+        figure.update_yaxes(title_text=up if first else "", showticklabels=first, **at)
+        figure.update_xaxes(ticks="outside" if named else "", **at)
+        figure.update_yaxes(ticks="outside" if first else "", **at)
+    # all panels move together, and names that are numbers are names
+    alike = {"type": "category", "showgrid": False, "zeroline": False}
+    figure.update_xaxes(matches="x", tickangle=-90 if turned else 0, tickfont_size=10, **alike)
+    figure.update_yaxes(matches="y", **alike)
+    return framed(figure, sources(many), note, plot=plot, above=above, below=below + 22)
+
+
+def _scale(tables: Sequence[_Table], *, symmetric: bool) -> dict[str, Any]:
+    """From the largest size of all panels to its opposite, or from 0 to it."""
     finite = np.concatenate([abs(t.z[np.isfinite(t.z)]) for t in tables])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    scale = {"colorscale": DIVERGING, "zmin": -limit, "zmid": 0, "zmax": limit}
-    if name:
-        scale = {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": limit}
-    for i, table in enumerate(tables):
-        trace = go.Heatmap(
-            z=table.z,
-            x=columns,
-            y=rows,
-            customdata=table.notes,
-            hovertemplate="%{customdata}: %{z:.4g}<extra>"
-            + (plain(called(many[i])) if several else "") + "</extra>",
-            xgap=1 if len(columns) <= 64 else 0,
-            ygap=1 if len(rows) <= 64 else 0,
-            showscale=i == 0,
-            colorbar={"title": {"text": plain(name or unit(*many)), "side": "right"}},
-            **scale,
-        )  # fmt: skip
-        at = {"row": i // beside + 1, "col": i % beside + 1}
-        figure.add_trace(trace, **at)
-        last = i + beside >= len(tables)
-        figure.update_xaxes(
-            title_text=across if last else "", showticklabels=last or everywhere,
-            ticks="outside" if last or everywhere else "", tickangle=-90 if turned else 0, **at,
-        )  # fmt: skip
-        first = at["col"] == 1
-        figure.update_yaxes(
-            title_text=up if first else "", showticklabels=first,
-            ticks="outside" if first else "", **at,
-        )  # fmt: skip
-    # all panels move together, and names that are numbers are names
-    figure.update_xaxes(type="category", matches="x", showgrid=False, zeroline=False)
-    figure.update_yaxes(type="category", matches="y", showgrid=False, zeroline=False)
-    figure.update_xaxes(tickfont_size=10)
-    return framed(figure, sources(many), note, plot=plot, above=above, below=labels + 22)
+    if symmetric:
+        return {"colorscale": DIVERGING, "zmin": -limit, "zmid": 0, "zmax": limit}
+    return {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": limit}
+
+
+def _trace(table: _Table, whose: str) -> go.Heatmap:
+    return go.Heatmap(
+        z=table.z,
+        x=table.columns,
+        y=table.rows,
+        customdata=table.notes,
+        hovertemplate=f"%{{customdata}}: %{{z:.4g}}<extra>{whose}</extra>",
+        xgap=1 if len(table.columns) <= _GAPS else 0,
+        ygap=1 if len(table.rows) <= _GAPS else 0,
+    )
