@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from circuits import agreement, agreement_tests, assemble, auroc, draw, patch, top, verify
-from circuits.cli import _print_agreement
+from circuits.cli.estimates import print_agreement
 from circuits.graph import real_edges
 from circuits.judge.agreement import points
 from circuits.judge.measures import WITHIN, Cells
@@ -94,7 +94,7 @@ def test_noise_alone_agrees_with_nothing(capsys: pytest.CaptureFixture[str]) -> 
     # as scores they are no better: all zero, they do not vary
     row = agreement(effect, scores).set_index("kind").loc["head"]
     assert np.isnan(row["pearson"]) and row["unresolved"] == 0 and row["relative_error"] == 1
-    _print_agreement([scores], effect)
+    print_agreement([scores], effect)
     said = [re.findall(r"[^\s│]+", line) for line in capsys.readouterr().out.splitlines()]
     # where nothing correlates there is no choice of the largest to overlap, and no column for it
     assert ["head", "r", *"–––––", "0"] in said
@@ -337,7 +337,7 @@ def test_one_cell_that_decides_is_marked(capsys: pytest.CaptureFixture[str]) -> 
     even = [[1.0, -1.0, 1.1, -0.9, 1.2, -1.2, 1.0]]
     row = agreement(nodes(even), nodes(even)).set_index("kind").loc["head"]
     assert row["peak"] < 0.3 and not row["hangs"]
-    _print_agreement([nodes(x)], nodes(y))
+    print_agreement([nodes(x)], nodes(y))
     said = capsys.readouterr().out
     assert re.search(r"[01]\.\d{3}\* +│ +-?0\.\d+ ", said) and "*: one cell decides r" in said
 

@@ -270,8 +270,9 @@ def test_spans_gather_positions_of_every_pair(shipped: Any) -> None:
     )
     torch.testing.assert_close(edges.edges.sum(2), by_writer, rtol=1e-3, atol=1e-5)
     assert set(edges.to_dataframe()["span"]) == set(spans.to_dataframe()["span"])
-    with pytest.raises(ValueError, match=r"these are by span \('"):
-        assemble(edges)
+    graph, of_all = assemble(edges), assemble(flat)
+    for node, data in of_all.nodes(data=True):  # spans split edges, and change no node
+        assert graph.nodes[node]["score"] == pytest.approx(data["score"], rel=1e-3, abs=1e-4)
     with pytest.raises(AttributeError, match="'by_span' is of node scores; these are of edges"):
         flat.by_span()
 
