@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from relp import lazy
 
 if TYPE_CHECKING:
-    from circuits.draw import draw
+    from circuits.draw import attention, draw
     from circuits.exact.patch import patch
     from circuits.exact.verify import verify
     from circuits.explorer import explore
@@ -27,6 +27,7 @@ __all__ = [
     "agreement",
     "agreement_tests",
     "assemble",
+    "attention",
     "auroc",
     "between",
     "compare",
@@ -58,7 +59,7 @@ lazy.lazily(
     {
         "search.acdc": "acdc",
         "judge.agreement": "agreement agreement_tests",
-        "draw": "draw",
+        "draw": "attention draw",
         "explorer": "explore",
         "judge.evaluation": "compare evaluate",
         "files.formats": "load save",

@@ -37,7 +37,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from circuits.choices import GRAPH, MIB
-from circuits.draw.paint import plain
+from circuits.draw.template import retitled
 from circuits.files import attribution_graph, mib
 from circuits.files.csv import from_csv, to_csv
 from circuits.files.dot import from_dot, to_dot
@@ -212,6 +212,6 @@ def _titled(figure: go.Figure, title: str | None) -> go.Figure:
     """The figure, or a copy with this title, if its texts can be written."""
     check_texts("the title", title)
     if title is not None:
-        figure = go.Figure(figure).update_layout(title_text=plain(title))
+        figure = retitled(go.Figure(figure), title)
     check_texts("the figure", figure.to_plotly_json())
     return figure
