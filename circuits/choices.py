@@ -5,7 +5,7 @@ Nothing is imported here: the command refuses an option before torch is there.
 
 from __future__ import annotations
 
-__all__ = ["ABLATIONS", "GRAPH", "MIB", "SUFFIXES", "check_ablation", "check_tau"]
+__all__ = ["ABLATIONS", "FIGURES", "GRAPH", "MIB", "SUFFIXES", "check_ablation", "check_tau"]
 
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
 MIB = ".mib.json"
@@ -17,6 +17,8 @@ SUFFIXES = (
     *(".mmd", MIB, GRAPH),
 )
 """The formats that circuits are saved in: the keys of `circuits.files.formats.FORMATS`."""
+FIGURES = (".json", ".svg", ".html", ".pdf", ".png")
+"""Those of figures."""
 
 
 def check_ablation(ablation: str) -> None:

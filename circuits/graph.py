@@ -301,7 +301,7 @@ def check_circuit(graph: object) -> nx.MultiDiGraph:
 
     Raises:
         TypeError: it is no `networkx.MultiDiGraph`, or an attribute has another type.
-        ValueError: an attribute is missing.
+        ValueError: an attribute is missing, or is no list in JSON that must be one.
     """
     if not isinstance(graph, nx.MultiDiGraph):
         raise TypeError(
@@ -309,11 +309,25 @@ def check_circuit(graph: object) -> nx.MultiDiGraph:
             "with assemble(attribute(model, task, level='edge'))"
         )
     _check_attributes("the graph", graph.graph, GRAPH)
+    for name in ("places", "prompt"):
+        _check_list(name, graph.graph[name])
     for node, data in graph.nodes(data=True):
         _check_attributes("node {!r}", data, NODE, node)
     for u, v, key, data in graph.edges(keys=True, data=True):
         _check_attributes("edge {!r} -> {!r} ({!r})", data, EDGE, u, v, key)
     return graph
+
+
+def _check_list(name: str, text: str) -> None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise ValueError(
+            f"attribute {name!r} of the graph must be a list of texts in JSON; got {text!r}; "
+            'write "[]" if there are none'
+        )
 
 
 def _check_attributes(

@@ -739,13 +739,14 @@ def test_exports_that_cannot_be_made_are_errors() -> None:
             "`--in-graph` is for reading .mib.json and `--model` for reading or writing it; got "
         )
     assert refused("export", "a.json", "b.jpg") == (
-        f"the suffix must be one of {' '.join(SUFFIXES)}; got 'b.jpg'; choose another name"
+        f"the file to write must end in one of {' '.join(SUFFIXES)}; got 'b.jpg'; choose another "
+        "name"
     )
     assert refused("export", "a.json", "none/b.svg") == (
-        "`path` must lie in an existing folder; 'none' is none; create it first"
+        "the file to write must lie in an existing folder; 'none' is none; create it first"
     )
     assert refused("export", "none.json", "b.svg") == (
-        "`path` must be a circuit's file; there is no file 'none.json'; check the name"
+        "what is read must be a file; there is no file 'none.json'; check the name"
     )
     Path("scores.json").write_text('{"nodes": []}')
     message = refused("export", "scores.json", "b.svg")

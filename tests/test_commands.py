@@ -93,15 +93,36 @@ def test_what_cannot_be_drawn_is_one_sentence() -> None:
     save(make_circuit(edges=12), "c.json")
     make_nodes().save("scores.safetensors")
     edge_scores().save("edges.safetensors")
+    save(make_circuit(edges=12), "page.html")
+    before = Path("page.html").read_bytes()
     for said, *words in (
         ("a circuit must be drawn by itself", "draw", "c.json", "--kind", "head"),
-        ("`--out` must be another file", "draw", "c.json", "--out", "c.json"),
-        ("`path` must be a circuit's file; there is no file 'no.json'", "draw", "no.json"),
-        ("the suffix must be one of", "draw", "c.json", "--out", "c.xyz"),
+        ("the file to write must be another", "draw", "c.json", "--out", "c.json"),
+        ("the file to write must be another", "explore", "page.html", "--title", "Other"),
+        (
+            "the file to write must be another",
+            "explore",
+            "page.html",
+            "--edges",
+            "3",
+            "--out",
+            Path.cwd() / "page.html",
+        ),
+        ("what is read must be a file; there is no file 'no.json'", "draw", "no.json"),
+        ("the file to write must end in one of .json", "draw", "c.json", "--out", "c.xyz"),
+        (
+            "the file to write must end in one of .json .svg .html .pdf .png; got 'c.dot'",
+            "draw",
+            "scores.safetensors",
+            "--out",
+            "c.dot",
+        ),
+        ("the file to write must lie in an existing folder", "export", "c.json", "no/c.dot"),
         ("of scores `--edges` must say how many", "explore", "edges.safetensors"),
-        ("`--out` must be a page, .html", "explore", "c.json", "--out", "page.svg"),
+        ("the file to write must end in one of .html", "explore", "c.json", "--out", "page.svg"),
     ):
         assert refused(*words).startswith(said)
+    assert Path("page.html").read_bytes() == before
 
 
 def test_tasks_and_rules_are_completed() -> None:

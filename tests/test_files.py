@@ -17,7 +17,7 @@ import pytest
 from test_graph import make_scores
 
 from circuits import draw
-from circuits.choices import MIB, SUFFIXES
+from circuits.choices import FIGURES, MIB, SUFFIXES
 from circuits.draw.paint import NEGATIVE, POSITIVE
 from circuits.files.dot import from_dot, to_dot
 from circuits.files.formats import FORMATS, load, save
@@ -28,6 +28,7 @@ from circuits.search.prune import top
 def test_the_table_of_suffixes_is_that_of_the_formats() -> None:
     """The list is apart because the command names its formats before it imports them."""
     assert tuple(FORMATS) == SUFFIXES and MIB in FORMATS
+    assert {suffix for suffix, known in FORMATS.items() if known.figure} == set(FIGURES)
 
 
 NASTY = {
@@ -504,3 +505,29 @@ def test_foreign_graphs_are_refused(tmp_path):
     (tmp_path / "c.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="must be a circuit written by circuits.save"):
         load(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("name", ["places", "prompt"])
+@pytest.mark.parametrize("text", ["not json", '{"a": 1}', "[1]", "3"])
+def test_what_stands_at_positions_must_be_a_list_of_texts(name, text, tmp_path):
+    circuit = make_circuit(positions=3)
+    circuit.graph[name] = text
+    message = (
+        rf"attribute '{name}' of the graph must be a list of texts in JSON; got {text!r}; write"
+    )
+    for use in (lambda c: save(c, tmp_path / "c.svg"), draw):
+        with pytest.raises(ValueError, match=re.escape(message)[:60]):
+            use(circuit)
+
+
+def test_a_csv_that_was_cut_is_refused_and_one_without_a_last_line_end_is_not(tmp_path):
+    circuit = make_circuit()
+    text = save(circuit, tmp_path / "c.csv").read_text()
+    assert same(load(write(tmp_path / "d.csv", text.rstrip("\n"))), circuit)
+    comments = "".join(line for line in text.splitlines(True) if line.startswith("#"))
+    for cut, said in (
+        (comments, "there is no row with the names of columns"),
+        (text.rstrip("\n") + ",", "the last row ends in a comma"),
+    ):
+        with pytest.raises(ValueError, match=f"must be a circuit written by .*{said}"):
+            load(write(tmp_path / "d.csv", cut))

@@ -66,9 +66,7 @@ def compare(
 
         bridge = zoo.load(model)
         pairs = pairs or pairs_for(bridge, 16)
-        prompts = source.draw(bridge.tokenizer, pairs, seed)
-        say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
-        prompts = ready(bridge, prompts, filter_correct=filter_correct)
+        prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
         scores, seconds = every_estimate(bridge, prompts)
         effect = measured(bridge, prompts, scores, exact=exact)
         frame = print_agreement(scores, effect)

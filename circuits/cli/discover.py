@@ -97,12 +97,11 @@ def discover(
         from relp import PRESETS, attribute
 
         bridge = zoo.load(model)
-        prompts = source.draw(bridge.tokenizer, pairs or pairs_for(bridge, 32), seed)
+        pairs = pairs or pairs_for(bridge, 32)
+        prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
         with written(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
 
-        prompts = ready(bridge, prompts, filter_correct=filter_correct)
         scores = [attribute(bridge, prompts, rules=PRESETS[r]) for r in SHOWN]
         circuit = find(bridge, prompts, PRESETS[chosen])
         if size(circuit) == 0:

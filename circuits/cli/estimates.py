@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+from rich.markup import escape
+
+from circuits.cli.options import label
 from circuits.cli.screen import or_dash, print_table, say
+from circuits.cli.source import Drawn, File
 
 __all__ = ["SHOWN", "every_estimate", "measured", "print_agreement", "print_missed", "ready"]
 
@@ -20,13 +24,15 @@ STEPS = 10
 """Of the integrated gradients that `compare` shows beside the presets."""
 
 
-def ready(bridge: Any, prompts: Any, *, filter_correct: bool) -> Any:
+def ready(bridge: Any, source: Drawn | File, pairs: int, seed: int, *, filter_correct: bool) -> Any:
     """The pairs, after what the model does on them is said: it may be unable to do the task."""
     import torch
 
     from circuits.masked import UNABLE, doubt
     from relp.bridge import Sites, observe
 
+    prompts = source.draw(bridge.tokenizer, pairs, seed)
+    say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
     sites = Sites.of(bridge)
     prompts.must_fit(bridge.cfg, sites.model_name)
     if filter_correct:

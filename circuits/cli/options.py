@@ -11,6 +11,11 @@ from relp import Preset
 from tasks.registry import TASKS
 from tasks.zoo import shelf
 
+__all__ = [
+    "FEW", "Exact", "FilterCorrect", "Json", "Model", "Pairs", "PairsBySize", "Seed", "TaskName",
+    "label", "pairs_for", "result_name", "rule_names",
+]  # fmt: skip
+
 FEW = 8
 """Pairs of prompts for large models, if nobody says how many."""
 

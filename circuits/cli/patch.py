@@ -18,7 +18,6 @@ from circuits.cli.options import (
     PairsBySize,
     Seed,
     TaskName,
-    label,
     pairs_for,
 )
 from circuits.cli.outputs import claimed, going_on
@@ -64,9 +63,7 @@ def patch(
             from circuits import patch
 
             bridge = zoo.load(model)
-            prompts = source.draw(bridge.tokenizer, pairs, seed)
-            say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
-            prompts = ready(bridge, prompts, filter_correct=filter_correct)
+            prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            resume=finished)  # fmt: skip
             effect.save(out)
@@ -106,9 +103,8 @@ def verify(
             from relp import PRESETS, attribute
 
             bridge = zoo.load(model)
-            prompts = source.draw(bridge.tokenizer, pairs or pairs_for(bridge, 16), seed)
-            say(f"[bold]{escape(label(bridge))}[/] on {escape(repr(prompts))}")
-            prompts = ready(bridge, prompts, filter_correct=filter_correct)
+            pairs = pairs or pairs_for(bridge, 16)
+            prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             scores = [
                 attribute(bridge, prompts, rules=PRESETS[r], level=level, direction=direction)
                 for r in SHOWN

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from circuits.choices import MIB, SUFFIXES
+from circuits.choices import FIGURES, MIB, SUFFIXES
 from circuits.cli.options import Json
 from circuits.cli.outputs import written
 from circuits.cli.screen import answering, say
@@ -43,6 +44,7 @@ def export(
 ) -> None:
     """Convert a circuit from one file format to another, by the names of the files."""
     with answering(as_json) as answer:
+        _check(source, target, SUFFIXES)
         reads, writes = source.name.endswith(MIB), target.name.endswith(MIB)
         if (in_graph and not reads) or (model and not (reads or writes)):
             raise ValueError(
@@ -68,7 +70,11 @@ def draw(
         Path | None, typer.Option(help="Effects (.safetensors) to compare the scores with.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="Of scores of nodes: resid, head, mlp …, which are shown.")
+        str | None,
+        typer.Option(
+            help="Of scores of nodes: resid, head, mlp …; of edges: q, k, v, in, layer or "
+            "distribution."
+        ),
     ] = None,
     edges: Edges = None,
     out: Annotated[
@@ -83,22 +89,24 @@ def draw(
 ) -> None:
     """Draw a circuit, scores, or scores against measured effects."""
     with answering(as_json) as answer:
+        is_circuit = edges is not None or not sources[0].name.endswith(SCORES)
+        if is_circuit and (len(sources) > 1 or against or kind):
+            raise ValueError(
+                "a circuit must be drawn by itself; got more files, --against or --kind; draw "
+                "scores (.safetensors) without --edges, or leave these out"
+            )
+        target = out or sources[0].with_suffix(".svg" if is_circuit else ".html")
+        for source in (*sources, *([against] if against else [])):
+            _check(source, target, SUFFIXES if is_circuit else FIGURES)
+
         from circuits import draw, save
 
-        first, *more = (_read(path) for path in sources)
-        if edges is not None or not sources[0].name.endswith(SCORES):
-            if more or against or kind:
-                raise ValueError(
-                    "a circuit must be drawn by itself; got more files, --against or --kind; draw "
-                    "scores (.safetensors) without --edges, or leave these out"
-                )
-            what = _strongest(first, edges)
-            target = out or sources[0].with_suffix(".svg")
+        read = [_read(source) for source in sources]
+        if is_circuit:
+            what = _strongest(read[0], edges)
         else:
-            target = out or sources[0].with_suffix(".html")
             effects = None if against is None else _read(against)
-            what = draw([first, *more] if more else first, effects, kind=kind)
-        _must_be_new(target, [*sources, *([against] if against else [])])
+            what = draw(read[0] if len(read) == 1 else read, effects, kind=kind)
         with written(target):
             save(what, target, title=title)
         _wrote(answer, target)
@@ -119,14 +127,17 @@ def explore(
     """Write the page on which a circuit is explored; it needs no network."""
     with answering(as_json) as answer:
         target = out or source.with_suffix(".html")
-        if target.suffix != ".html":
-            raise ValueError(f"`--out` must be a page, .html; got {target.name!r}; rename it")
+        _check(source, target, (".html",))
+        if source.name.endswith(SCORES) and edges is None:
+            raise ValueError(
+                "of scores `--edges` must say how many of the strongest make the circuit; got "
+                "none; for instance --edges 100"
+            )
         from circuits import save
 
         circuit = _strongest(_read(source), edges)
-        if target != source:
-            with written(target):
-                save(circuit, target, title=title)
+        with written(target):
+            save(circuit, target, title=title)
         _wrote(answer, target)
         if show:
             typer.launch(str(target))
@@ -141,22 +152,32 @@ def _read(path: Path) -> Any:
 
 
 def _strongest(what: Any, edges: int | None) -> Any:
-    """A circuit of the strongest edges; of scores somebody must say how many."""
+    """A circuit of the strongest edges; all that there are if nobody says how many."""
     from circuits import top
-    from relp import Scores
 
-    if isinstance(what, Scores) and edges is None:
-        raise ValueError(
-            "of scores `--edges` must say how many of the strongest make the circuit; got none; "
-            "for instance --edges 100"
-        )
     return what if edges is None else top(what, edges=edges)
 
 
-def _must_be_new(target: Path, sources: list[Path]) -> None:
-    if target.resolve() in {source.resolve() for source in sources}:
+def _check(source: Path, target: Path, known: Sequence[str]) -> None:
+    """Refuses what cannot be read or written, before anything is imported for it."""
+    if not source.is_file():
+        raise FileNotFoundError(
+            f"what is read must be a file; there is no file {str(source)!r}; check the name"
+        )
+    if not target.name.endswith(tuple(known)):
         raise ValueError(
-            f"`--out` must be another file than what is read; got {str(target)!r}; choose another"
+            f"the file to write must end in one of {' '.join(known)}; got {target.name!r}; choose "
+            "another name"
+        )
+    if target.resolve() == source.resolve():
+        raise ValueError(
+            f"the file to write must be another than what is read; got {str(target)!r}; give "
+            "another name"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"the file to write must lie in an existing folder; {str(target.parent)!r} is none; "
+            "create it first"
         )
 
 

@@ -31,7 +31,7 @@ __all__ = ["from_csv", "to_csv"]
 _VERSION = 1
 _ENDS = ("source", "target", "key")
 _COMMENT = re.compile(r"# ([^\n]*)\n")
-_FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n)')
+_FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n|\Z)')
 
 
 def to_csv(graph: nx.MultiDiGraph, title: str | None = None) -> str:
@@ -65,7 +65,9 @@ def from_csv(text: str) -> nx.MultiDiGraph:
     result.graph.update(head["graph"])
     result.add_nodes_from((node.pop("id"), node) for node in nodes)
     rows = _rows(text, at)
-    names = next(rows)[len(_ENDS) :]
+    names = next(rows, [])[len(_ENDS) :]
+    if not names:
+        raise ValueError("there is no row with the names of columns")
     for u, v, key, *values in rows:
         data = zip(names, values, strict=True)
         result.add_edge(u, v, key, **{name: value for name, value in data if value is not None})
@@ -96,3 +98,5 @@ def _rows(text: str, at: int) -> Iterator[list[Any]]:
         if end != ",":
             yield row
             row = []
+    if row:
+        raise ValueError("the last row ends in a comma")

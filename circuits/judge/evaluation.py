@@ -194,7 +194,7 @@ def evaluate(
     Args:
         model: the `TransformerBridge` that the scores are of. It is the same afterwards.
         task: a `tasks.Task`; better not the one that the scores were computed on.
-        scores: edge scores, or several to compare on the same pairs.
+        scores: edge scores, or several to compare on the same pairs; by span all or none of them.
         sizes: shares of the model's edges, ascending.
         signed: rank by how much an edge helps the clean behaviour, not by |score|.
         random: how many random rankings to add as baseline.
@@ -205,8 +205,9 @@ def evaluate(
         UserWarning: the model cannot do the task, as for `faithfulness`.
 
     Raises:
-        ValueError: scores are of nodes, of another model, not finite or two of one name; sizes are
-            not ascending in (0, 1]; or as for `faithfulness`.
+        ValueError: scores are of nodes, of another model, not finite or two of one name, or by span
+            and the task has other spans; sizes are not ascending in (0, 1]; or as for
+            `faithfulness`.
     """
     many = _edge_scores([scores] if isinstance(scores, Scores) else list(scores), sizes)
     neurons = [writer.name for writer in many[0].layout.sources if writer.kind == "neuron"]

@@ -52,7 +52,8 @@ def faithfulness(
     [0.93..., 0.97...]
 
     1 for all edges, 0 for none; may exceed 1 or be negative. `m` is the task's metric averaged
-    over pairs. Source: Hanna et al. 2024, arXiv:2403.17806; MIB, arXiv:2504.13151.
+    over pairs. Edges by span are cut in each pair where it has its spans. Source: Hanna et al. 2024,
+    arXiv:2403.17806; MIB, arXiv:2504.13151.
 
     Args:
         model: the `TransformerBridge` that the circuit is about. It is the same afterwards.
@@ -67,11 +68,12 @@ def faithfulness(
         UserWarning: the model cannot do the task, so that the share is one of noise: the mean gap
             is below two standard errors over pairs, whose gaps have both signs; or, with a metric
             that compares answer and foil, the gap is negative, or the clean prompts favour the
-            foil on average or on half of the pairs.
+            foil on average or on more than a quarter of the pairs.
 
     Raises:
-        ValueError: an edge of the circuit is not one of the model, or the metric has no gap
-            between clean and corrupt prompts.
+        ValueError: an edge of the circuit is not one of the model, the metric has no gap between
+            clean and corrupt prompts, a circuit by position is asked of prompts of several lengths,
+            or one by span of a task with other spans, or beside one by position.
         RuntimeError: all edges together do not give the clean run.
     """
     sites = circuit_sites(model, circuit)
