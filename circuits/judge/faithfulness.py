@@ -52,8 +52,8 @@ def faithfulness(
     [0.93..., 0.97...]
 
     1 for all edges, 0 for none; may exceed 1 or be negative. `m` is the task's metric averaged
-    over pairs. Edges by span are cut in each pair where it has its spans. Source: Hanna et al. 2024,
-    arXiv:2403.17806; MIB, arXiv:2504.13151.
+    over pairs. Edges by span are cut in each pair where it has its spans. Source: Hanna et al.
+    2024, arXiv:2403.17806; MIB, arXiv:2504.13151.
 
     Args:
         model: the `TransformerBridge` that the circuit is about. It is the same afterwards.
