@@ -172,6 +172,17 @@ def test_results_beside_each_other_have_one_scale() -> None:
     )
 
 
+def test_all_counts_of_pairs_are_said() -> None:
+    six, three = make_nodes(pairs=6), make_nodes(seed=1, rules="gim")
+    assert note(draw([six, six.renamed("gim")], kind="mlp")).endswith("mean over 6 pairs")
+    assert note(draw([six, three], kind="mlp")).endswith("mean over 6 and 3 pairs")
+    assert note(draw([three, six, three], kind="mlp")).endswith("mean over 3, 6 and 3 pairs")
+    one = make_scores()
+    other = altered(one, clean=torch.ones(5), corrupt=torch.zeros(5), lengths=torch.full((5,), 3))
+    for kind in (None, "q", "layer", "distribution"):
+        assert "mean over 2 and 5 pairs" in note(draw([one, other.renamed("gim")], kind=kind))
+
+
 def test_wide_results_stand_below_each_other() -> None:
     many = [make_nodes(pos=30), make_nodes(pos=30, seed=1, rules="gim")]
     figure = draw(many, kind="mlp")

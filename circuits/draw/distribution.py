@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from circuits.draw.heatmaps import called, matrices, sources, unit
+from circuits.draw.heatmaps import called, matrices, pairs_of, sources, unit
 from circuits.draw.paint import DARK, MUTED, NEGATIVE, POSITIVE, plain
 from circuits.draw.template import BENEATH, CATEGORIES, framed
 from relp import EdgeScores
@@ -59,7 +59,7 @@ def distribution(many: Sequence[EdgeScores]) -> go.Figure:
     framed(
         figure,
         sources(many),
-        f"edges by |score|, mean over {len(many[0].clean)} pairs; {total:,} edges"
+        f"edges by |score|, mean over {pairs_of(many)}; {total:,} edges"
         + (f", {zero:,} of them 0" if zero else "") + shares,
         plot=330,
         above=22,

@@ -26,6 +26,7 @@ __all__ = [
     "lined_up",
     "matrices",
     "node_heatmap",
+    "pairs_of",
     "same",
     "sources",
     "unit",
@@ -68,6 +69,13 @@ def sources(many: Sequence[Scores]) -> str:
     """Where all of these come from, in one line, as `Scores.title` says it of one."""
     first, names = many[0], dict.fromkeys(called(s) if many[1:] else s.rules for s in many)
     return replace(first.provenance, rules=", ".join(names)).title
+
+
+def pairs_of(many: Sequence[Scores]) -> str:
+    """How many pairs each is a mean over: `6 pairs`, and `6 and 3 pairs` where that differs."""
+    each = [f"{len(s.clean):,}" for s in many]
+    *others, last = each if len(set(each)) > 1 else each[:1]
+    return (f"{', '.join(others)} and " if others else "") + f"{last} pairs"
 
 
 def same(many: Sequence[Scores]) -> None:
@@ -149,7 +157,7 @@ def node_heatmap(many: Sequence[NodeScores], kind: str | None) -> go.Figure:
         many,
         across=across,
         up="layer" if parsed[0].layer >= 0 else "",
-        note=f"{kind}, mean over {len(many[0].clean)} pairs{sums.get(across, '')}",
+        note=f"{kind}, mean over {pairs_of(many)}{sums.get(across, '')}",
     )
 
 
@@ -238,8 +246,8 @@ def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     by = "; readers at each span" if many[0].places else "; readers at each position"
     unknown = any(s.edges[..., s.layout.exists].isnan().any() for s in many)
     note = (
-        f"{'edges' if kind is None else f'edges into {kind}'}, mean over {len(many[0].clean)} "
-        f"pairs{by if many[0].place_labels else ''}; {len(rows)} of {len(writers):,} writers and "
+        f"{'edges' if kind is None else f'edges into {kind}'}, mean over {pairs_of(many)}"
+        f"{by if many[0].place_labels else ''}; {len(rows)} of {len(writers):,} writers and "
         f"{len(columns)} of {len(names):,} readers, with {_shares(shown)} of all |score|; "
         f"grey: no edge{', or not measured' if unknown else ''}"
     )
@@ -295,7 +303,7 @@ def layer_heatmap(many: Sequence[EdgeScores]) -> go.Figure:
         tables.append(_Table(total, notes, up, across))
     figure = _drawn(
         tables, many, across="reads", up="writes", least=13,
-        note=f"edges by layer, sum of |{unit(*many)}|, mean over {len(many[0].clean)} pairs; grey: "
+        note=f"edges by layer, sum of |{unit(*many)}|, mean over {pairs_of(many)}; grey: "
         "no edge",
         name=f"sum of |{many[0].noun}|",
     )  # fmt: skip
