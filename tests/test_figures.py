@@ -28,7 +28,7 @@ from circuits.draw.template import CATEGORIES, TEMPLATE, framed, packed, retitle
 from circuits.judge.entries import Bench, Entry
 from circuits.judge.evaluation import Evaluation
 from circuits.judge.tables import to_latex, to_markdown
-from relp import Effects
+from relp import EdgeScores, Effects
 from relp.bridge import Sites, observe
 
 NASTY = {"model": "a/b <i>c</i>", "task": "</script><b>&", "metric": "<u>"}
@@ -313,6 +313,48 @@ def test_a_distribution_is_sizes_by_rank_and_says_what_the_first_have() -> None:
     names = [t.name for t in draw([scores, scores.renamed("gim")], kind="distribution").data]
     assert [name.partition(",")[0] for name in names] == ["relp", "gim"]
     assert draw(replace(scores, edges=0 * table), kind="distribution").layout.height
+
+
+def partly_measured() -> tuple[EdgeScores, EdgeScores]:
+    """Scores of 55 x 151 edges, as far as they are there, and effects of 30, two of which are 0."""
+    scores = make_scores(layers=6, heads=8)
+    exists = scores.layout.exists
+    known = torch.full((int(exists.sum()),), math.nan)
+    known[100:130] = scores.edges[exists][100:130]
+    known[[105, 110]] = 0
+    table = torch.zeros_like(scores.edges)
+    table[exists] = known
+    return scores, replace(scores.renamed("exact"), edges=table)
+
+
+def test_what_was_not_measured_is_no_zero_in_a_distribution() -> None:
+    scores, effect = partly_measured()
+    edges = int(scores.layout.exists.sum())
+    counts = {
+        "relp": f"relp, {edges:,} edges",
+        "exact": f"exact, 30 edges, 2 of them 0, {edges - 30:,} others not measured",
+    }
+    for many in ([scores, effect], [effect, scores]):
+        figure = draw(many, kind="distribution")
+        assert [t.name for t in figure.data] == [counts[s.rules] for s in many]
+        assert " edges" not in note(figure)
+        assert figure.layout.xaxis.range[1] == pytest.approx(math.log10(edges) + 0.05)
+        shares = "%: of the sum of all |score| of relp"  # 20 of 30 are no few: no line says theirs
+        assert (shares in note(figure)) == (many[0] is scores) == bool(figure.layout.annotations)
+    figure = draw(effect, kind="distribution")
+    assert counts["exact"].removeprefix("exact, ") in note(figure)
+    assert figure.data[-1].name == "all, 28" and len(figure.data[-1].x) == 28
+
+
+def test_heatmaps_of_some_edges_say_shares_of_what_was_measured() -> None:
+    scores, effect = partly_measured()
+    assert "of all |score|; grey: no edge" in note(draw(scores))
+    said = note(draw(effect))
+    assert "with 92 % of all |score| that was measured; grey: no edge, or not measured" in said
+    said = note(draw(effect, kind="layer"))
+    assert "sum of |score (logit difference)| of those measured, mean" in said
+    assert said.endswith("grey: no edge, or none measured")
+    assert note(draw(scores, kind="layer")).endswith("mean over 2 pairs; grey: no edge")
 
 
 # -- faithfulness ----------------------------------------------------------------------------------

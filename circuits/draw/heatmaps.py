@@ -25,6 +25,7 @@ __all__ = [
     "layer_heatmap",
     "lined_up",
     "matrices",
+    "missing",
     "node_heatmap",
     "pairs_of",
     "same",
@@ -216,6 +217,11 @@ def matrices(many: Sequence[EdgeScores]) -> tuple[np.ndarray, list[str]]:
     ]
 
 
+def missing(scores: EdgeScores) -> int:
+    """How many edges were not measured, at any place."""
+    return int(scores.edges[..., scores.layout.exists].isnan().sum())
+
+
 def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     """Writer by reader: those of the strongest edges, and how much of all that is.
 
@@ -244,12 +250,13 @@ def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     up, across = labels([writers[w] for w in rows]), labels([names[r] for r in columns])
     tables = [_Table(table[np.ix_(rows, columns)], said, up, across) for table in z]
     by = "; readers at each span" if many[0].places else "; readers at each position"
-    unknown = any(s.edges[..., s.layout.exists].isnan().any() for s in many)
+    partly = any(map(missing, many))
     note = (
         f"{'edges' if kind is None else f'edges into {kind}'}, mean over {pairs_of(many)}"
         f"{by if many[0].place_labels else ''}; {len(rows)} of {len(writers):,} writers and "
-        f"{len(columns)} of {len(names):,} readers, with {_shares(shown)} of all |score|; "
-        f"grey: no edge{', or not measured' if unknown else ''}"
+        f"{len(columns)} of {len(names):,} readers, with {_shares(shown)} of all |score|"
+        f"{' that was measured' if partly else ''}; grey: no edge"
+        f"{', or not measured' if partly else ''}"
     )
     figure = _drawn(tables, many, across="reader", up="writer", note=note, least=13)
     return figure.update_layout(plot_bgcolor=_NO_EDGE)
@@ -301,10 +308,11 @@ def layer_heatmap(many: Sequence[EdgeScores]) -> go.Figure:
         total[found == 0] = np.nan
         notes = np.array([[f"{w} → {r}" for r in across] for w in up], dtype=object)
         tables.append(_Table(total, notes, up, across))
+    partly = any(map(missing, many))
     figure = _drawn(
         tables, many, across="reads", up="writes", least=13,
-        note=f"edges by layer, sum of |{unit(*many)}|, mean over {pairs_of(many)}; grey: "
-        "no edge",
+        note=f"edges by layer, sum of |{unit(*many)}|{' of those measured' if partly else ''}, "
+        f"mean over {pairs_of(many)}; grey: no edge{', or none measured' if partly else ''}",
         name=f"sum of |{many[0].noun}|",
     )  # fmt: skip
     return figure.update_layout(plot_bgcolor=_NO_EDGE)
