@@ -387,12 +387,24 @@ def test_a_single_pair_has_no_band_and_several_evaluations_a_panel_each() -> Non
     figure = draw([make_evaluation(), make_evaluation(task="other", rules=("RELP", "GIM", "c"))])
     titles = [shown(a) for a in figure.layout.annotations]
     assert [t[0] for t in titles] == ["tiny · toy · 4 pairs", "tiny · other · 4 pairs"]
-    assert titles[1][1].startswith("RELP · CPR")
+    assert titles[1][2].startswith("RELP · CPR")
     hues = {(t.legendgroup, t.line.color) for t in figure.data if t.mode == "lines+markers"}
     assert len(hues) == 5  # one for each name, whatever the panel
     assert sorted(t.name for t in figure.data if t.showlegend) == [
         "GIM", "GRADIENT", "RELP", "c", "random"
     ]  # fmt: skip
+
+
+def test_each_evaluation_says_how_its_edges_were_ranked() -> None:
+    signed, plain = make_evaluation(signed=True), make_evaluation()
+    figure = draw([signed, plain])
+    titles = [shown(a) for a in figure.layout.annotations]
+    assert [t[1] for t in titles] == ["best edges by score", "best edges by |score|"]
+    assert note(figure).startswith("the best edges, all others corrupt; ")
+    for one, ranked in ((signed, "score"), (plain, "|score|")):
+        said = note(draw(one))
+        assert said.startswith(f"the best edges by {ranked}, all others corrupt, 4 pairs; ")
+        assert said.endswith("1, best is 0; both over a linear axis")
 
 
 def test_a_band_without_end_does_not_flatten_the_curves() -> None:
