@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import inspect
+import json
 import math
 import re
 import shutil
@@ -24,6 +26,7 @@ from test_graph import make_scores
 
 from circuits import agreement, agreement_tests
 from circuits.draw import attention, draw
+from circuits.draw.heatmaps import labels
 from circuits.draw.template import CATEGORIES, TEMPLATE, framed, packed, retitled
 from circuits.judge.entries import Bench, Entry
 from circuits.judge.evaluation import Evaluation
@@ -458,13 +461,27 @@ def test_an_attention_pattern_is_the_models_own(tiny: Any) -> None:
     np.testing.assert_allclose(clean.sum(1), 1, rtol=1e-5)
     assert not np.allclose(clean, corrupt)
     assert np.isnan(figure.data[0].z[0, 1:]).all()  # nobody looks ahead
-    ids = task.corrupt[1]
-    token = tiny.tokenizer.decode([int(ids[2])])
-    assert figure.data[1].customdata[3][2].endswith("@2")
-    assert figure.data[1].x[2].endswith("@2") and (len(token) > 6 or token[:1] in "&<" or
-                                                   token in figure.data[1].x[2])  # fmt: skip
+    words = [tiny.tokenizer.decode([token]) for token in task.corrupt[1].tolist()]
+    named = [f"{json.dumps(word, ensure_ascii=False)}@{pos}" for pos, word in enumerate(words)]
+    assert list(figure.data[1].x) == list(figure.data[1].y) == labels(named, 15)
+    query, key = (html.escape(named[pos], quote=False) for pos in (3, 2))
+    assert figure.data[1].customdata[3][2] == f"{query} looks at {key}"
     assert figure.layout.title.text.startswith("L2H3 · ")
     assert [shown(a) for a in figure.layout.annotations] == [["clean prompt"], ["corrupt prompt"]]
+
+
+@on("tiny", "llama")
+def test_tokens_of_a_pattern_are_in_quotes_and_in_one_line(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ['a"b', "\n", "<b>", " a long token of words", "", *"abcdefghi"]
+    task = random_task(tiny)
+    ids = [*task.clean[0].tolist(), *task.corrupt[0].tolist()]
+    monkeypatch.setattr(tiny.tokenizer, "decode", lambda token: words[ids.index(token[0])])
+    trace = attention(tiny, task, "L0H0").data[0]
+    shown = ['"a\\"b"@0', '"\\n"@1', '"&lt;b&gt;"@2', '" a long…rds"@3', "@4", '"a"@5']
+    assert list(trace.x[:6]) == shown
+    assert trace.customdata[3][0] == '" a long token of words"@3 looks at "a\\"b"@0'
 
 
 @on("tiny", "llama")
