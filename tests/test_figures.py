@@ -524,6 +524,20 @@ def test_a_table_is_rounded_with_intervals_in_markdown() -> None:
     assert "decides" not in to_markdown(TABLE, columns=["peak"])
 
 
+def test_labels_and_names_of_columns_are_written_so_that_they_can_be_read() -> None:
+    table = pd.DataFrame(
+        {"size": [0.0002, 0.012345, 1.0], "layer": [math.nan, 3.0, 12.0], "a|b_*": [1, 2, 3]}
+    )
+    assert to_markdown(table) == (
+        "| size | layer | a\\|b \\* |\n"
+        "| --- | --- | --- |\n"
+        "| 0.02% | - | 1 |\n"
+        "| 1.23% | 3 | 2 |\n"
+        "| 100% | 12 | 3 |\n"
+    )
+    assert r"0.02\% & - & 1 \\" in to_latex(table)
+
+
 def test_a_table_is_escaped_in_latex() -> None:
     lines = to_latex(TABLE).split("\n")
     assert lines[:3] == [
@@ -542,7 +556,7 @@ def test_tables_of_all_that_is_judged() -> None:
     row = evaluation.areas().iloc[1]
     text = f"| RELP | {row['CPR']:.2f} [{row['CPR_low']:.2f}, {row['CPR_high']:.2f}] |"
     assert text in to_markdown(evaluation)
-    assert "| GRADIENT | 1.0% | 1 | " in to_markdown(evaluation.to_dataframe())
+    assert "| GRADIENT | 1% | 1 | " in to_markdown(evaluation.to_dataframe())
     p_values = pd.DataFrame({"measure": ["relative_error"], "difference": [-0.2], "low": [-0.3],
                              "high": [-0.1], "p_value": [0.0001], "p_holm": [0.03]})  # fmt: skip
     assert to_markdown(p_values).split("\n")[2] == (
