@@ -32,6 +32,7 @@ __all__ = [
     "Pairs",
     "Provenance",
     "Scores",
+    "placed",
     "span_index",
 ]
 
@@ -222,7 +223,7 @@ class Scores(ABC):
         for pos in range(self._width()):
             token = self.tokens[pos] if pos < len(self.tokens) else ""
             named = token in self.spans and bool((self.spans[token] == pos).all())
-            labels.append(f"{token if named else _quoted(token) if token else ''}@{pos}")
+            labels.append(f"{token}@{pos}" if named else placed(token, pos))
         return tuple(labels)
 
     @abstractmethod
@@ -681,9 +682,15 @@ _FORMS: dict[str, Any] = {
 }
 
 
-def _quoted(token: str) -> str:
-    """A token as figures show it: in quotes, so that spaces are seen, and in one line."""
-    return json.dumps(token, ensure_ascii=False)
+def placed(token: str, pos: int) -> str:
+    """What figures call a token at its position; the position alone if the token is empty.
+
+    It is in quotes, so that spaces are seen, and in one line.
+
+    >>> placed(" Mary", 4)
+    '" Mary"@4'
+    """
+    return f"{json.dumps(token, ensure_ascii=False) if token else ''}@{pos}"
 
 
 def span_index(

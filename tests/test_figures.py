@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import inspect
+import json
 import math
 import re
 import shutil
@@ -24,11 +26,12 @@ from test_graph import make_scores
 
 from circuits import agreement, agreement_tests
 from circuits.draw import attention, draw
+from circuits.draw.heatmaps import labels
 from circuits.draw.template import CATEGORIES, TEMPLATE, framed, packed, retitled
 from circuits.judge.entries import Bench, Entry
 from circuits.judge.evaluation import Evaluation
 from circuits.judge.tables import to_latex, to_markdown
-from relp import Effects
+from relp import EdgeScores, Effects
 from relp.bridge import Sites, observe
 
 NASTY = {"model": "a/b <i>c</i>", "task": "</script><b>&", "metric": "<u>"}
@@ -79,8 +82,10 @@ def every_figure() -> Iterator[tuple[str, go.Figure]]:
     yield "edges by place", draw([by_place, by_place.renamed("GIM")])
     yield "layers", draw(edges, kind="layer")
     yield "distribution", draw([edges, edges.renamed("GIM")], kind="distribution")
+    yield "distribution of some", draw([*partly_measured()], kind="distribution")
+    yield "edges of some", draw(partly_measured()[1])
     yield "curve", draw(make_evaluation())
-    yield "curves", draw([make_evaluation(), make_evaluation(seed=1, task="other")])
+    yield "curves", draw([make_evaluation(), make_evaluation(seed=1, task="other", signed=True)])
     yield "bench", draw(bench)
     yield "measures", draw(agreement(nodes, effect))
     yield "differences", draw(agreement_tests(nodes, effect, measures=["pearson", "signs"]))
@@ -170,6 +175,17 @@ def test_results_beside_each_other_have_one_scale() -> None:
     assert figure.data[0].z[0, 0] == pytest.approx(
         float(one.of_kind("mlp")[1][:, 0].sum(-1).mean()), rel=1e-5
     )
+
+
+def test_all_counts_of_pairs_are_said() -> None:
+    six, three = make_nodes(pairs=6), make_nodes(seed=1, rules="gim")
+    assert note(draw([six, six.renamed("gim")], kind="mlp")).endswith("mean over 6 pairs")
+    assert note(draw([six, three], kind="mlp")).endswith("mean over 6 and 3 pairs")
+    assert note(draw([three, six, three], kind="mlp")).endswith("mean over 3, 6 and 3 pairs")
+    one = make_scores()
+    other = altered(one, clean=torch.ones(5), corrupt=torch.zeros(5), lengths=torch.full((5,), 3))
+    for kind in (None, "q", "layer", "distribution"):
+        assert "mean over 2 and 5 pairs" in note(draw([one, other.renamed("gim")], kind=kind))
 
 
 def test_wide_results_stand_below_each_other() -> None:
@@ -304,6 +320,48 @@ def test_a_distribution_is_sizes_by_rank_and_says_what_the_first_have() -> None:
     assert draw(replace(scores, edges=0 * table), kind="distribution").layout.height
 
 
+def partly_measured() -> tuple[EdgeScores, EdgeScores]:
+    """Scores of 55 x 151 edges, as far as they are there, and effects of 30, two of which are 0."""
+    scores = make_scores(layers=6, heads=8)
+    exists = scores.layout.exists
+    known = torch.full((int(exists.sum()),), math.nan)
+    known[100:130] = scores.edges[exists][100:130]
+    known[[105, 110]] = 0
+    table = torch.zeros_like(scores.edges)
+    table[exists] = known
+    return scores, replace(scores.renamed("exact"), edges=table)
+
+
+def test_what_was_not_measured_is_no_zero_in_a_distribution() -> None:
+    scores, effect = partly_measured()
+    edges = int(scores.layout.exists.sum())
+    counts = {
+        "relp": f"relp, {edges:,} edges",
+        "exact": f"exact, 30 edges, 2 of them 0, {edges - 30:,} others not measured",
+    }
+    for many in ([scores, effect], [effect, scores]):
+        figure = draw(many, kind="distribution")
+        assert [t.name for t in figure.data] == [counts[s.rules] for s in many]
+        assert " edges" not in note(figure)
+        assert figure.layout.xaxis.range[1] == pytest.approx(math.log10(edges) + 0.05)
+        shares = "%: of the sum of all |score| of relp"  # 20 of 30 are no few: no line says theirs
+        assert (shares in note(figure)) == (many[0] is scores) == bool(figure.layout.annotations)
+    figure = draw(effect, kind="distribution")
+    assert counts["exact"].removeprefix("exact, ") in note(figure)
+    assert figure.data[-1].name == "all, 28" and len(figure.data[-1].x) == 28
+
+
+def test_heatmaps_of_some_edges_say_shares_of_what_was_measured() -> None:
+    scores, effect = partly_measured()
+    assert "of all |score|; grey: no edge" in note(draw(scores))
+    said = note(draw(effect))
+    assert "with 92 % of all |score| that was measured; grey: no edge, or not measured" in said
+    said = note(draw(effect, kind="layer"))
+    assert "sum of |score (logit difference)| of those measured, mean" in said
+    assert said.endswith("grey: no edge, or none measured")
+    assert note(draw(scores, kind="layer")).endswith("mean over 2 pairs; grey: no edge")
+
+
 # -- faithfulness ----------------------------------------------------------------------------------
 
 
@@ -334,12 +392,24 @@ def test_a_single_pair_has_no_band_and_several_evaluations_a_panel_each() -> Non
     figure = draw([make_evaluation(), make_evaluation(task="other", rules=("RELP", "GIM", "c"))])
     titles = [shown(a) for a in figure.layout.annotations]
     assert [t[0] for t in titles] == ["tiny · toy · 4 pairs", "tiny · other · 4 pairs"]
-    assert titles[1][1].startswith("RELP · CPR")
+    assert titles[1][2].startswith("RELP · CPR")
     hues = {(t.legendgroup, t.line.color) for t in figure.data if t.mode == "lines+markers"}
     assert len(hues) == 5  # one for each name, whatever the panel
     assert sorted(t.name for t in figure.data if t.showlegend) == [
         "GIM", "GRADIENT", "RELP", "c", "random"
     ]  # fmt: skip
+
+
+def test_each_evaluation_says_how_its_edges_were_ranked() -> None:
+    signed, plain = make_evaluation(signed=True), make_evaluation()
+    figure = draw([signed, plain])
+    titles = [shown(a) for a in figure.layout.annotations]
+    assert [t[1] for t in titles] == ["best edges by score", "best edges by |score|"]
+    assert note(figure).startswith("the best edges, all others corrupt; ")
+    for one, ranked in ((signed, "score"), (plain, "|score|")):
+        said = note(draw(one))
+        assert said.startswith(f"the best edges by {ranked}, all others corrupt, 4 pairs; ")
+        assert said.endswith("1, best is 0; both over a linear axis")
 
 
 def test_a_band_without_end_does_not_flatten_the_curves() -> None:
@@ -393,13 +463,27 @@ def test_an_attention_pattern_is_the_models_own(tiny: Any) -> None:
     np.testing.assert_allclose(clean.sum(1), 1, rtol=1e-5)
     assert not np.allclose(clean, corrupt)
     assert np.isnan(figure.data[0].z[0, 1:]).all()  # nobody looks ahead
-    ids = task.corrupt[1]
-    token = tiny.tokenizer.decode([int(ids[2])])
-    assert figure.data[1].customdata[3][2].endswith("@2")
-    assert figure.data[1].x[2].endswith("@2") and (len(token) > 6 or token[:1] in "&<" or
-                                                   token in figure.data[1].x[2])  # fmt: skip
+    words = [tiny.tokenizer.decode([token]) for token in task.corrupt[1].tolist()]
+    named = [f"{json.dumps(word, ensure_ascii=False)}@{pos}" for pos, word in enumerate(words)]
+    assert list(figure.data[1].x) == list(figure.data[1].y) == labels(named, 15)
+    query, key = (html.escape(named[pos], quote=False) for pos in (3, 2))
+    assert figure.data[1].customdata[3][2] == f"{query} looks at {key}"
     assert figure.layout.title.text.startswith("L2H3 · ")
     assert [shown(a) for a in figure.layout.annotations] == [["clean prompt"], ["corrupt prompt"]]
+
+
+@on("tiny", "llama")
+def test_tokens_of_a_pattern_are_in_quotes_and_in_one_line(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ['a"b', "\n", "<b>", " a long token of words", "", *"abcdefghi"]
+    task = random_task(tiny)
+    ids = [*task.clean[0].tolist(), *task.corrupt[0].tolist()]
+    monkeypatch.setattr(tiny.tokenizer, "decode", lambda token: words[ids.index(token[0])])
+    trace = attention(tiny, task, "L0H0").data[0]
+    shown = ['"a\\"b"@0', '"\\n"@1', '"&lt;b&gt;"@2', '" a long…rds"@3', "@4", '"a"@5']
+    assert list(trace.x[:6]) == shown
+    assert trace.customdata[3][0] == '" a long token of words"@3 looks at "a\\"b"@0'
 
 
 @on("tiny", "llama")
@@ -442,6 +526,20 @@ def test_a_table_is_rounded_with_intervals_in_markdown() -> None:
     assert "decides" not in to_markdown(TABLE, columns=["peak"])
 
 
+def test_labels_and_names_of_columns_are_written_so_that_they_can_be_read() -> None:
+    table = pd.DataFrame(
+        {"size": [0.0002, 0.012345, 1.0], "layer": [math.nan, 3.0, 12.0], "a|b_*": [1, 2, 3]}
+    )
+    assert to_markdown(table) == (
+        "| size | layer | a\\|b \\* |\n"
+        "| --- | --- | --- |\n"
+        "| 0.02% | - | 1 |\n"
+        "| 1.23% | 3 | 2 |\n"
+        "| 100% | 12 | 3 |\n"
+    )
+    assert r"0.02\% & - & 1 \\" in to_latex(table)
+
+
 def test_a_table_is_escaped_in_latex() -> None:
     lines = to_latex(TABLE).split("\n")
     assert lines[:3] == [
@@ -460,7 +558,7 @@ def test_tables_of_all_that_is_judged() -> None:
     row = evaluation.areas().iloc[1]
     text = f"| RELP | {row['CPR']:.2f} [{row['CPR_low']:.2f}, {row['CPR_high']:.2f}] |"
     assert text in to_markdown(evaluation)
-    assert "| GRADIENT | 1.0% | 1 | " in to_markdown(evaluation.to_dataframe())
+    assert "| GRADIENT | 1% | 1 | " in to_markdown(evaluation.to_dataframe())
     p_values = pd.DataFrame({"measure": ["relative_error"], "difference": [-0.2], "low": [-0.3],
                              "high": [-0.1], "p_value": [0.0001], "p_holm": [0.03]})  # fmt: skip
     assert to_markdown(p_values).split("\n")[2] == (

@@ -11,7 +11,7 @@ from circuits.draw.heatmaps import labels
 from circuits.draw.paint import plain
 from circuits.draw.template import SEQUENTIAL, framed, panels
 from relp import Component, ModelLike, TaskLike
-from relp.bridge import Sites, observe, undisturbed
+from relp.bridge import Sites, observe, placed, undisturbed
 
 __all__ = ["attention"]
 
@@ -96,9 +96,8 @@ def _none(sites: Sites) -> str:
 def _tokens(model: Any, ids: torch.Tensor) -> list[str]:
     """`" Mary"@4`, as figures of scores call positions."""
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return [f"@{pos}" for pos in range(len(ids))]
-    return [f'"{tokenizer.decode([int(i)])}"@{pos}' for pos, i in enumerate(ids)]
+    words = ["" if tokenizer is None else tokenizer.decode([token]) for token in ids.tolist()]
+    return [placed(word, pos) for pos, word in enumerate(words)]
 
 
 def _drawn(

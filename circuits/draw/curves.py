@@ -28,7 +28,9 @@ def curves(found: Sequence[Evaluation]) -> go.Figure:
     several, first = len(found) > 1, found[0]
     entries = [_entries(evaluation) for evaluation in found]
     titles = [
-        [f"{e.model} · {e.task} · {len(e.clean)} pairs", *said.values()] if several else []
+        [f"{e.model} · {e.task} · {len(e.clean)} pairs", _ranked(e), *said.values()]
+        if several
+        else []
         for e, said in zip(found, entries, strict=True)
     ]
     figure, plot, above = panels(titles, 1, plot=_PLOT, between=50)
@@ -50,19 +52,24 @@ def curves(found: Sequence[Evaluation]) -> go.Figure:
         figure.update_yaxes(range=_range(table), title_text="faithfulness", **at)
         for level in (0, 1):  # none of the gap, and what the whole model has
             figure.add_hline(y=level, line={"color": GRID, "width": 1}, layer="below", **at)
-    ranked = "score" if first.signed else "|score|"
-    whose, pairs = f" · {first.model} · {first.task}", f", {len(first.clean)} pairs"
+    whose = f" · {first.model} · {first.task}"
+    best = "the best edges" if several else f"the {_ranked(first)}"
+    pairs = "" if several else f", {len(first.clean)} pairs"
     figure.update_layout(legend=BENEATH)
     return framed(
         figure,
         f"Faithfulness by circuit size{'' if several else whose}",
-        f"the best edges by {ranked}, all others corrupt{'' if several else pairs}; bands and "
-        "brackets: 95 % bootstrap over pairs; CPR: area below the curve; CMD: area between it and "
-        "1, best is 0",
+        f"{best}, all others corrupt{pairs}; bands and brackets: 95 % bootstrap over pairs; CPR: "
+        "area below the curve; CMD: area between it and 1, best is 0; both over a linear axis",
         plot=plot,
         above=above,
         below=56 + _ENTRY * len(rules),
     )
+
+
+def _ranked(evaluation: Evaluation) -> str:
+    """How the edges of its circuits were chosen."""
+    return f"best edges by {'score' if evaluation.signed else '|score|'}"
 
 
 def _entries(evaluation: Evaluation) -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from circuits.draw.heatmaps import called, matrices, sources, unit
+from circuits.draw.heatmaps import called, matrices, missing, pairs_of, sources, unit
 from circuits.draw.paint import DARK, MUTED, NEGATIVE, POSITIVE, plain
 from circuits.draw.template import BENEATH, CATEGORIES, framed
 from relp import EdgeScores
@@ -26,23 +26,25 @@ def distribution(many: Sequence[EdgeScores]) -> go.Figure:
 
     Dotted lines stand at 20, 200, … edges, up to a fifth of all, and say which share of the sum of
     all |score| the edges up to there have. Several sets of scores have a curve each, of all edges.
+    Edges that were not measured are counted, and are in no curve and no sum.
     """
     z, _ = matrices(many)
     figure, peak, total = go.Figure(), 0.0, 1
     for number, (scores, table) in enumerate(zip(many, z, strict=True)):
         values = table[np.isfinite(table)]
         sizes = -np.sort(-abs(values))
-        peak, total = max(peak, float(sizes.max(initial=0))), len(sizes)
-        name, hue = called(scores), CATEGORIES[number % len(CATEGORIES)]
+        peak, total = max(peak, float(sizes.max(initial=0))), max(total, len(sizes))
+        counts = _counts(sizes, missing(scores))
+        name, hue = f"{called(scores)}, {counts}", CATEGORIES[number % len(CATEGORIES)]
         if len(many) == 1:
-            name, hue = "all", DARK
+            name, hue = f"all, {np.count_nonzero(sizes):,}", DARK
             for sign, part, colour in (
                 ("positive", values[values > 0], POSITIVE),
                 ("negative", -values[values < 0], NEGATIVE),
             ):
                 label = f"{sign}, {len(part):,}"
                 figure.add_trace(_curve(-np.sort(-part), label, colour, 1.5))
-        figure.add_trace(_curve(sizes, f"{name}, {np.count_nonzero(sizes):,}", hue, 2.5))
+        figure.add_trace(_curve(sizes, name, hue, 2.5))
         if number == 0:
             _marks(figure, sizes)
     peak = peak or 1.0
@@ -51,21 +53,31 @@ def distribution(many: Sequence[EdgeScores]) -> go.Figure:
         tickformat="~s",
     )  # fmt: skip
     figure.update_yaxes(
-        type="log", title_text=plain(f"|{unit(many[0])}|"), dtick=1, exponentformat="power",
+        type="log", title_text=plain(f"|{unit(*many)}|"), dtick=1, exponentformat="power",
         range=[np.log10(peak * _DEEP), np.log10(peak) + 0.2],
     )  # fmt: skip
-    zero = total - int(np.count_nonzero(np.nan_to_num(z[0])))
-    shares = f"; %: of the sum of all |score|{f' of {called(many[0])}' if len(many) > 1 else ''}"
+    edges = f"; {counts}" if len(many) == 1 else ""
+    of = f" of {called(many[0])}" if len(many) > 1 else ""
+    shares = f"; %: of the sum of all |score|{of}" if figure.layout.annotations else ""
     framed(
         figure,
         sources(many),
-        f"edges by |score|, mean over {len(many[0].clean)} pairs; {total:,} edges"
-        + (f", {zero:,} of them 0" if zero else "") + shares,
+        f"edges by |score|, mean over {pairs_of(many)}{edges}{shares}",
         plot=330,
         above=22,
         below=56 + 19 * (3 if len(many) == 1 else len(many)),
     )  # fmt: skip
     return figure.update_layout(legend=BENEATH)
+
+
+def _counts(sizes: Float[np.ndarray, " edge"], unknown: int) -> str:
+    """`200 edges, 3 of them 0, 3,428 others not measured`."""
+    zero = len(sizes) - int(np.count_nonzero(sizes))
+    return (
+        f"{len(sizes):,} edges"
+        + (f", {zero:,} of them 0" if zero else "")
+        + (f", {unknown:,} others not measured" if unknown else "")
+    )
 
 
 def _curve(sizes: Float[np.ndarray, " edge"], name: str, hue: str, width: float) -> go.Scatter:

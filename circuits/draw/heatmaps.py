@@ -25,7 +25,9 @@ __all__ = [
     "layer_heatmap",
     "lined_up",
     "matrices",
+    "missing",
     "node_heatmap",
+    "pairs_of",
     "same",
     "sources",
     "unit",
@@ -68,6 +70,13 @@ def sources(many: Sequence[Scores]) -> str:
     """Where all of these come from, in one line, as `Scores.title` says it of one."""
     first, names = many[0], dict.fromkeys(called(s) if many[1:] else s.rules for s in many)
     return replace(first.provenance, rules=", ".join(names)).title
+
+
+def pairs_of(many: Sequence[Scores]) -> str:
+    """How many pairs each is a mean over: `6 pairs`, and `6 and 3 pairs` where that differs."""
+    each = [f"{len(s.clean):,}" for s in many]
+    *others, last = each if len(set(each)) > 1 else each[:1]
+    return (f"{', '.join(others)} and " if others else "") + f"{last} pairs"
 
 
 def same(many: Sequence[Scores]) -> None:
@@ -149,7 +158,7 @@ def node_heatmap(many: Sequence[NodeScores], kind: str | None) -> go.Figure:
         many,
         across=across,
         up="layer" if parsed[0].layer >= 0 else "",
-        note=f"{kind}, mean over {len(many[0].clean)} pairs{sums.get(across, '')}",
+        note=f"{kind}, mean over {pairs_of(many)}{sums.get(across, '')}",
     )
 
 
@@ -208,6 +217,11 @@ def matrices(many: Sequence[EdgeScores]) -> tuple[np.ndarray, list[str]]:
     ]
 
 
+def missing(scores: EdgeScores) -> int:
+    """How many edges were not measured, at any place."""
+    return int(scores.edges[..., scores.layout.exists].isnan().sum())
+
+
 def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     """Writer by reader: those of the strongest edges, and how much of all that is.
 
@@ -236,12 +250,13 @@ def edge_heatmap(many: Sequence[EdgeScores], kind: str | None) -> go.Figure:
     up, across = labels([writers[w] for w in rows]), labels([names[r] for r in columns])
     tables = [_Table(table[np.ix_(rows, columns)], said, up, across) for table in z]
     by = "; readers at each span" if many[0].places else "; readers at each position"
-    unknown = any(s.edges[..., s.layout.exists].isnan().any() for s in many)
+    partly = any(map(missing, many))
     note = (
-        f"{'edges' if kind is None else f'edges into {kind}'}, mean over {len(many[0].clean)} "
-        f"pairs{by if many[0].place_labels else ''}; {len(rows)} of {len(writers):,} writers and "
-        f"{len(columns)} of {len(names):,} readers, with {_shares(shown)} of all |score|; "
-        f"grey: no edge{', or not measured' if unknown else ''}"
+        f"{'edges' if kind is None else f'edges into {kind}'}, mean over {pairs_of(many)}"
+        f"{by if many[0].place_labels else ''}; {len(rows)} of {len(writers):,} writers and "
+        f"{len(columns)} of {len(names):,} readers, with {_shares(shown)} of all |score|"
+        f"{' that was measured' if partly else ''}; grey: no edge"
+        f"{', or not measured' if partly else ''}"
     )
     figure = _drawn(tables, many, across="reader", up="writer", note=note, least=13)
     return figure.update_layout(plot_bgcolor=_NO_EDGE)
@@ -293,10 +308,11 @@ def layer_heatmap(many: Sequence[EdgeScores]) -> go.Figure:
         total[found == 0] = np.nan
         notes = np.array([[f"{w} → {r}" for r in across] for w in up], dtype=object)
         tables.append(_Table(total, notes, up, across))
+    partly = any(map(missing, many))
     figure = _drawn(
         tables, many, across="reads", up="writes", least=13,
-        note=f"edges by layer, sum of |{unit(*many)}|, mean over {len(many[0].clean)} pairs; grey: "
-        "no edge",
+        note=f"edges by layer, sum of |{unit(*many)}|{' of those measured' if partly else ''}, "
+        f"mean over {pairs_of(many)}; grey: no edge{', or none measured' if partly else ''}",
         name=f"sum of |{many[0].noun}|",
     )  # fmt: skip
     return figure.update_layout(plot_bgcolor=_NO_EDGE)

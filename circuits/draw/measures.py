@@ -60,20 +60,7 @@ def measures(table: pd.DataFrame) -> go.Figure:
             figure.add_trace(
                 trace.update(showlegend=i == 0), row=i // beside + 1, col=i % beside + 1
             )
-    figure.update_yaxes(
-        tickvals=list(range(len(kinds))), ticktext=kinds, range=[len(kinds) - 0.5, -0.5],
-        zeroline=False, showgrid=False,
-    )  # fmt: skip
-    for line in range(1, len(kinds)):
-        figure.add_hline(y=line - 0.5, line={"color": GRID, "width": 1}, layer="below")
-    for i, measure in enumerate(SHOWN):
-        at = {"row": i // beside + 1, "col": i % beside + 1}
-        figure.update_yaxes(showticklabels=at["col"] == 1, ticks="", **at)
-        if measure != "relative_error":
-            least = 0.0 if measure == "signs" else LEAST
-            figure.update_xaxes(range=[least, 1.03], tick0=0, dtick=0.25, **at)
-        else:
-            figure.update_xaxes(rangemode="tozero", nticks=5, **at)
+    _axes(figure, kinds, beside)
     note = (
         "mean over pairs, 95 % bootstrap intervals; r and the error over all cells, ρ and signs "
         "over those above rounding and the floor"
@@ -88,6 +75,24 @@ def measures(table: pd.DataFrame) -> go.Figure:
         below=26 + legend,
     )
     return figure.update_layout(legend=BENEATH)
+
+
+def _axes(figure: go.Figure, kinds: list[str], beside: int) -> None:
+    """Axes: kinds from above, and across the range of each measure."""
+    figure.update_yaxes(
+        tickvals=list(range(len(kinds))), ticktext=kinds, range=[len(kinds) - 0.5, -0.5],
+        zeroline=False, showgrid=False,
+    )  # fmt: skip
+    for line in range(1, len(kinds)):
+        figure.add_hline(y=line - 0.5, line={"color": GRID, "width": 1}, layer="below")
+    for i, measure in enumerate(SHOWN):
+        at = {"row": i // beside + 1, "col": i % beside + 1}
+        figure.update_yaxes(showticklabels=at["col"] == 1, ticks="", **at)
+        if measure != "relative_error":
+            least = 0.0 if measure == "signs" else LEAST
+            figure.update_xaxes(range=[least, 1.03], tick0=0, dtick=0.25, **at)
+        else:
+            figure.update_xaxes(rangemode="tozero", nticks=5, **at)
 
 
 def differences(table: pd.DataFrame) -> go.Figure:
@@ -109,14 +114,7 @@ def differences(table: pd.DataFrame) -> go.Figure:
             "a table to draw must have differences that are numbers; this one has none; look at "
             "the table itself"
         )
-    rows, notes = [], []
-    for row in table.itertuples():
-        kind = f"{row.kind} · " if "kind" in table else ""
-        both = f" · {row.one} − {row.other}" if "one" in table else ""
-        rows.append(plain(f"{kind}{SHOWN.get(row.measure, row.measure)}{both}"))
-        p = f", p = {row.p_value:.2g}" if row.p_value == row.p_value else ""
-        p += f" (Holm {row.p_holm:.2g})" if "p_holm" in table and row.p_holm == row.p_holm else ""
-        notes.append(f"{rows[-1]}: {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{p}")
+    rows, notes = _said(table)
     value, low, high = (table[n].to_numpy(dtype=float) for n in ("difference", "low", "high"))
     sure = (low > 0) | (high < 0)
     hue = CATEGORIES[0]
@@ -150,6 +148,19 @@ def differences(table: pd.DataFrame) -> go.Figure:
         plot=max(90, 22 * len(rows)),
         below=48,
     )
+
+
+def _said(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """What each difference is of, and its numbers."""
+    rows, notes = [], []
+    for row in table.itertuples():
+        kind = f"{row.kind} · " if "kind" in table else ""
+        both = f" · {row.one} − {row.other}" if "one" in table else ""
+        rows.append(plain(f"{kind}{SHOWN.get(row.measure, row.measure)}{both}"))
+        p = f", p = {row.p_value:.2g}" if row.p_value == row.p_value else ""
+        p += f" (Holm {row.p_holm:.2g})" if "p_holm" in table and row.p_holm == row.p_holm else ""
+        notes.append(f"{rows[-1]}: {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{p}")
+    return rows, notes
 
 
 def _marks(of: pd.DataFrame, measure: str, rows: list[float], name: str, number: int) -> go.Scatter:

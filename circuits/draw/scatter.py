@@ -60,25 +60,34 @@ def scatter(many: Sequence[Scores], effects: Scores, kind: str | None) -> go.Fig
         x, y = each[n][k]
         figure.add_trace(_line(x, y), **at)
         figure.add_trace(_dots(x, y, hover, hue), **at)
-        first = at["col"] == 1
         # what is across is the same everywhere, and three titles do not fit beside each other
         said = i + columns >= len(order) and (columns < 3 or at["col"] == 2)
         figure.update_xaxes(title_text=plain(unit(effects)) if said else "", **at)
-        figure.update_yaxes(title_text=plain(_up(many, effects)) if first else "", **at)
-        if several and not first:
-            beside = next(figure.select_xaxes(row=at["row"], col=1)).plotly_name
-            number = beside.removeprefix("xaxis")
-            figure.update_xaxes(matches=f"x{number}", **at)
-            figure.update_yaxes(matches=f"y{number}", **at)
+        figure.update_yaxes(title_text=plain(_up(many, effects)) if at["col"] == 1 else "", **at)
+        if several and at["col"] > 1:
+            _match(figure, **at)
     figure.update_xaxes(nticks=5)
     figure.update_yaxes(nticks=6)
     figure.update_layout(showlegend=False)
+    hangs = any(m.loc[kinds, "hangs"].any() for m in measures)
+    note = _note(effects, hangs=hangs)
+    return framed(figure, sources(many), note, plot=plot, above=above, below=52)
+
+
+def _match(figure: go.Figure, row: int, col: int) -> None:
+    """The same axes as in the first panel of the row."""
+    first = next(figure.select_xaxes(row=row, col=1)).plotly_name.removeprefix("xaxis")
+    figure.update_xaxes(matches=f"x{first}", row=row, col=col)
+    figure.update_yaxes(matches=f"y{first}", row=row, col=col)
+
+
+def _note(effects: Scores, *, hangs: bool) -> str:
     notes = [f"against {effects.rules} {effects.noun}s, {len(effects.clean)} pairs; dotted: equal"]
-    if many[0].level == "node":
+    if effects.level == "node":
         notes.append("measures are means over pairs, [95 % bootstrap interval]")
-    if any(m.loc[kinds, "hangs"].any() for m in measures):
+    if hangs:
         notes.append("*: one point decides r")
-    return framed(figure, sources(many), "; ".join(notes), plot=plot, above=above, below=52)
+    return "; ".join(notes)
 
 
 def _up(many: Sequence[Scores], effects: Scores) -> str:

@@ -154,12 +154,14 @@ def _text(name: str, row: dict[str, Any], ends: tuple[str, ...], digits: int) ->
     value = row[name]
     if name == "measure":
         return _name(value)
-    if name == "size":
-        return f"{value:.1%}"
-    if isinstance(value, (bool, str)) or name in _LABELS:
-        return str(value)
     if value != value:
         return "-"
+    if name == "size":
+        return f"{100 * value:.3g}%"
+    if isinstance(value, float) and name == "layer":  # so are they all, if one is NaN
+        return f"{value:g}"
+    if isinstance(value, (bool, str)) or name in _LABELS:
+        return str(value)
     if name.startswith("p_"):
         return "<0.001" if value < 0.001 else f"{value:.3f}"
     if isinstance(value, (int, np.integer)):
@@ -176,8 +178,10 @@ def _number(value: float, digits: int) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of texts as Markdown."""
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
-    lines += [[_escaped(str(cell)) for cell in row] for row in table.to_numpy()]
+    names, *rows = (
+        [_escaped(str(cell)) for cell in row] for row in [table.columns, *table.to_numpy()]
+    )
+    lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
