@@ -240,6 +240,12 @@ def check_edges(scores: object) -> EdgeScores:
             "assemble needs edge scores; these are node scores; call "
             "attribute(model, task, level='edge')"
         )
+    if scores.edges.dim() == 3 and not scores.places and len(scores.lengths.unique()) > 1:
+        raise ValueError(
+            "edges by position make a circuit if all prompts have one length; these have lengths "
+            f"{sorted(set(scores.lengths.tolist()))}, so that a position is of some pairs only; "
+            "call attribute(level='edge', positions='spans'), or leave `positions` out"
+        )
     if not bool(scores.edges.isfinite().all()):
         bad = int((~scores.edges.isfinite()).sum())
         if isinstance(scores, EdgeEffects) and bad == int(scores.edges.isnan().sum()):
@@ -301,7 +307,8 @@ def check_circuit(graph: object) -> nx.MultiDiGraph:
 
     Raises:
         TypeError: it is no `networkx.MultiDiGraph`, or an attribute has another type.
-        ValueError: an attribute is missing, or is no list in JSON that must be one.
+        ValueError: an attribute is missing, or is no list in JSON that must be one, or edges by
+            position stand beside others.
     """
     if not isinstance(graph, nx.MultiDiGraph):
         raise TypeError(
@@ -313,8 +320,15 @@ def check_circuit(graph: object) -> nx.MultiDiGraph:
         _check_list(name, graph.graph[name])
     for node, data in graph.nodes(data=True):
         _check_attributes("node {!r}", data, NODE, node)
+    kept = graph.graph["positions"]
     for u, v, key, data in graph.edges(keys=True, data=True):
         _check_attributes("edge {!r} -> {!r} ({!r})", data, EDGE, u, v, key)
+        if (data["pos"] >= 0) != kept and not data["structural"]:
+            raise ValueError(
+                f"edges of a circuit must {'' if kept else 'not '}be kept by position, as its "
+                f"attribute `positions` says; {u!r} -> {v!r} ({key!r}) has pos {data['pos']}; do "
+                "not join circuits that are by position with others"
+            )
     return graph
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -41,6 +41,7 @@ from relp.bridge import (
     precise_logits,
     skipping,
     span_index,
+    span_places,
     stream_places,
     stream_sites,
     warn_caller,
@@ -138,7 +139,7 @@ def circuit_sites(model: ModelLike, circuits: nx.MultiDiGraph | Sequence[nx.Mult
         TypeError, ValueError: it is no circuit, or one of another model.
     """
     sites = Sites.of(model)
-    graphs = [circuits] if isinstance(circuits, nx.Graph) else list(circuits)
+    graphs = _listed(circuits)
     return sites.splitting(check_circuit(graphs[0]).graph["neurons"].split()) if graphs else sites
 
 
@@ -154,7 +155,7 @@ def circuit_masks(
             split off, one is by position and the task's prompts have several lengths, or one is by
             span and the task has other spans, or others are by position.
     """
-    graphs = [circuits] if isinstance(circuits, nx.Graph) else list(circuits)
+    graphs = _listed(circuits)
     if not graphs:
         raise ValueError("`circuit` must be a graph or several; got none; pass at least one")
     for graph in graphs:
@@ -186,10 +187,20 @@ def circuit_masks(
     return masks
 
 
+def _listed(circuits: object) -> list[nx.MultiDiGraph]:
+    if isinstance(circuits, nx.Graph):
+        return [circuits]
+    if not isinstance(circuits, Iterable) or isinstance(circuits, str):
+        raise TypeError(
+            f"`circuit` must be a graph or a sequence of graphs; got {type(circuits).__name__}; "
+            "choose one with circuits.top(scores, edges=100)"
+        )
+    return list(circuits)
+
+
 def kept_by_span(circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]) -> bool:
     """Whether a circuit, or one of several, has edges by span."""
-    graphs = [circuits] if isinstance(circuits, nx.Graph) else circuits
-    return any(graph.graph["by_span"] for graph in graphs)
+    return any(graph.graph["by_span"] for graph in _listed(circuits))
 
 
 def _places(task: TaskLike, graphs: Sequence[nx.MultiDiGraph]) -> int:
@@ -198,7 +209,7 @@ def _places(task: TaskLike, graphs: Sequence[nx.MultiDiGraph]) -> int:
     if not apart:
         return 1
     if any(g.graph["by_span"] for g in apart):
-        spans = [*task.spans, "other"]
+        spans = [*span_places(task.spans)]
         for graph in apart:
             if not graph.graph["by_span"] or json.loads(graph.graph["places"]) != spans:
                 raise ValueError(

@@ -20,7 +20,7 @@ from relp.partway import weight_of_both
 from relp.propagation import module_names
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
-from relp.scores import EdgeScores, Pairs, Provenance, span_index
+from relp.scores import EdgeScores, Pairs, Provenance, span_index, span_places
 
 __all__ = ["EdgeSums", "edge_scores", "position_groups"]
 
@@ -176,7 +176,7 @@ class EdgeSums:
     def __init__(self, sites: Sites, task: TaskLike, rules: Rules, positions: bool | str) -> None:
         self.sites_needed = stream_sites(sites)
         self._sites, self._rules, self._positions, self._pairs = sites, rules, positions, len(task)
-        self.places = (*task.spans, "other") if positions == "spans" else ()
+        self.places = span_places(task.spans) if positions == "spans" else ()
         groups = len(self.places) or (int(task.lengths.max()) if positions else 1)
         self._sums = torch.zeros(groups, len(sites.writers), len(sites.readers))
         self._starts = torch.zeros_like(self._sums) if rules.partway else None

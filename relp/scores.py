@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +34,7 @@ __all__ = [
     "Scores",
     "placed",
     "span_index",
+    "span_places",
 ]
 
 S = TypeVar("S", bound="Scores")
@@ -501,7 +502,7 @@ class NodeScores(Scores):
         """
         if self.places or self.tokens == ALL_POSITIONS:
             return self
-        places = (*self.spans, "other")
+        places = span_places(self.spans)
         index = span_index(self.spans, len(self.nodes), self.nodes.shape[-1])
         nodes = self.resolved().nodes
         summed = nodes.new_zeros(*nodes.shape[:2], len(places))
@@ -691,6 +692,14 @@ def placed(token: str, pos: int) -> str:
     '" Mary"@4'
     """
     return f"{json.dumps(token, ensure_ascii=False) if token else ''}@{pos}"
+
+
+def span_places(spans: Iterable[str]) -> tuple[str, ...]:
+    """The names of spans, and behind them that of all other positions: one that no span has."""
+    names, rest = tuple(spans), "other"
+    while rest in names:
+        rest = f"{rest} positions"
+    return (*names, rest)
 
 
 def span_index(

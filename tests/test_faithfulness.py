@@ -18,6 +18,7 @@ from transformer_lens.tools.analysis import attribution_patching as lens
 
 from circuits import (
     acdc,
+    agreement,
     assemble,
     compare,
     completeness,
@@ -426,3 +427,45 @@ def test_circuits_by_span_follow_each_pair(tiny: Any) -> None:
         faithfulness(tiny, able_task(tiny), circuit)
     with pytest.raises(ValueError, match="and others that are so too"):
         faithfulness(tiny, task, [circuit, graph_of(tiny, task.select([0]), positions=True)])
+
+
+@pytest.mark.filterwarnings("ignore:the model must be able to do the task")
+def test_a_span_may_be_called_as_the_rest_is(tiny: Any) -> None:
+    """As in agreement across a phrase, whose noun is the other one."""
+    task = ragged_task(tiny)
+    named = replace(task, spans={**task.spans, "other": task.spans["name"] + 1})
+    scores = attribute(tiny, named, level="edge", positions="spans")
+    assert scores.places == ("name", "end", "other", "other positions")
+    assert attribute(tiny, named).by_span().places == scores.places
+    whole = assemble(scores)
+    assert size(whole) == int(scores.layout.exists.sum()) * 4 and len(set(whole.edges)) == size(
+        whole
+    ) + sum(d["structural"] for *_, d in whole.edges(data=True))
+    assert faithfulness(tiny, named, whole) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+def test_what_is_no_circuit_is_told_what_is(tiny: Any) -> None:
+    task = able_task(tiny)
+    edges = attribute(tiny, task, level="edge")
+    by_span = assemble(attribute(tiny, task, level="edge", positions="spans"))
+    for judge in (faithfulness, completeness, minimality):
+        for wrong in (edges, None, "circuit"):
+            with pytest.raises(TypeError, match="must be a graph or a sequence of graphs; got "):
+                judge(tiny, task, wrong)
+        mixed = nx.compose(assemble(edges), by_span)  # each has edges that the other lacks
+        with pytest.raises(ValueError, match="edges of a circuit must be kept by position, as its"):
+            judge(tiny, task, mixed)
+    for wrong in (by_span, [by_span], None):
+        with pytest.raises(TypeError, match="`scores` must be Scores, or a list of them; got "):
+            evaluate(tiny, task, wrong)
+        with pytest.raises(TypeError, match="circuits are judged by faithfulness"):
+            agreement(wrong, edges)
+
+
+def test_positions_of_prompts_of_several_lengths_make_no_circuit(tiny: Any) -> None:
+    """A position is there in some pairs only: their sum would be no mean."""
+    edges = attribute(tiny, ragged_task(tiny), level="edge", positions=True)
+    for choose in (assemble, lambda scores: top(scores, edges=5)):
+        with pytest.raises(ValueError, match=r"if all prompts have one length; .* \[4, 6, 7\], so"):
+            choose(edges)

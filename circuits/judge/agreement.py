@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
@@ -342,13 +343,21 @@ def several(scores: Scores | Sequence[Scores]) -> list[Scores]:
     """One set of scores or more, as a list.
 
     Raises:
+        TypeError: one is something else.
         ValueError: there is none.
     """
-    many = [scores] if isinstance(scores, Scores) else list(scores)
+    listed = isinstance(scores, Iterable) and not isinstance(scores, Scores | nx.Graph)
+    many: list[Any] = list(scores) if listed else [scores]  # type: ignore[arg-type]
     if not many:
         raise ValueError(
             "`scores` must be one set or more; got none; call attribute(model, task, rules=...)"
         )
+    for one in many:
+        if not isinstance(one, Scores):
+            raise TypeError(
+                f"`scores` must be Scores, or a list of them; got {type(one).__name__}; call "
+                "attribute(model, task, rules=...); circuits are judged by faithfulness"
+            )
     return many
 
 

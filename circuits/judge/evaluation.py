@@ -35,7 +35,7 @@ from circuits.masked import (
 )
 from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
-from relp.bridge import Sites, undisturbed
+from relp.bridge import Sites, span_places, undisturbed
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
 
@@ -209,7 +209,7 @@ def evaluate(
             and the task has other spans; sizes are not ascending in (0, 1]; or as for
             `faithfulness`.
     """
-    many = _edge_scores([scores] if isinstance(scores, Scores) else list(scores), sizes)
+    many = _edge_scores([scores] if isinstance(scores, Scores) else scores, sizes)
     neurons = [writer.name for writer in many[0].layout.sources if writer.kind == "neuron"]
     sites = Sites.of(model).splitting(neurons)
     _check(sites, task, many)
@@ -264,6 +264,13 @@ def compare(
 
 def _edge_scores(scores: Sequence[Scores], sizes: Sequence[float]) -> list[EdgeScores]:
     """The scores, if circuits of these sizes can be chosen by all of them."""
+    listed = isinstance(scores, Sequence)
+    for one in scores if listed else [scores]:
+        if not isinstance(one, Scores):
+            raise TypeError(
+                f"`scores` must be Scores, or a list of them; got {type(one).__name__}; call "
+                "attribute(model, task, level='edge'); circuits are judged by faithfulness"
+            )
     if not scores or list(sizes) != sorted({s for s in sizes if 0 < s <= 1}):
         raise ValueError(
             "evaluate needs one set of scores or more, and sizes that ascend in (0, 1]; got "
@@ -294,7 +301,7 @@ def _check(sites: Sites, task: TaskLike, scores: Sequence[EdgeScores]) -> None:
                 f"first, or are not of {sites.model_name!r}; compute all on this model, with the "
                 "same `neurons`"
             )
-        if any(one.places for one in scores) and s.places != (*task.spans, "other"):
+        if any(one.places for one in scores) and s.places != span_places(task.spans):
             raise ValueError(
                 "scores by span must all be so, and be evaluated on a task with the same spans; "
                 f"those of {s.rules!r} have {s.places or 'none'}, the task {tuple(task.spans)}; "

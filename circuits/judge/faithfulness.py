@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import overload
 
@@ -126,8 +127,9 @@ def minimality(
 
     >>> minimality(model, task, top(edges, edges=20))
 
-    One row per edge, the largest contribution first: `writer`, `reader`, `pos` (-1 for all),
-    `score` and `contribution` = f(C) - f(C without the edge), a share of the clean-corrupt gap.
+    One row per edge, the largest contribution first: `writer`, `reader`, `pos` (-1 for all; the
+    name as `span` where edges are kept by span), `score` and `contribution` = f(C) - f(C without
+    the edge), a share of the clean-corrupt gap.
     An edge near 0 could go; a negative one works against the rest. This is the minimality score of
     Wang et al. 2022, arXiv:2211.00593, of single edges with nothing else knocked out (K = ∅).
     Costs one circuit evaluation per edge. Errors and warnings are those of `faithfulness`.
@@ -142,6 +144,9 @@ def minimality(
         cut[at, layout.row[writer], layout.column[reader]] = False
     whole, *without = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
     table = pd.DataFrame(edges, columns=["writer", "reader", "pos", "score"])
+    if kept_by_span(circuit):
+        places = json.loads(circuit.graph["places"])
+        table.insert(2, "span", [places[pos] for pos in table.pop("pos")])
     table["contribution"] = [whole - share for share in without]
     return table.sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
 

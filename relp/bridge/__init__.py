@@ -34,7 +34,7 @@ from relp.bridge.stream import (
     what_is_added,
     writer_changes,
 )
-from relp.scores import placed, span_index
+from relp.scores import placed, span_index, span_places
 
 __all__ = [
     "PAIR_BYTES",
@@ -75,6 +75,7 @@ __all__ = [
     "skipping",
     "span",
     "span_index",
+    "span_places",
     "stream_sites",
     "undisturbed",
     "versions",
