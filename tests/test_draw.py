@@ -116,6 +116,16 @@ def test_tokens_label_positions_only_where_all_pairs_have_them():
     assert trace.x[0] == '" aaaaaaaaaaa…aaa"@0' and "a" * 40 in trace.customdata[0, 0]
 
 
+def test_means_by_position_of_ragged_prompts_say_over_whom():
+    ragged = make_nodes(lengths=torch.tensor([4, 4, 2]))
+    assert (
+        "at each position over those that are<br>long enough"
+        in draw(ragged).layout.title.subtitle.text
+    )
+    assert "long enough" not in draw(make_nodes()).layout.title.subtitle.text
+    assert "mean over 1 pair" in draw(make_nodes(pairs=1)).layout.title.subtitle.text
+
+
 def test_spans_that_lie_apart_take_the_place_of_positions():
     nodes, end = make_nodes().nodes, torch.full((3,), 3)
     for spans, lengths in (

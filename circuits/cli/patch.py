@@ -129,7 +129,7 @@ def _tell(answer: dict[str, Any], effect: Any, out: Path) -> None:
     strongest = shown.top(10).dropna()
     answer |= {"strongest": records(strongest), "files": [str(out)]}
     strongest = strongest.drop(columns=["kind", "layer", "head", "slot"], errors="ignore")
-    rest = "; other: the sum over all other positions" if shown.places else ""
+    rest = f"; {shown.places[-1]}: the sum over all other positions" if shown.places else ""
     print_table(
         f"strongest: {effect.rules}, {effect.direction}{rest}",
         list(strongest.columns),

@@ -76,7 +76,8 @@ def pairs_of(many: Sequence[Scores]) -> str:
     """How many pairs each is a mean over: `6 pairs`, and `6 and 3 pairs` where that differs."""
     each = [f"{len(s.clean):,}" for s in many]
     *others, last = each if len(set(each)) > 1 else each[:1]
-    return (f"{', '.join(others)} and " if others else "") + f"{last} pairs"
+    noun = "pair" if last == "1" and not others else "pairs"
+    return (f"{', '.join(others)} and " if others else "") + f"{last} {noun}"
 
 
 def same(many: Sequence[Scores]) -> None:
@@ -152,7 +153,12 @@ def node_heatmap(many: Sequence[NodeScores], kind: str | None) -> go.Figure:
     table = _by_head if by_head else _by_place
     tables = [table(s, kind, parsed) for s in many]
     across = kind if by_head else "span" if many[0].places else "position"
-    sums = {kind: ", summed over positions", "span": "; other: the sum over all other positions"}
+    ragged = any(len(set(s.lengths.tolist())) > 1 for s in many)
+    sums = {
+        kind: ", summed over positions",
+        "span": f"; {''.join(many[0].places[-1:])}: the sum over all other positions",
+        "position": ", at each position over those that are long enough" * ragged,
+    }
     return _drawn(
         tables,
         many,
