@@ -17,11 +17,29 @@ from test_graph import make_scores
 
 from circuits.draw import draw
 from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, bands, bezier, crossings, frame, lanes, layout, routes
-from circuits.draw.paint import NEGATIVE, NEUTRAL, POSITIVE, edge_notes, node_note, pixels, tint
+from circuits.draw.layout import (
+    BOX,
+    bands,
+    bezier,
+    crossings,
+    frame,
+    lanes,
+    layout,
+    routes,
+)
+from circuits.draw.paint import (
+    NEGATIVE,
+    NEUTRAL,
+    POSITIVE,
+    edge_notes,
+    node_limit,
+    node_note,
+    pixels,
+    tint,
+)
 from circuits.draw.svg import picture
 from circuits.files.tikz import to_tikz
-from circuits.graph import assemble, real_edges, size
+from circuits.graph import assemble, has_lanes, real_edges, size
 from circuits.search.prune import top
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -332,6 +350,27 @@ def test_positions_are_lanes_with_the_names_of_their_tokens():
         assert re.match(r"\S+ at .+ · ", note)
     assert any("score of these edges" in note for note in found["nodes"][0].hovertext)
     assert "@" not in str(draw(make_circuit(edges=20)).layout)
+
+
+@pytest.mark.parametrize("some", [slice(1), slice(None)], ids=["one node", "all nodes"])
+def test_attributes_of_ones_own_make_no_lanes(some):
+    circuit = make_circuit(edges=30)
+    for node in list(circuit)[some]:
+        circuit.nodes[node].update(pos=3, name="mine")
+    assert not has_lanes(circuit) and draw(circuit).layout.xaxis.ticktext == ()
+    by_place = by_position()
+    for node in list(by_place)[some]:
+        by_place.nodes[node]["pos"] = 3
+    assert not has_lanes(by_place) and has_lanes(by_lane(by_place))
+    assert len(by_lane(by_place)) > len(by_place)
+
+
+def test_colours_of_lanes_leave_out_the_embedding():
+    circuit = by_lane(by_position())
+    scores = {node: abs(d["score"]) for node, d in circuit.nodes(data=True)}
+    inner = {n: s for n, s in scores.items() if not n.startswith("embed@")}
+    circuit.nodes["embed@0"]["score"] = 100.0
+    assert node_limit(circuit) == max(inner.values()) < 100
 
 
 def test_figures_are_light():

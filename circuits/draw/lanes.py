@@ -15,7 +15,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.graph import check_circuit, keep, real_edges, size
+from circuits.graph import check_circuit, has_lanes, keep, real_edges, size
 
 __all__ = ["by_lane", "drawn"]
 
@@ -51,7 +51,7 @@ def by_lane(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
         TypeError, ValueError: `graph` is no circuit.
     """
     check_circuit(graph)
-    if not graph.graph["positions"] or all("pos" in data for _, data in graph.nodes(data=True)):
+    if not graph.graph["positions"] or has_lanes(graph):
         return graph
     written: dict[str, dict[int, float]] = {node: defaultdict(float) for node in graph}
     read: dict[str, set[int]] = {node: set() for node in graph}

@@ -17,7 +17,7 @@ import networkx as nx
 
 from circuits.draw import paint
 from circuits.files.layers import frames, rows
-from circuits.graph import Circuit
+from circuits.graph import Circuit, has_lanes
 
 __all__ = ["from_dot", "to_dot"]
 
@@ -123,7 +123,7 @@ def _arranged(graph: nx.MultiDiGraph) -> Iterator[str]:
     """
     ranks = [[_quote(node) for node in row] for row in rows(graph)]
     framed = {name: [_quote(node) for node in nodes] for name, nodes in frames(graph).items()}
-    if all("pos" in data for _, data in graph.nodes(data=True)):
+    if has_lanes(graph):
         ends = (("foot", "out"), ("head", "in"))
         for (end, way), rank in zip(ends, ranks[:1] + ranks[-1:], strict=bool(ranks)):
             joint = _quote(f" {end}")
