@@ -26,7 +26,6 @@ __all__ = [
     "POSITIVE",
     "edge_hue",
     "edge_limit",
-    "edge_note",
     "edge_notes",
     "edge_opacity",
     "edge_share",
@@ -200,22 +199,14 @@ def node_note(graph: nx.MultiDiGraph, node: str) -> str:
     return f"{node_label(graph, node)}{where}{score} · {edges_in} in, {edges_out} out"
 
 
-def edge_note(u: str, v: str, data: dict[str, Any], place: str = "") -> str:
-    """What hovering over an edge says; `place` is what figures call its position."""
-    if data["structural"]:
-        return f"{u} → {v} (its keys and values)"
-    where = f" @ position {data['pos']}" if data["pos"] >= 0 else ""
-    where = f" at {place}" if place else where
-    return f"{u} → {data['reader']}{where}: {data['score']:+.4g}"
-
-
 def edge_notes(graph: nx.MultiDiGraph) -> list[str]:
-    """The note of each edge, in the order of the graph."""
+    """What hovering over each edge says, in the order of the graph."""
     places = {pos: place_label(graph, pos) for *_, pos in graph.edges(data="pos") if pos >= 0}
-    names = {node: node_label(graph, node) for node in graph}
-    return [
-        edge_note(u, v, data)
-        if data["structural"]
-        else edge_note(names[u], v, data, places.get(data["pos"], ""))
-        for u, v, data in graph.edges(data=True)
-    ]
+
+    def note(u: str, v: str, data: dict[str, Any]) -> str:
+        if data["structural"]:
+            return f"{u} → {v} (its keys and values)"
+        where = f" at {places[data['pos']]}" if data["pos"] >= 0 else ""
+        return f"{node_label(graph, u)} → {data['reader']}{where}: {data['score']:+.4g}"
+
+    return [note(u, v, data) for u, v, data in graph.edges(data=True)]

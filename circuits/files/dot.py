@@ -104,12 +104,13 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
             "tooltip": paint.node_note(graph, node),
         }
         lines.append(f"{_quote(node)} {_attributes(data, **style)}")
-    for u, v, key, data in graph.edges(keys=True, data=True):
+    noted = zip(graph.edges(keys=True, data=True), paint.edge_notes(graph), strict=True)
+    for (u, v, key, data), note in noted:
         style = {
             "color": paint.edge_hue(data),
             "penwidth": f"{paint.edge_width(data, strongest):.2f}",
             "style": "dashed" if data["structural"] else "solid",
-            "tooltip": paint.edge_note(u, v, data),
+            "tooltip": note,
         }
         lines.append(f"{_quote(u)} -> {_quote(v)} {_attributes({'key': key, **data}, **style)}")
     return "\n".join([*lines, *_arranged(graph), "}", ""])
