@@ -378,6 +378,36 @@ def test_searching(opened, tmp_path) -> None:
 
 
 @pytest.mark.outside
+def test_the_slider_searches_again(opened, tmp_path) -> None:
+    circuit = make_circuit(positions=3)
+    circuit.graph["prompt"] = '["a", "b", "c"]'
+    page = opened.show(save(circuit, tmp_path / "c.html"))
+
+    def hits() -> list[str]:
+        assert opened.count(".node.hit") == opened.count(".node.hit:not([visibility])")
+        return sorted(page.locator(".node.hit").evaluate_all("all => all.map(e => e.__data__.id)"))
+
+    def shown(part: str) -> list[str]:
+        ids = page.locator(".node:not([visibility])").evaluate_all(
+            "all => all.map(e => e.__data__.id)"
+        )
+        return sorted(node for node in ids if part in node)
+
+    slider = page.locator("#threshold")
+    page.locator("#search").fill("L1H")
+    many = hits()
+    slider.fill("0")
+    few = hits()
+    assert few == shown("L1H") and len(few) < len(many)
+    slider.fill(slider.get_attribute("max"))
+    assert hits() == many == shown("L1H")
+    page.locator(".token").nth(1).click()
+    many = hits()
+    slider.fill("0")
+    assert hits() == shown("@1") and len(hits()) < len(many)
+
+
+@pytest.mark.outside
 def test_hostile_names_are_text(opened, tmp_path) -> None:
     circuit = hostile()
     page = opened.show(save(circuit, tmp_path / "c.html", title=HOSTILE[2]))
