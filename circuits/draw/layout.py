@@ -310,17 +310,13 @@ def routes(
 
     Edges leave at the top of a box and enter at the bottom, q, k and v side by side. Each one bows
     as far to the side as it needs to pass by the boxes in between, and stays in its lane; the
-    strongest have the most ways to choose from, and the weakest of thousands none. What a head
-    read for its other places goes on from below it, where it came in.
+    strongest have the most ways to choose from, and the weakest of thousands none.
     """
     grid, lane = _Grid.of(graph, positions), _lane(graph)
     strong, others = (_strongest(graph, count) for count in (_STRONG, _BOWED))
     result: dict[tuple[str, str, str], Curve] = {}
     seen: dict[tuple[str, str, str], int] = defaultdict(int)
     for u, v, key, data in graph.edges(keys=True, data=True):
-        if positions[v][1] < positions[u][1] + BOX[1]:
-            result[u, v, key] = _below(positions[u], positions[v])
-            continue
         (x0, y0), (x1, y1) = positions[u], positions[v]
         start = x0, y0 + BOX[1] / 2
         end = x1 + _ENTRIES.get(data["slot"], 0.0) * BOX[0], y1 - BOX[1] / 2
@@ -338,14 +334,6 @@ def routes(
             (end[0] + land + fan, end[1] - rise), end,
         )  # fmt: skip
     return result
-
-
-def _below(source: Point, target: Point) -> Curve:
-    """From one box to another beside it, under both."""
-    (x0, y0), (x1, y1) = source, target
-    shift, half = _ENTRIES["kv"] * BOX[0], BOX[1] / 2
-    low = min(y0, y1) - half - 0.4
-    return (x0 + shift, y0 - half), (x0 + shift, low), (x1 + shift, low), (x1 + shift, y1 - half)
 
 
 def _strongest(graph: nx.MultiDiGraph, count: int) -> set[tuple[str, str, str]]:

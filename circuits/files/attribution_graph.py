@@ -148,7 +148,8 @@ def _weights(lanes: nx.MultiDiGraph) -> dict[tuple[str, str], float]:
 
 def _node(data: dict[str, Any], deepest: int, metric: str) -> dict[str, Any]:
     kind, pos = data["kind"], data["pos"]
-    feature = _NUMBERS.get(kind, 0) + max(data["head"], 0)
+    least = -1 if kind == "kv" else 0  # what a mixer reads stands before all key/value heads
+    feature = _NUMBERS.get(kind, 0) + max(data["head"], least)
     layer, named = str(data["layer"]), html.escape(data["name"])  # viewers set it as HTML
     sort = "unknown"  # any other makes them look for a feature
     if kind == "embed":
