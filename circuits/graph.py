@@ -62,6 +62,8 @@ __all__ = [
     "check_edges",
     "edge_key",
     "edge_table",
+    "has_lanes",
+    "has_place",
     "keep",
     "place_label",
     "real_edges",
@@ -222,6 +224,16 @@ def place_label(graph: nx.MultiDiGraph, pos: int) -> str:
     """What figures call a position or span: `" Mary"@4`, `IO@2`, `IO`; `@4` if that is all."""
     labels = json.loads(graph.graph["places"])
     return str(labels[pos]) if 0 <= pos < len(labels) else f"@{pos}"
+
+
+def has_lanes(graph: nx.MultiDiGraph) -> bool:
+    """Whether nodes stand for a component at one place, as `circuits.draw.lanes` makes them."""
+    return len(graph) > 0 and all(has_place(graph, node) for node in graph)
+
+
+def has_place(graph: nx.MultiDiGraph, node: str) -> bool:
+    """Whether a node stands for a component at one place; a user's own `pos` alone says nothing."""
+    return bool(graph.graph["positions"]) and {"pos", "name"} <= graph.nodes[node].keys()
 
 
 def check_edges(scores: object) -> EdgeScores:

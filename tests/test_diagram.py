@@ -17,11 +17,30 @@ from test_graph import make_scores
 
 from circuits.draw import draw
 from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, bands, bezier, crossings, frame, lanes, layout, routes
-from circuits.draw.paint import NEGATIVE, NEUTRAL, POSITIVE, edge_notes, node_note, pixels, tint
+from circuits.draw.layout import (
+    BOX,
+    bands,
+    bezier,
+    crossings,
+    frame,
+    lanes,
+    layout,
+    routes,
+)
+from circuits.draw.paint import (
+    NEGATIVE,
+    NEUTRAL,
+    POSITIVE,
+    edge_notes,
+    node_limit,
+    node_note,
+    pixels,
+    tint,
+)
 from circuits.draw.svg import picture
+from circuits.files.html import to_html
 from circuits.files.tikz import to_tikz
-from circuits.graph import assemble, real_edges, size
+from circuits.graph import assemble, has_lanes, real_edges, size
 from circuits.search.prune import top
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -110,14 +129,13 @@ def test_nodes_stay_in_the_lane_of_their_position():
     assert lanes(make_circuit(), layout(make_circuit())) == {}
 
 
-def test_what_only_reads_is_below_the_heads_that_write():
-    circuit = by_lane(by_position(150))
-    places, below = layout(circuit), 0
-    for u, v, data in circuit.edges(data=True):
-        if data["structural"] and all(d["structural"] for *_, d in circuit.out_edges(u, data=True)):
-            assert places[u][1] < places[v][1]
-            below += 1
-    assert below > 5
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_every_edge_of_lanes_goes_up(kv_heads):
+    circuit = by_lane(by_position(200, heads=4, kv_heads=kv_heads))
+    places = layout(circuit)
+    assert sum(d["structural"] for *_, d in circuit.edges(data=True)) > 20
+    for u, v in circuit.edges():
+        assert places[u][1] + BOX[1] < places[v][1]
 
 
 def test_long_rows_are_broken_into_lines_that_leave_gaps_to_each_other():
@@ -178,19 +196,6 @@ def test_the_strongest_edges_are_hardly_hidden_among_five_hundred():
     behind = hidden(circuit, routes(circuit, layout(circuit)))
     ranked = sorted(real_edges(circuit), key=lambda edge: -abs(edge[3]["score"]))
     assert np.mean([behind[edge[:3]] for edge in ranked[:20]]) < 4  # of 100 points
-
-
-def test_what_is_read_for_other_places_goes_on_from_below():
-    circuit = by_lane(by_position(200))
-    places = layout(circuit)
-    level = 0
-    for (u, v, key), (start, lean, land, end) in routes(circuit, places).items():
-        if places[v][1] < places[u][1] + BOX[1]:
-            level += 1
-            assert circuit.edges[u, v, key]["structural"]
-            assert start[1] == places[u][1] - BOX[1] / 2 and end[1] == places[v][1] - BOX[1] / 2
-            assert max(lean[1], land[1]) < min(start[1], end[1])
-    assert level > 0
 
 
 def test_a_frame_holds_all_that_is_drawn():
@@ -334,6 +339,27 @@ def test_positions_are_lanes_with_the_names_of_their_tokens():
     assert "@" not in str(draw(make_circuit(edges=20)).layout)
 
 
+@pytest.mark.parametrize("some", [slice(1), slice(None)], ids=["one node", "all nodes"])
+def test_attributes_of_ones_own_make_no_lanes(some):
+    circuit = make_circuit(edges=30)
+    for node in list(circuit)[some]:
+        circuit.nodes[node].update(pos=3, name="mine")
+    assert not has_lanes(circuit) and draw(circuit).layout.xaxis.ticktext == ()
+    by_place = by_position()
+    for node in list(by_place)[some]:
+        by_place.nodes[node]["pos"] = 3
+    assert not has_lanes(by_place) and has_lanes(by_lane(by_place))
+    assert len(by_lane(by_place)) > len(by_place)
+
+
+def test_colours_of_lanes_leave_out_the_embedding():
+    circuit = by_lane(by_position())
+    scores = {node: abs(d["score"]) for node, d in circuit.nodes(data=True)}
+    inner = {n: s for n, s in scores.items() if not n.startswith("embed@")}
+    circuit.nodes["embed@0"]["score"] = 100.0
+    assert node_limit(circuit) == max(inner.values()) < 100
+
+
 def test_figures_are_light():
     figure = draw(make_circuit(edges=500, layers=8, heads=8))
     assert len(figure.to_json()) < 1e6 and figure.layout.height < 3000
@@ -341,18 +367,32 @@ def test_figures_are_light():
 
 
 def test_of_a_whole_model_the_strongest_edges_are_drawn(monkeypatch):
-    monkeypatch.setattr(sys.modules["circuits.draw.lanes"], "_DRAWN", 40)
+    monkeypatch.setattr(sys.modules["circuits.draw.lanes"], "MOST", 40)
     circuit = assemble(make_scores(layers=4, heads=4))
-    figure = draw(circuit)
-    assert sum(int(np.isnan(t.x).sum()) for t in traces(figure)["edges"]) == 40
-    said = f"{size(circuit):,} of {size(circuit):,} edges, the 40 strongest drawn"
+    chosen, figure = top(circuit, edges=40), draw(circuit)
+    assert sum(int(np.isnan(t.x).sum()) for t in traces(figure)["edges"]) == size(chosen) > 30
+    said = f"{size(circuit):,} of {size(circuit):,} edges, the {size(chosen)} strongest drawn"
     assert said in figure.layout.title.subtitle.text
     root = drawn(circuit)
     assert any(said in (e.text or "") for e in root.iter(f"{SVG}text"))
     shown = {path.findtext(f"{SVG}title") for path in root.iter(f"{SVG}path")}
-    notes = zip(edge_notes(circuit), circuit.edges(data=True), strict=True)
-    strongest = sorted(notes, key=lambda edge: -abs(edge[1][2]["score"]))[:40]
-    assert shown == {note for note, _ in strongest}
+    assert shown == set(edge_notes(chosen))
+
+
+def test_a_place_has_one_score_in_the_page_and_the_picture(monkeypatch):
+    for module in ("circuits.draw.lanes", "circuits.files.html"):
+        monkeypatch.setattr(sys.modules[module], "MOST", 60)
+    circuit = by_position(200)
+    text = to_html(circuit).partition('<script type="application/json" id="relp-view">')[2]
+    data = json.loads(text.partition("</script>")[0])
+    for node in data["nodes"]:
+        node["score"] = node["score"] and f"{node['score']:+.4g}"
+    page = {(node["label"], node["place"], node["score"]) for node in data["nodes"]}
+    groups = [g for g in drawn(circuit).iter(f"{SVG}g") if g.get("class") == "relp-node"]
+    notes = [g.findtext(f"{SVG}title") for g in groups]
+    scores = [re.search("score of these edges (\\S+)", note) for note in notes]
+    names = [re.match(r"(\S+) at (\S+) ·", note).groups() for note in notes]
+    assert page == {(*n, s and s[1]) for n, s in zip(names, scores, strict=True)} and len(page) > 20
 
 
 def test_an_empty_circuit_is_refused():

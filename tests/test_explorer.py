@@ -16,9 +16,10 @@ import networkx as nx
 import pytest
 from test_graph import circuit_of, make_scores
 
+from circuits.draw.lanes import strongest
 from circuits.draw.paint import NEGATIVE, POSITIVE
 from circuits.explorer import Explorer, explore, inline
-from circuits.explorer.page import json_text, page_of, strongest
+from circuits.explorer.page import json_text, page_of
 from circuits.files.formats import load, save
 from circuits.graph import assemble, real_edges, size
 from circuits.search.prune import connect, threshold, top
@@ -89,9 +90,8 @@ def test_a_circuit_by_position_has_lanes() -> None:
     lanes = {lane["label"]: lane for lane in data["lanes"]}
     for node in data["nodes"]:
         lane = lanes[node["place"]]
-        assert (
-            lane["low"] < node["x"] < lane["high"] and node["id"] == node["label"] + node["place"]
-        )
+        assert lane["low"] < node["x"] < lane["high"]
+        assert node["id"].replace(".kv@", "@") == node["label"] + node["place"]
     assert sum(not edge["kin"] for edge in data["edges"]) == size(circuit)
 
 
@@ -375,6 +375,36 @@ def test_searching(opened, tmp_path) -> None:
     assert page.locator("#search").input_value() == "" and opened.count(".node.chosen") == 1
     page.keyboard.press("Escape")
     assert opened.count(".node.dim") == 0
+
+
+@pytest.mark.outside
+def test_the_slider_searches_again(opened, tmp_path) -> None:
+    circuit = make_circuit(positions=3)
+    circuit.graph["prompt"] = '["a", "b", "c"]'
+    page = opened.show(save(circuit, tmp_path / "c.html"))
+
+    def hits() -> list[str]:
+        assert opened.count(".node.hit") == opened.count(".node.hit:not([visibility])")
+        return sorted(page.locator(".node.hit").evaluate_all("all => all.map(e => e.__data__.id)"))
+
+    def shown(part: str) -> list[str]:
+        ids = page.locator(".node:not([visibility])").evaluate_all(
+            "all => all.map(e => e.__data__.id)"
+        )
+        return sorted(node for node in ids if part in node)
+
+    slider = page.locator("#threshold")
+    page.locator("#search").fill("L1H")
+    many = hits()
+    slider.fill("0")
+    few = hits()
+    assert few == shown("L1H") and len(few) < len(many)
+    slider.fill(slider.get_attribute("max"))
+    assert hits() == many == shown("L1H")
+    page.locator(".token").nth(1).click()
+    many = hits()
+    slider.fill("0")
+    assert hits() == shown("@1") and len(hits()) < len(many)
 
 
 @pytest.mark.outside

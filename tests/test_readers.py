@@ -1,6 +1,8 @@
 """What others read in our files: pandas, networkx, pydot, and, marked `outside`, other programs."""
 
+import html
 import json
+import re
 import shlex
 import shutil
 import struct
@@ -193,10 +195,8 @@ def name_of(element: ET.Element) -> str:
 
 @pytest.mark.parametrize("circuit", [make_circuit(**GROUPED), by_lane(in_lanes())])
 def test_dot_has_a_row_for_each_height_and_a_frame_for_each_layer_or_lane(circuit):
-    bare = circuit.copy()
-    for _, data in bare.nodes(data=True):
-        data.pop("name", None)  # an argument of pydot's own
-    (dot,) = pydot.graph_from_dot_data(to_dot(bare))
+    text = re.sub(r', name="[^"]*"', "", to_dot(circuit))  # an argument of pydot's own
+    (dot,) = pydot.graph_from_dot_data(text)
     ranks, named = [], {}
     for part in dot.get_subgraphs():
         inner = {node.get_name().strip('"') for node in part.get_nodes()}
@@ -207,6 +207,16 @@ def test_dot_has_a_row_for_each_height_and_a_frame_for_each_layer_or_lane(circui
             named[part.get_label().strip('"')] = inner
     assert ranks == [set(row) for row in rows(circuit)]
     assert named == {name: set(nodes) for name, nodes in frames(circuit).items()}
+
+
+def test_dot_says_of_an_edge_what_other_pictures_say():
+    circuit = in_lanes()
+    circuit.graph["places"] = json.dumps(['"When"@0', "@1", "IO@2", "@3"])
+    (dot,) = pydot.graph_from_dot_data(to_dot(circuit))
+    said = [html.unescape(edge.get_tooltip().strip('"')) for edge in dot.get_edges()
+            if edge.get_tooltip()]  # fmt: skip
+    assert sorted(said) == sorted(paint.edge_notes(circuit))
+    assert any(' at "When"@0: ' in note for note in said)
 
 
 def test_lanes_come_back_from_every_format(tmp_path):
@@ -302,13 +312,27 @@ def test_what_a_head_carries_from_place_to_place_is_a_link():
         )
     )
     assert {(link["source"], link["target"]): link["weight"] for link in data["links"]} == {
-        ("E_1_1", "1_1_1"): 3.0,
+        ("E_1_1", "1_1001_1"): 3.0,
         ("E_3_3", "1_1_3"): 4.0,
-        ("1_1_1", "1_1_2"): 1.0,
-        ("1_1_1", "1_1_3"): 1.0,
+        ("1_1001_1", "1_1_1"): 1.0,
+        ("1_1001_1", "1_1_2"): 1.0,
+        ("1_1001_1", "1_1_3"): 1.0,
         ("1_1_1", "2_0_1"): 8.0,
         ("1_1_2", "2_0_2"): 16.0,
         ("1_1_3", "2_0_3"): 32.0,
+    }
+
+
+def test_keys_and_values_that_cancel_are_still_a_link():
+    circuit = circuit_of(
+        ("embed", "L1H1", "k@1"), ("embed", "L1H1", "v@1"), ("L1H1", "logits", "in@2")
+    )
+    circuit.edges["embed", "L1H1", "v@1"]["score"] = -1.0
+    data = json.loads(to_attribution_graph(circuit))
+    assert {(link["source"], link["target"]): link["weight"] for link in data["links"]} == {
+        ("E_1_1", "1_1_1"): 1e-9,
+        ("1_1_1", "1_1_2"): 1e-9,
+        ("1_1_2", "2_0_2"): 4.0,
     }
 
 
@@ -351,6 +375,18 @@ def test_images_say_what_is_missing(tmp_path, monkeypatch):
             "images must be drawn with the package kaleido; it is not installed; in a checkout of "
             'relp type pip install -c constraints.txt ".[images]", or save as .html'
         )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_png_is_less_sharp_and_a_huge_one_refused(tmp_path):
+    assert images._scale(1000, 600, "png") == 2 and images._scale(600, 5000, "png") == 2
+    assert images._scale(8000, 600, "png") == 1.25 and images._scale(90_000, 600, "pdf") == 1
+    with pytest.raises(ValueError) as error:
+        save(go.Figure(layout={"width": 12_000, "height": 700}), tmp_path / "f.png")
+    assert str(error.value) == (
+        "a .png must have at most 10,000 pixels from side to side; this picture is 12,000 x 700; "
+        "draw less of it, or save as .svg or .html"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -472,6 +508,10 @@ def test_images_are_drawn(tmp_path, monkeypatch):
         pdf = save(what, tmp_path / "c.pdf", title="<b>").read_bytes()
         assert pdf[:5] == b"%PDF-" and pdf.count(b"/Type /Page\n") == 1
         assert b"/Subtype /Image" not in pdf and b"/FontDescriptor" in pdf  # lines and letters
+    width, height = picture_size(circuit)
+    monkeypatch.setattr(images, "_MOST", round(1.5 * max(width, height)))
+    png = save(circuit, tmp_path / "c.png").read_bytes()
+    assert struct.unpack(">II", png[16:24]) == pytest.approx((1.5 * width, 1.5 * height), abs=1)
     svg = save(figure, tmp_path / "f.svg").read_text()
     assert svg.startswith("<svg") and "$x$" in svg
     assert len(list(tmp_path.iterdir())) == 3

@@ -15,7 +15,7 @@ from itertools import pairwise
 import networkx as nx
 import numpy as np
 
-from circuits.graph import check_circuit, place_label, real_edges, size
+from circuits.graph import check_circuit, has_lanes, place_label, real_edges, size
 
 __all__ = [
     *("BOX", "PORTS", "Curve", "Point", "bands", "bezier", "crossings", "frame", "lanes"),
@@ -79,6 +79,12 @@ def layout(graph: nx.MultiDiGraph) -> dict[str, Point]:
     return {node: (best[node] - middle, y[node]) for node in ordered}
 
 
+def _lane(graph: nx.MultiDiGraph) -> dict[str, int]:
+    """The lane of each node, -1 if the circuit has none."""
+    laned = has_lanes(graph)
+    return {node: data["pos"] if laned else -1 for node, data in graph.nodes(data=True)}
+
+
 def bands(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> dict[int, Point]:
     """From where to where the band behind each layer goes upwards, from the lowest layer."""
     found = _extents(
@@ -91,9 +97,8 @@ def bands(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> dict[int, Poin
 
 def lanes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> dict[str, Point]:
     """From where to where each lane goes across, by what figures call it; empty without lanes."""
-    found = _extents(
-        (graph.nodes[node].get("pos", -1), x, BOX[0] / 2) for node, (x, _) in positions.items()
-    )
+    lane = _lane(graph)
+    found = _extents((lane[node], x, BOX[0] / 2) for node, (x, _) in positions.items())
     if not found:
         return {}
     ends = list(found.values())
@@ -131,13 +136,14 @@ def _extents(reach: Iterable[tuple[int, float, float]]) -> dict[int, Point]:
 def _rows(graph: nx.MultiDiGraph) -> Rows:
     """Nodes by row and lane, in the order of their heads."""
     rows: Rows = defaultdict(lambda: defaultdict(list))
+    lane = _lane(graph)
     for node, data in sorted(graph.nodes(data=True), key=lambda item: item[1]["head"]):
         layer = math.inf if data["kind"] == "logits" else float(data["layer"])
         row = {"kv": 0, "neuron": 2, "mlp": 2}.get(data["kind"], 1)
-        if row == 1 and data.get("pos", -1) >= 0 and data["kind"] not in ("embed", "logits"):
+        if row == 1 and lane[node] >= 0 and data["kind"] not in ("embed", "logits"):
             # what is read for other places comes from below, as from key/value heads
             row = int(any(not d["structural"] for *_, d in graph.out_edges(node, data=True)))
-        rows[layer, row, 0][data.get("pos", -1)].append(node)
+        rows[layer, row, 0][lane[node]].append(node)
     return dict(rows)
 
 
@@ -304,17 +310,13 @@ def routes(
 
     Edges leave at the top of a box and enter at the bottom, q, k and v side by side. Each one bows
     as far to the side as it needs to pass by the boxes in between, and stays in its lane; the
-    strongest have the most ways to choose from, and the weakest of thousands none. What a head
-    read for its other places goes on from below it, where it came in.
+    strongest have the most ways to choose from, and the weakest of thousands none.
     """
-    grid = _Grid.of(graph, positions)
+    grid, lane = _Grid.of(graph, positions), _lane(graph)
     strong, others = (_strongest(graph, count) for count in (_STRONG, _BOWED))
     result: dict[tuple[str, str, str], Curve] = {}
     seen: dict[tuple[str, str, str], int] = defaultdict(int)
     for u, v, key, data in graph.edges(keys=True, data=True):
-        if positions[v][1] < positions[u][1] + BOX[1]:
-            result[u, v, key] = _below(positions[u], positions[v])
-            continue
         (x0, y0), (x1, y1) = positions[u], positions[v]
         start = x0, y0 + BOX[1] / 2
         end = x1 + _ENTRIES.get(data["slot"], 0.0) * BOX[0], y1 - BOX[1] / 2
@@ -325,21 +327,13 @@ def routes(
         lean, land = 0.0, 0.0
         if (u, v, key) in others or data["structural"]:
             bows = _BOWS[(u, v, key) in strong]
-            lean, land = grid.bow(start, end, bows, graph.nodes[u].get("pos", -1))
+            lean, land = grid.bow(start, end, bows, lane[u])
         rise = _RISE * max(end[1] - start[1], 0.4)
         result[u, v, key] = (
             start, (start[0] + lean + fan, start[1] + rise),
             (end[0] + land + fan, end[1] - rise), end,
         )  # fmt: skip
     return result
-
-
-def _below(source: Point, target: Point) -> Curve:
-    """From one box to another beside it, under both."""
-    (x0, y0), (x1, y1) = source, target
-    shift, half = _ENTRIES["kv"] * BOX[0], BOX[1] / 2
-    low = min(y0, y1) - half - 0.4
-    return (x0 + shift, y0 - half), (x0 + shift, low), (x1 + shift, low), (x1 + shift, y1 - half)
 
 
 def _strongest(graph: nx.MultiDiGraph, count: int) -> set[tuple[str, str, str]]:
@@ -381,15 +375,16 @@ class _Grid:
     def of(cls, graph: nx.MultiDiGraph, positions: dict[str, Point]) -> _Grid:
         rows: dict[float, list[float]] = defaultdict(list)
         lanes: dict[int, list[float]] = defaultdict(list)
+        lane = _lane(graph)
         for node, (x, y) in positions.items():
             rows[y].append(x)
-            lanes[graph.nodes[node].get("pos", -1)].append(x)
+            lanes[lane[node]].append(x)
         lanes.pop(-1, None)
         heights = sorted(rows)
         across = np.full((len(rows), max(map(len, rows.values()))), np.nan)
         for i, y in enumerate(heights):
             across[i, : len(rows[y])] = rows[y]
-        sides = {lane: (min(xs) - 0.6, max(xs) + 0.6) for lane, xs in lanes.items()}
+        sides = {pos: (min(xs) - 0.6, max(xs) + 0.6) for pos, xs in lanes.items()}
         return cls(np.array(heights), across, sides)
 
     def bow(self, start: Point, end: Point, bows: np.ndarray, lane: int) -> Point:

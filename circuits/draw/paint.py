@@ -12,7 +12,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.graph import place_label, real_edges, size
+from circuits.graph import has_lanes, has_place, place_label, real_edges, size
 from relp import Provenance
 
 __all__ = [
@@ -26,13 +26,11 @@ __all__ = [
     "POSITIVE",
     "edge_hue",
     "edge_limit",
-    "edge_note",
     "edge_notes",
     "edge_opacity",
     "edge_share",
     "edge_width",
     "extent",
-    "has_lanes",
     "heading",
     "ink",
     "legend",
@@ -85,9 +83,9 @@ def edge_hue(data: dict[str, Any]) -> str:
 
 def node_limit(graph: nx.MultiDiGraph) -> float:
     """The score at which node colours saturate: `embed` is left out, it carries nearly all."""
-    scores = {node: abs(data["score"]) for node, data in graph.nodes(data=True)}
-    inner = [score for node, score in scores.items() if node != "embed"]
-    return max(inner, default=0.0) or max(scores.values(), default=0.0) or 1.0
+    scores = [(abs(data["score"]), data["kind"]) for _, data in graph.nodes(data=True)]
+    inner = [score for score, kind in scores if kind != "embed"]
+    return max(inner, default=0.0) or max(scores, default=(0.0, ""))[0] or 1.0
 
 
 def edge_limit(graph: nx.MultiDiGraph) -> float:
@@ -152,11 +150,6 @@ def measured(graph: nx.MultiDiGraph, drawn: nx.MultiDiGraph | None = None) -> st
     return f"{extent(graph)}{part} · {metric}"
 
 
-def has_lanes(graph: nx.MultiDiGraph) -> bool:
-    """Whether nodes stand for a component at one place, as `by_lane` makes them."""
-    return any("pos" in data for _, data in graph.nodes(data=True))
-
-
 def legend(graph: nx.MultiDiGraph) -> str:
     """What numbers and dashes of a diagram mean."""
     laned = has_lanes(graph)
@@ -169,7 +162,7 @@ def legend(graph: nx.MultiDiGraph) -> str:
 
 def node_label(graph: nx.MultiDiGraph, node: str) -> str:
     """What a node's box says: its component, as its lane says where."""
-    return str(graph.nodes[node].get("name", node))
+    return str(graph.nodes[node]["name"]) if has_place(graph, node) else node
 
 
 def node_slots(graph: nx.MultiDiGraph, node: str) -> list[str]:
@@ -195,10 +188,10 @@ def node_note(graph: nx.MultiDiGraph, node: str) -> str:
     """What hovering over a node says; of a place, the score is that of the edges that are drawn."""
     edges_in = sum(1 for *_, d in graph.in_edges(node, data=True) if not d["structural"])
     edges_out = sum(1 for *_, d in graph.out_edges(node, data=True) if not d["structural"])
-    data = graph.nodes[node]
-    kind = "score" if "pos" not in data else "score of these edges"
+    data, laned = graph.nodes[node], has_place(graph, node)
+    kind = "score of these edges" if laned else "score"
     score = "" if data["kind"] in ("kv", "logits") else f" · {kind} {data['score']:+.4g}"
-    if "pos" in data:
+    if laned:
         score *= edges_out > 0  # what only reads has none
         where = f" at {place_label(graph, data['pos'])}"
     else:
@@ -206,22 +199,14 @@ def node_note(graph: nx.MultiDiGraph, node: str) -> str:
     return f"{node_label(graph, node)}{where}{score} · {edges_in} in, {edges_out} out"
 
 
-def edge_note(u: str, v: str, data: dict[str, Any], place: str = "") -> str:
-    """What hovering over an edge says; `place` is what figures call its position."""
-    if data["structural"]:
-        return f"{u} → {v} (its keys and values)"
-    where = f" @ position {data['pos']}" if data["pos"] >= 0 else ""
-    where = f" at {place}" if place else where
-    return f"{u} → {data['reader']}{where}: {data['score']:+.4g}"
-
-
 def edge_notes(graph: nx.MultiDiGraph) -> list[str]:
-    """The note of each edge, in the order of the graph."""
+    """What hovering over each edge says, in the order of the graph."""
     places = {pos: place_label(graph, pos) for *_, pos in graph.edges(data="pos") if pos >= 0}
-    names = graph.nodes(data="name")
-    return [
-        edge_note(u, v, data)
-        if data["structural"]
-        else edge_note(names[u] or u, v, data, places.get(data["pos"], ""))
-        for u, v, data in graph.edges(data=True)
-    ]
+
+    def note(u: str, v: str, data: dict[str, Any]) -> str:
+        if data["structural"]:
+            return f"{u} → {v} (its keys and values)"
+        where = f" at {places[data['pos']]}" if data["pos"] >= 0 else ""
+        return f"{node_label(graph, u)} → {data['reader']}{where}: {data['score']:+.4g}"
+
+    return [note(u, v, data) for u, v, data in graph.edges(data=True)]

@@ -18,8 +18,9 @@ from html import escape
 
 import networkx as nx
 
+from circuits.draw.lanes import MOST, strongest
 from circuits.draw.svg import picture
-from circuits.explorer.page import MOST, page_of, strongest
+from circuits.explorer.page import page_of
 from circuits.explorer.view import OPEN
 from circuits.graph import size
 from relp import check_texts
@@ -69,7 +70,8 @@ def explore(circuit: nx.MultiDiGraph, *, title: str | None = None, height: int =
     Drag and scroll to move, take edges away by |score| with the slider, click a node for its edges
     and its paths from the inputs to the logits, `/` to search, `?` for all keys. In a notebook it
     scrolls and zooms after a click, or with Ctrl, so that the notebook itself can be scrolled.
-    Circuits of more than 3,000 edges show the strongest, and say so.
+    Circuits of more than 3,000 edges show the strongest on paths, and say so; fewer, if those by
+    position would need more than 3,000 dashed lines.
 
     Args:
         circuit: a circuit.

@@ -229,21 +229,17 @@ slider.addEventListener("input", () => threshold(Number(slider.value)));
 // -- searching -----------------------------------------------------------------------------------
 
 const field = el("search");
-let found = -1;
 
 function search() {
   const text = field.value.trim().toLowerCase();
-  const matching = nodes.filter((node) => node.used && text
-    && `${node.id} ${called(node)} ${node.kind}`.toLowerCase().includes(text));
-  state.hits = text ? new Set(matching) : null;
-  found = -1;
+  state.sought = text ? (node) => `${node.id} ${called(node)} ${node.kind}`.toLowerCase().includes(text) : null;
   paintChoice();
-  if (text) say(`${matching.length} nodes match`);
+  if (text) say(`${state.hits.size} nodes match`);
 }
 
 function clearSearch() {
   field.value = "";
-  state.hits = null;
+  state.sought = state.hits = null;
   d3.selectAll(".token").classed("on", false);
 }
 
@@ -485,7 +481,7 @@ function atToken(pos, chip) {
   clearSearch();
   chip.classList.toggle("on", on);
   if (on) choose(null);
-  if (on) state.hits = new Set(nodes.filter((node) => node.pos === pos && node.used));
+  if (on) state.sought = (node) => node.pos === pos;
   paintChoice();
 }
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
-from heapq import nlargest
 from html import escape
 from importlib import resources
-from typing import Any
 
 import networkx as nx
 
 from circuits.draw import paint
 from circuits.explorer.view import view
-from circuits.graph import check_circuit, keep, real_edges, size
-from circuits.search.prune import connect, top
+from circuits.graph import size
 
-__all__ = ["MOST", "json_text", "page_of", "strongest"]
+__all__ = ["json_text", "page_of"]
 
-MOST = 3000
-"""Edges that a page shows of larger circuits: a browser paints no more in a moment."""
 _SCRIPTS = ("d3.js", "circuit.js", "scene.js", "controls.js")
 
 
@@ -44,24 +39,6 @@ def page_of(graph: nx.MultiDiGraph, title: str | None = None, *, total: int | No
     }
     # in one pass, so that nothing in the data is taken for a gap of the template
     return re.sub(r"\{\{(\w+)\}\}", lambda gap: pieces[gap[1]], _asset("page.html"))
-
-
-def strongest(graph: nx.MultiDiGraph, edges: int) -> nx.MultiDiGraph:
-    """`graph`, or what is strongest of it: at most `edges` edges, on paths if there are any.
-
-    Raises:
-        TypeError, ValueError: `graph` is no circuit.
-    """
-    if size(check_circuit(graph)) <= edges:
-        return graph
-    # of a whole model: all that can be chosen is among the first few, if enough of these are linked
-    few = keep(graph, (e[:3] for e in nlargest(4 * edges, real_edges(graph), key=_strength)))
-    connected = top(few if size(connect(few)) > edges else graph, edges=edges)
-    return connected if size(connected) else top(graph, edges=edges, connected=False)
-
-
-def _strength(edge: tuple[str, str, str, dict[str, Any]]) -> float:
-    return abs(edge[3]["score"])
 
 
 def json_text(text: str) -> str:

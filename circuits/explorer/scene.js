@@ -29,7 +29,8 @@ const state = {
   step: opening(), // of the slider
   shown: [], // edges
   chosen: null, // node
-  hits: null, // nodes that are searched for
+  sought: null, // says of a node whether it is searched for
+  hits: null, // nodes that are, of those that are shown
   active: null, // the node that Tab comes to
   at: d3.zoomIdentity, // where the circuit is on the stage
   painted: d3.zoomIdentity, // where it was when the sheets were painted
@@ -99,7 +100,8 @@ function paintEdges() {
 /** Lights the paths of the chosen node, or what is between the nodes that are searched for, and dims
 the others. */
 function paintChoice() {
-  const { chosen, hits } = state;
+  const { chosen, sought } = state;
+  const hits = state.hits = sought && new Set(nodes.filter((node) => node.used && sought(node)));
   const among = (edge) => hits.has(edge.from) && hits.has(edge.to);
   const lit = hits ? state.shown.filter(among) : chosen ? paths(chosen, state.shown) : [];
   const on = new Set(hits ?? (chosen ? [chosen, ...lit.flatMap((edge) => [edge.from, edge.to])] : nodes));

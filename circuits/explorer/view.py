@@ -11,7 +11,7 @@ import networkx as nx
 from circuits.draw import paint
 from circuits.draw.lanes import by_lane
 from circuits.draw.layout import BOX, PORTS, Point, bands, lanes, layout, routes
-from circuits.graph import place_label
+from circuits.graph import has_lanes, has_place, place_label
 
 __all__ = ["OPEN", "view"]
 
@@ -52,7 +52,7 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
         "left_out": left_out,
         "prompt": json.loads(g["prompt"]),
         # a place's score is the sum of its edges here: what it does in the whole model is not known
-        "scored": "score of its edges here" if paint.has_lanes(drawn) else "score",
+        "scored": "score of its edges here" if has_lanes(drawn) else "score",
         "by_token": g["positions"] and not g["by_span"],  # a lane is a token of the prompt
         "open": OPEN,
         "box": [BOX[0] * across, BOX[1] * up],
@@ -68,13 +68,13 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
 
 
 def _nodes(graph: nx.MultiDiGraph, places: Mapping[str, Point]) -> list[dict[str, Any]]:
-    limit = paint.node_limit(graph)
+    limit, laned = paint.node_limit(graph), has_lanes(graph)
     return [
         {
             "id": node,
             "label": paint.node_label(graph, node),
-            "place": place_label(graph, data["pos"]) if data.get("pos", -1) >= 0 else "",
-            "pos": data.get("pos", -1),
+            "place": place_label(graph, data["pos"]) if laned else "",
+            "pos": data["pos"] if laned else -1,
             "kind": data["kind"],
             "score": data["score"] if _writes(graph, node) else None,
             "share": _round(max(-1.0, min(1.0, data["score"] / limit))),
@@ -90,7 +90,7 @@ def _writes(graph: nx.MultiDiGraph, node: str) -> bool:
     """Whether a node has a score to show: what only reads has none."""
     if graph.nodes[node]["kind"] in ("kv", "logits"):
         return False
-    return "pos" not in graph.nodes[node] or any(
+    return not has_place(graph, node) or any(
         not data["structural"] for *_, data in graph.out_edges(node, data=True)
     )
 

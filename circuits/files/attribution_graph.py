@@ -5,8 +5,9 @@ A component is a node at each place where it reads or writes, as `circuits.draw.
 it; the scores of edges from one node to another (`q`, `k`, `v`) are one link with their sum. What a
 head hears as keys and values at one place and writes at another is a link too: its weight is the
 sum of what arrives there, in equal shares if it goes to several places, as a circuit does not know
-how it is divided. The output that the metric reads is the logit: the format wants its probability,
-which a circuit does not know, so that it says `(p=n/a)`.
+how it is divided. A link stays where its scores cancel, with a weight of 1e-9. The output that the
+metric reads is the logit: the format wants its probability, which a circuit does not know, so that
+it says `(p=n/a)`.
 
 What is ours stands as node-link data under a key `relp`, which viewers skip: so a file that `save`
 wrote can be read, and no other. The format: `graph-schema.json` of hijohnnylin/neuronpedia and
@@ -38,6 +39,9 @@ SAID = (
 
 _NUMBERS = {"head": 0, "kv": 1_000, "attn": 2_000, "mixer": 2_001, "mlp": 2_002, "neuron": 10_000}
 """Where the numbers of each kind begin, as the format has numbers in place of names."""
+_NOTHING = 1e-9
+"""The weight of a link whose scores cancel: viewers divide by the sum of what arrives, and prune
+what has no input."""
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """How circuit-tracer writes tokens that would break a line."""
 
@@ -99,9 +103,12 @@ def to_attribution_graph(graph: nx.MultiDiGraph, title: str | None = None) -> st
         },
         "nodes": [*rest, *nodes.values()],
         "links": [
-            {"source": nodes[u]["node_id"], "target": nodes[v]["node_id"], "weight": weight}
+            {
+                "source": nodes[u]["node_id"],
+                "target": nodes[v]["node_id"],
+                "weight": weight or _NOTHING,
+            }
             for (u, v), weight in _weights(lanes).items()
-            if weight  # viewers divide by the sum of what arrives
         ],
         "relp": json.loads(to_json(graph)),
     }
@@ -141,7 +148,8 @@ def _weights(lanes: nx.MultiDiGraph) -> dict[tuple[str, str], float]:
 
 def _node(data: dict[str, Any], deepest: int, metric: str) -> dict[str, Any]:
     kind, pos = data["kind"], data["pos"]
-    feature = _NUMBERS.get(kind, 0) + max(data["head"], 0)
+    least = -1 if kind == "kv" else 0  # what a mixer reads stands before all key/value heads
+    feature = _NUMBERS.get(kind, 0) + max(data["head"], least)
     layer, named = str(data["layer"]), html.escape(data["name"])  # viewers set it as HTML
     sort = "unknown"  # any other makes them look for a feature
     if kind == "embed":

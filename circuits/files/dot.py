@@ -17,7 +17,7 @@ import networkx as nx
 
 from circuits.draw import paint
 from circuits.files.layers import frames, rows
-from circuits.graph import Circuit
+from circuits.graph import Circuit, has_lanes
 
 __all__ = ["from_dot", "to_dot"]
 
@@ -104,12 +104,13 @@ def to_dot(graph: nx.MultiDiGraph, title: str | None = None) -> str:
             "tooltip": paint.node_note(graph, node),
         }
         lines.append(f"{_quote(node)} {_attributes(data, **style)}")
-    for u, v, key, data in graph.edges(keys=True, data=True):
+    noted = zip(graph.edges(keys=True, data=True), paint.edge_notes(graph), strict=True)
+    for (u, v, key, data), note in noted:
         style = {
             "color": paint.edge_hue(data),
             "penwidth": f"{paint.edge_width(data, strongest):.2f}",
             "style": "dashed" if data["structural"] else "solid",
-            "tooltip": paint.edge_note(u, v, data),
+            "tooltip": note,
         }
         lines.append(f"{_quote(u)} -> {_quote(v)} {_attributes({'key': key, **data}, **style)}")
     return "\n".join([*lines, *_arranged(graph), "}", ""])
@@ -123,7 +124,7 @@ def _arranged(graph: nx.MultiDiGraph) -> Iterator[str]:
     """
     ranks = [[_quote(node) for node in row] for row in rows(graph)]
     framed = {name: [_quote(node) for node in nodes] for name, nodes in frames(graph).items()}
-    if all("pos" in data for _, data in graph.nodes(data=True)):
+    if has_lanes(graph):
         ends = (("foot", "out"), ("head", "in"))
         for (end, way), rank in zip(ends, ranks[:1] + ranks[-1:], strict=bool(ranks)):
             joint = _quote(f" {end}")

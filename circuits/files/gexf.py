@@ -1,4 +1,7 @@
-"""Circuits as .gexf, for Gephi, which shows the hues, widths and places of our own figures."""
+"""Circuits as .gexf, for Gephi, which shows the hues, widths and places of our own figures.
+
+An edge's `weight` is its width in pixels, as Gephi draws that; its score is `score`.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from html import escape
 import networkx as nx
 import plotly.graph_objects as go
 
-from circuits.explorer.page import MOST, json_text, page_of, strongest
+from circuits.draw.lanes import MOST, strongest
+from circuits.explorer.page import json_text, page_of
 from circuits.files.node_link import FORMAT, from_json, to_json
 from circuits.graph import size
 

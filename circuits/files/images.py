@@ -25,8 +25,10 @@ __all__ = ["circuit_image", "figure_image"]
 
 _SIZE = (1000, 600)
 """Pixels of a figure that has no width or height of its own."""
-_SHARPNESS = 2
-"""Pixels of a .png for each of them."""
+_SHARPNESS = 2.0
+"""Pixels of a .png for each of them, where it is not too large."""
+_MOST = 10_000
+"""Pixels of a .png from side to side: a browser takes 11 s for these, and fails at 30,000."""
 _PATIENCE = 90.0
 """Seconds that a browser is waited for."""
 _INCH = 96.0
@@ -41,16 +43,29 @@ def circuit_image(graph: nx.MultiDiGraph, title: str | None, kind: str) -> bytes
         RuntimeError: as `figure_image`.
     """
     svg = picture(graph, title)
+    root = ET.fromstring(svg)
+    width, height = (float(root.get(side, "")) for side in ("width", "height"))
+    scale = _scale(width, height, kind)
     with _browser(kind), ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own
-        printed = asyncio.wait_for(_printed(svg, kind), _PATIENCE)
+        printed = asyncio.wait_for(_printed(svg, width, height, scale, kind), _PATIENCE)
         return aside.submit(asyncio.run, printed).result()
 
 
-async def _printed(svg: str, kind: str) -> bytes:
+def _scale(width: int | float, height: int | float, kind: str) -> float:
+    """Pixels for each pixel of the picture: a large .png is less sharp, and a huge one refused."""
+    if kind != "png":
+        return 1.0
+    if max(width, height) > _MOST:
+        raise ValueError(
+            f"a .png must have at most {_MOST:,} pixels from side to side; this picture is "
+            f"{width:,.0f} x {height:,.0f}; draw less of it, or save as .svg or .html"
+        )
+    return min(_SHARPNESS, _MOST / max(width, height))
+
+
+async def _printed(svg: str, width: float, height: float, scale: float, kind: str) -> bytes:
     from choreographer import Browser
 
-    root = ET.fromstring(svg)
-    width, height = (float(root.get(side, "")) for side in ("width", "height"))
     async with Browser() as browser:
         tab = await browser.create_tab()
 
@@ -69,7 +84,7 @@ async def _printed(svg: str, kind: str) -> bytes:
             options = {"printBackground": True, "pageRanges": "1", **paper, **margins}
             done = await ask("Page.printToPDF", **options)
         else:
-            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": _SHARPNESS}
+            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
             done = await ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         return base64.b64decode(done["data"])
 
@@ -78,7 +93,7 @@ def figure_image(figure: go.Figure, kind: str) -> bytes:
     """A figure as `kind`: png, pdf or svg. Formulas in $ are shown as they are typed.
 
     Raises:
-        ValueError: kaleido or a browser is not there.
+        ValueError: kaleido or a browser is not there, or a .png would be too large.
         RuntimeError: the browser did not draw it.
     """
     own = (figure.layout, figure.layout.template.layout)
@@ -86,8 +101,8 @@ def figure_image(figure: go.Figure, kind: str) -> bytes:
         next((layout[side] for layout in own if layout[side]), least)
         for side, least in zip(("width", "height"), _SIZE, strict=True)
     )
-    sharpness = _SHARPNESS if kind == "png" else 1
-    size = {"format": kind, "width": width, "height": height, "scale": sharpness}
+    scale = _scale(width, height, kind)
+    size = {"format": kind, "width": width, "height": height, "scale": scale}
     with _browser(kind):
         import kaleido
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import networkx as nx
 
-from circuits.graph import place_label
+from circuits.graph import has_lanes, place_label
 
 __all__ = ["frames", "rows"]
 
@@ -36,7 +36,7 @@ def frames(graph: nx.MultiDiGraph) -> dict[str, list[str]]:
     from left to right.
     """
     found: dict[int, list[str]] = defaultdict(list)
-    lanes = all("pos" in data for _, data in graph.nodes(data=True))
+    lanes = has_lanes(graph)
     for node, data in graph.nodes(data=True):
         if lanes or (data["layer"] >= 0 and data["kind"] != "logits"):
             found[data["pos" if lanes else "layer"]].append(node)
