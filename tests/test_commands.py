@@ -136,5 +136,8 @@ def test_tasks_and_rules_are_completed() -> None:
     assert completed("exp") == ["explore", "export"]
     assert completed("discover", "ioi") == ["ioi", "ioi_abc"]
     assert completed("discover", "--rules", "RE") == ["RELP"]
+    assert completed("discover", "--search", "g") == ["greedy"]
+    assert completed("coverage", "smol") == ["smollm2-135m"]
+    assert completed("bench", "--case", "sat") == ["saturation"]
     assert completed("compare", "--model", "ioi-") == ["ioi-gpt2", "ioi-llama"]
     assert "--install-completion" in plain(relp("--help").output)

@@ -43,7 +43,10 @@ def bench(
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(help="Only this planted circuit, or task on all models; may be given again."),
+        typer.Option(
+            autocompletion=lambda: [*planted.names(), *TASKS],
+            help="Only this planted circuit, or task on all models; may be given again.",
+        ),
     ] = None,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of prompts of each case.")] = FEW,
     seed: Seed = 0,

@@ -49,7 +49,13 @@ def discover(
             help="top, greedy: rules that score the edges; RELP if not given.",
         ),
     ] = None,
-    search: Annotated[str, typer.Option(help="How edges are chosen: top, greedy or acdc.")] = "top",
+    search: Annotated[
+        str,
+        typer.Option(
+            autocompletion=lambda: list(SEARCHES),
+            help="How edges are chosen: top, greedy or acdc.",
+        ),
+    ] = "top",
     edges: Annotated[
         int | None,
         typer.Option(min=1, help="top, greedy: edges that the circuit may have; 100 if not given."),

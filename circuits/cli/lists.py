@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from circuits.cli import screen
-from circuits.cli.options import Json, label, result_name, rule_names
+from circuits.cli.options import Json, label, model_names, result_name, rule_names
 from circuits.cli.screen import answering, or_dash, or_none, print_table, records, say
 from relp import Preset
 from tasks import able, zoo
@@ -24,7 +24,10 @@ WIDE = 116
 
 
 def coverage(
-    model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = "ioi-gpt2",
+    model: Annotated[
+        str,
+        typer.Argument(autocompletion=model_names, help="As `--model` of the other commands."),
+    ] = "ioi-gpt2",
     rules: Annotated[
         str, typer.Option(autocompletion=rule_names, help="Rules to look at.")
     ] = "RELP",

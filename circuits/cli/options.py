@@ -13,7 +13,8 @@ from tasks.zoo import shelf
 
 __all__ = [
     "FEW", "Exact", "FilterCorrect", "Json", "Model", "Pairs", "PairsBySize", "Seed", "TaskName",
-    "label", "pairs_for", "result_name", "rule_names",
+    "label",
+    "model_names", "pairs_for", "result_name", "rule_names",
 ]  # fmt: skip
 
 FEW = 8
@@ -31,7 +32,7 @@ TaskName = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        autocompletion=lambda: [model.name for model in shelf.models()],
+        autocompletion=lambda: model_names(),
         help="A model that `relp models` lists, a folder or GGUF file, or a name on the Hugging "
         "Face hub.",
     ),
@@ -66,6 +67,11 @@ FilterCorrect = Annotated[
     bool,
     typer.Option("--filter-correct", help="Keep the pairs whose clean prompt is answered rightly."),
 ]
+
+
+def model_names() -> list[str]:
+    """What completes a model."""
+    return [model.name for model in shelf.models()]
 
 
 def rule_names() -> list[str]:

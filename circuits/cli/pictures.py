@@ -57,7 +57,8 @@ def export(
         graph = from_mib(source, bridge, in_graph=in_graph) if reads else load(source)
         if writes and bridge is None:
             bridge = zoo.load(graph.graph["model"])
-        save(graph, target, title=title, model=bridge if writes else None)
+        with written(target):
+            save(graph, target, title=title, model=bridge if writes else None)
         _wrote(answer, target)
 
 
