@@ -141,7 +141,8 @@ def _rows(graph: nx.MultiDiGraph) -> Rows:
         row = {"kv": 0, "neuron": 2, "mlp": 2}.get(data["kind"], 1)
         if row == 1 and lane[node] >= 0 and data["kind"] not in ("embed", "logits"):
             # what is read for other places comes from below, as from key/value heads
-            row = int(any(not d["structural"] for *_, d in graph.out_edges(node, data=True)))
+            onward = [d["structural"] for *_, d in graph.out_edges(node, data=True)]
+            row = int(not onward or not all(onward))
         rows[layer, row, 0][lane[node]].append(node)
     return dict(rows)
 
