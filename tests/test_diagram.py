@@ -138,6 +138,19 @@ def test_every_edge_of_lanes_goes_up(kv_heads):
         assert places[u][1] + BOX[1] < places[v][1]
 
 
+def test_what_only_reads_is_below_the_heads_that_ask_and_write():
+    circuit = by_lane(by_position(150))
+    places = layout(circuit)
+    readers = {u for u, _, d in circuit.edges(data=True) if d["structural"]}
+    heads = {n for n, d in circuit.nodes(data=True) if d["kind"] == "head"} - readers
+    for layer in range(4):
+        low, high = (
+            {places[n][1] for n in some if circuit.nodes[n]["layer"] == layer}
+            for some in (readers, heads)
+        )
+        assert max(low) < min(high)
+
+
 def test_long_rows_are_broken_into_lines_that_leave_gaps_to_each_other():
     circuit = make_circuit(edges=300, layers=2, heads=40)
     places = layout(circuit)

@@ -108,7 +108,10 @@ def test_names_cannot_break_out_of_the_data() -> None:
 def test_the_saved_page_is_the_explorer_and_comes_back(tmp_path) -> None:
     circuit = hostile()
     path = save(circuit, tmp_path / "c.html", title="mine")
-    assert data_of(path.read_text())["title"] == "mine"
+    data = data_of(path.read_text())
+    assert data["title"] == "mine"
+    assert data["source"].startswith(f"{HOSTILE[0]} · {HOSTILE[2]} · relp · denoise · ")
+    assert [sample[0] for sample in data["samples"]] == ["positive", "negative", *3 * ["neutral"]]
     assert nx.utils.graphs_equal(load(path), circuit)
 
 

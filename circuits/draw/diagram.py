@@ -352,16 +352,13 @@ def _node_notes(graph: nx.MultiDiGraph, positions: dict[str, Point]) -> go.Scatt
 
 def _samples(graph: nx.MultiDiGraph, hues: set[str]) -> list[go.Scatter]:
     """What the legend shows: the signs that there are, and three widths."""
-    strongest = paint.edge_limit(graph)
     lines = [
         (name, hue, 0.9 if hue == paint.NEUTRAL else 4.0, name)
         for hue, name in _SIGNS.items()
         if hue in hues
     ]
-    lines += [
-        (f"{share * strongest:.2g}", paint.NEUTRAL, paint.line_width(share), "")
-        for share in (1.0, 0.5, 0.1)
-    ]
+    samples = paint.samples(paint.edge_limit(graph))
+    lines += [(word, hue, width, "") for hue, width, word in samples if hue == paint.NEUTRAL]
     return [
         go.Scatter(
             x=[None],

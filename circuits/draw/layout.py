@@ -114,10 +114,9 @@ def frame(
     """The lower left and the upper right corner of all that is drawn, with a little room."""
     # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
     reach = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves.values() for x, _ in inner]
-    dips = [0.75 * y + 0.25 * y0 for (_, y0), (_, y), *_ in curves.values()]
     xs, ys = zip(*positions.values(), strict=True)
     sides = [x + side for x in xs for side in (-0.6, 0.6)] + reach
-    return (min(sides), min([*dips, min(ys) - 0.4])), (max(sides), max(ys) + 0.4)
+    return (min(sides), min(ys) - 0.4), (max(sides), max(ys) + 0.4)
 
 
 def _extents(reach: Iterable[tuple[int, float, float]]) -> dict[int, Point]:
@@ -142,7 +141,8 @@ def _rows(graph: nx.MultiDiGraph) -> Rows:
         row = {"kv": 0, "neuron": 2, "mlp": 2}.get(data["kind"], 1)
         if row == 1 and lane[node] >= 0 and data["kind"] not in ("embed", "logits"):
             # what is read for other places comes from below, as from key/value heads
-            row = int(any(not d["structural"] for *_, d in graph.out_edges(node, data=True)))
+            onward = [d["structural"] for *_, d in graph.out_edges(node, data=True)]
+            row = int(not onward or not all(onward))
         rows[layer, row, 0][lane[node]].append(node)
     return dict(rows)
 

@@ -43,7 +43,9 @@ __all__ = [
     "node_slots",
     "pixels",
     "plain",
+    "samples",
     "tint",
+    "titles",
 ]
 
 POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#b2182b", "#8c959f"
@@ -148,6 +150,23 @@ def measured(graph: nx.MultiDiGraph, drawn: nx.MultiDiGraph | None = None) -> st
     metric = f"{g['metric']} {g['metric_clean']:.3g} clean, {g['metric_corrupt']:.3g} corrupt"
     part = f", the {most:,} strongest drawn" if most < size(graph) else ""
     return f"{extent(graph)}{part} · {metric}"
+
+
+def titles(
+    graph: nx.MultiDiGraph, title: str | None = None, drawn: nx.MultiDiGraph | None = None
+) -> tuple[str, str]:
+    """The two lines over a picture: what it shows, and where its numbers come from."""
+    g = graph.graph
+    source = f"{g['task']} · {g['model']}"
+    numbers = f"{g['rules']} · {g['direction']} · {measured(graph, drawn)}"
+    return (title, f"{source} · {numbers}") if title else (source, numbers)
+
+
+def samples(limit: float) -> list[tuple[str, float, str]]:
+    """Hue, width and word of each line that a legend shows; `limit` is `edge_limit`."""
+    signs = [(POSITIVE, 4.0, "positive"), (NEGATIVE, 4.0, "negative")]
+    widths = [(NEUTRAL, line_width(share), f"{share * limit:.2g}") for share in (1.0, 0.5, 0.1)]
+    return signs + widths
 
 
 def legend(graph: nx.MultiDiGraph) -> str:

@@ -146,6 +146,13 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: st
     return child
 
 
+def _rect(parent: ET.Element, corner: Point, other: Point, **look: str) -> ET.Element:
+    """From the upper left corner to the lower right one."""
+    (x, y), (right, bottom) = corner, other
+    sides = {"width": f"{right - x:.1f}", "height": f"{bottom - y:.1f}"}
+    return _add(parent, "rect", x=f"{x:.1f}", y=f"{y:.1f}", **sides, **look)
+
+
 def _label(parent: ET.Element, x: float, y: float, text: str, px: float, **more: str) -> ET.Element:
     return _add(parent, "text", text, x=f"{x:.1f}", y=f"{y:.1f}", font_size=f"{px:g}", **more)
 
@@ -159,11 +166,7 @@ def _fit(text: str, px: float, room: float, least: int = 8) -> str:
 def _heading(
     svg: ET.Element, title: str | None, whole: nx.MultiDiGraph, graph: nx.MultiDiGraph, width: float
 ) -> None:
-    g, room = graph.graph, width - 2 * _MARGIN
-    source = f"{g['task']} · {g['model']}"
-    first = title or source
-    second = f"{source} · " if title else ""
-    second += f"{g['rules']} · {g['direction']} · {paint.measured(whole, graph)}"
+    room, (first, second) = width - 2 * _MARGIN, paint.titles(whole, title, graph)
     px = max(13.0, min(20.0, room / (0.55 * len(first) + 1)))  # smaller before it is cut
     _label(svg, _MARGIN, 42.0, _fit(first, px, room), px, font_weight="600")
     _label(svg, _MARGIN, 65.0, _fit(second, 13.0, room), 13.0, style=_CAPTION)
@@ -173,16 +176,7 @@ def _bands(svg: ET.Element, layers: dict[int, Point], canvas: _Canvas) -> None:
     """A pale band behind each layer, with its number at the left."""
     for layer, (low, high) in layers.items():
         (_, bottom), (_, top) = canvas.at((0.0, low)), canvas.at((0.0, high))
-        _add(
-            svg,
-            "rect",
-            x=f"{_MARGIN:.0f}",
-            y=f"{top:.1f}",
-            width=f"{canvas.width - 2 * _MARGIN:.1f}",
-            height=f"{bottom - top:.1f}",
-            rx="8",
-            fill=paint.BAND,
-        )
+        _rect(svg, (_MARGIN, top), (canvas.width - _MARGIN, bottom), rx="8", fill=paint.BAND)
         middle = (top + bottom) / 2 + 4
         _label(svg, _MARGIN + 12, middle, f"layer {layer}", 12.0, style=_CAPTION)
 
@@ -191,17 +185,8 @@ def _lanes(svg: ET.Element, columns: dict[str, Point], canvas: _Canvas) -> None:
     """A pale column behind each lane, with the name of its position at the bottom."""
     for place, sides in columns.items():
         left, right = (canvas.at((x, 0.0))[0] for x in sides)
-        _add(
-            svg,
-            "rect",
-            x=f"{left + 3:.1f}",
-            y=f"{_HEAD:.1f}",
-            width=f"{right - left - 6:.1f}",
-            height=f"{canvas.bottom - _HEAD:.1f}",
-            rx="8",
-            fill=paint.MUTED,
-            fill_opacity=f"{paint.LANE}",
-        )
+        look = {"rx": "8", "fill": paint.MUTED, "fill_opacity": f"{paint.LANE}"}
+        _rect(svg, (left + 3, _HEAD), (right - 3, canvas.bottom), **look)
         name = _label(svg, (left + right) / 2, canvas.bottom - 11, "", 12.0, text_anchor="middle")
         name.text = paint.ILLEGAL.sub("�", _fit(place, 12.0, right - left, least=4))
         name.set("font-weight", "500")
@@ -243,13 +228,10 @@ def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, box: _Box, limi
     data, (x, y, w, h) = graph.nodes[node], box
     group = _add(parent, "g", class_="relp-node")
     _add(group, "title", text=paint.node_note(graph, node))
-    shape = _add(
+    shape = _rect(
         group,
-        "rect",
-        x=f"{x - w / 2:.1f}",
-        y=f"{y - h / 2:.1f}",
-        width=f"{w:.1f}",
-        height=f"{h:.1f}",
+        (x - w / 2, y - h / 2),
+        (x + w / 2, y + h / 2),
         rx="6" if data["kind"] in ("head", "kv") else f"{h / 2:.1f}",
         fill=paint.tint(data["score"], limit),
         stroke=paint.MUTED,
@@ -267,16 +249,11 @@ def _node(parent: ET.Element, graph: nx.MultiDiGraph, node: str, box: _Box, limi
 
 
 def _legend(svg: ET.Element, graph: nx.MultiDiGraph, height: float) -> None:
-    y, x = height - 40, _MARGIN
-    strongest, limit = paint.edge_limit(graph), paint.node_limit(graph)
-    for hue, word in ((paint.POSITIVE, "positive"), (paint.NEGATIVE, "negative")):
-        _line(svg, x, y, hue, 4.0)
+    y, x, limit = height - 40, _MARGIN, paint.node_limit(graph)
+    for hue, width, word in paint.samples(paint.edge_limit(graph)):
+        _line(svg, x, y, hue, width)
         _label(svg, x + 33, y + 4, word, 12.0, style=_CAPTION)
-        x += 104
-    for share in (1.0, 0.5, 0.1):
-        _line(svg, x, y, paint.NEUTRAL, paint.line_width(share))
-        _label(svg, x + 33, y + 4, f"{share * strongest:.2g}", 12.0, style=_CAPTION)
-        x += 76
+        x += 76 if hue == paint.NEUTRAL else 104
     x += 16
     stops = _add(_add(svg, "defs"), "linearGradient", id="relp-scale")
     for offset, score in (("0", -1.0), ("0.5", 0.0), ("1", 1.0)):
@@ -284,16 +261,7 @@ def _legend(svg: ET.Element, graph: nx.MultiDiGraph, height: float) -> None:
     low, high = f"−{limit:.2g}", f"+{limit:.2g}"
     _label(svg, x, y + 4, low, 12.0, style=_CAPTION)
     x += 7.2 * len(low) + 4
-    _add(
-        svg,
-        "rect",
-        x=f"{x:.1f}",
-        y=f"{y - 6:.1f}",
-        width="96",
-        height="12",
-        rx="3",
-        fill="url(#relp-scale)",
-    )
+    _rect(svg, (x, y - 6), (x + 96, y + 6), rx="3", fill="url(#relp-scale)")
     _label(svg, x + 104, y + 4, high, 12.0, style=_CAPTION)
     _label(svg, _MARGIN, y + 24, paint.legend(graph), 11.0, style=_CAPTION)
 

@@ -18,6 +18,7 @@ from html import escape
 
 import networkx as nx
 
+from circuits.draw import paint
 from circuits.draw.lanes import MOST, strongest
 from circuits.draw.svg import picture
 from circuits.explorer.page import page_of
@@ -96,5 +97,5 @@ def inline(circuit: nx.MultiDiGraph) -> str:
 def _explorer(circuit: nx.MultiDiGraph, title: str | None, height: int, most: int) -> Explorer:
     shown = strongest(circuit, most)
     page = page_of(shown, title, total=size(circuit))
-    said = title or f"{circuit.graph['task']} · {circuit.graph['model']}"
+    said, _ = paint.titles(circuit, title)
     return Explorer(page, picture(strongest(shown, OPEN), title), said, height)

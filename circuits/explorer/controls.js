@@ -403,7 +403,7 @@ function picture(at, width, height) {
     make("text", { x: 16, y: 39, "font-size": 11, fill: palette.muted }, subtitle()));
   let x = 16;
   const y = all - 30;
-  for (const [colour, wide, word] of legend()) {
+  for (const [colour, wide, word] of data.samples) {
     svg.append(make("line", { x1: x, x2: x + 24, y1: y - 4, y2: y - 4, stroke: palette[colour], "stroke-width": wide }),
       make("text", { x: x + 30, y, "font-size": 11, fill: palette.muted }, word));
     x += 52 + 6.2 * word.length;
@@ -445,12 +445,6 @@ function subtitle() {
   return data.source + (data.left_out ? ` · shown: the strongest ${ranked.length.toLocaleString("en")} of ${total.toLocaleString("en")}` : "");
 }
 
-/** Colour, width and word of each line of the legend. */
-function legend() {
-  const numbers = [1, 0.5, 0.1].map((share) => ["neutral", Math.max(0.5, 7 * share), signed(share * data.peak).slice(1)]);
-  return [["positive", 4, "positive"], ["negative", 4, "negative"], ...numbers];
-}
-
 function words() {
   el("title").textContent = data.title;
   el("source").textContent = el("source").title = subtitle();
@@ -462,7 +456,7 @@ function words() {
     if (data.by_token) chip.addEventListener("click", () => atToken(i, chip));
   });
   const box = el("legend");
-  legend().forEach(([colour, wide, word], i) => {
+  data.samples.forEach(([colour, wide, word], i) => {
     const item = add(box, "span", undefined, i > 1 ? "wide" : "");
     item.innerHTML = `<svg width="24" height="8" aria-hidden="true"><line x1="0" x2="24" y1="4" y2="4" stroke="var(--${colour})" stroke-width="${wide}"/></svg>`;
     item.append(word);

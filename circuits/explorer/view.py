@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
 
 from circuits.draw import paint
 from circuits.draw.lanes import by_lane
-from circuits.draw.layout import BOX, PORTS, Point, bands, lanes, layout, routes
+from circuits.draw.layout import BOX, PORTS, Point, bands, frame, lanes, layout, routes
 from circuits.graph import has_lanes, has_place, place_label
 
 __all__ = ["OPEN", "view"]
 
 OPEN = 300
 """Edges that a large circuit opens with: more are hard to read, and slow to paint."""
+_NAMES = {paint.POSITIVE: "positive", paint.NEGATIVE: "negative", paint.NEUTRAL: "neutral"}
+"""What the page calls hues, which differ in the dark."""
 
 
 def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[str, Any]:
@@ -39,15 +41,15 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
     def at(point: Point) -> Point:
         return _round(point[0] * across), _round(-point[1] * up)
 
-    curves = {
-        edge: tuple(at(point) for point in curve)
-        for edge, curve in routes(drawn, positions).items()
-    }
+    ways = routes(drawn, positions)
+    curves = {edge: tuple(at(point) for point in curve) for edge, curve in ways.items()}
+    (left, bottom), (right, top) = (at(corner) for corner in frame(positions, ways))
+    first, second = paint.titles(graph, title)
     layers = {f"layer {layer}": sides for layer, sides in bands(drawn, positions).items()}
     places, g = {node: at(point) for node, point in positions.items()}, graph.graph
     return {
-        "title": title or f"{g['task']} · {g['model']}",
-        "source": f"{g['rules']} · {g['direction']} · {paint.measured(graph)}",
+        "title": first,
+        "source": second,
         "legend": paint.legend(drawn),
         "left_out": left_out,
         "prompt": json.loads(g["prompt"]),
@@ -57,13 +59,16 @@ def view(graph: nx.MultiDiGraph, title: str | None, *, left_out: int) -> dict[st
         "open": OPEN,
         "box": [BOX[0] * across, BOX[1] * up],
         "ports": {slot: _round(share * BOX[0] * across) for slot, share in PORTS.items()},
-        "peak": paint.edge_limit(drawn),
+        "samples": [
+            (_NAMES[hue], width, word)
+            for hue, width, word in paint.samples(paint.edge_limit(drawn))
+        ],
         "limit": paint.node_limit(drawn),
         "nodes": _nodes(drawn, places),
         "edges": _edges(drawn, curves, {node: i for i, node in enumerate(places)}),
         "bands": _spans(layers, -up),
         "lanes": _spans(lanes(drawn, positions), across),
-        "frame": _frame(places.values(), curves.values(), (across, up)),
+        "frame": [left, top, right, bottom],
     }
 
 
@@ -133,18 +138,6 @@ def _spans(found: Mapping[str, Point], unit: float) -> list[dict[str, Any]]:
             (label, [end * unit for end in sides]) for label, sides in found.items()
         )
     ]
-
-
-def _frame(
-    points: Iterable[Point], curves: Iterable[tuple[Point, ...]], unit: Point
-) -> list[float]:
-    """Left, top, right and bottom of all there is to see."""
-    # A Bezier curve stays within its control points, and uses about 3/4 of a sideways bow.
-    bows = [0.75 * x + 0.25 * x0 for (x0, _), *inner, _ in curves for x, _ in inner]
-    xs, ys = zip(*points, strict=True)
-    sides = [x + side * unit[0] for x in xs for side in (-0.6, 0.6)] + bows
-    top, bottom = min(ys) - 0.5 * unit[1], max(ys) + 0.5 * unit[1]
-    return [_round(end) for end in (min(sides), top, max(sides), bottom)]
 
 
 def _round(number: float) -> float:

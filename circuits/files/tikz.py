@@ -201,27 +201,17 @@ def _nodes(graph: nx.MultiDiGraph, positions: dict[str, Point], paper: _Paper) -
 def _heading(
     title: str | None, whole: nx.MultiDiGraph, graph: nx.MultiDiGraph, paper: _Paper
 ) -> Iterator[str]:
-    g, room = graph.graph, paper.width - 32
-    source = f"{g['task']} · {g['model']}"
-    kind = "title" if len(title or source) * 6.6 < room else "long title"
-    first = _fit(title or source, room * 4.4 / (6.6 if kind == "title" else 5.0))
-    second = f"{source} · " if title else ""
-    second = _fit(
-        second + f"{g['rules']} · {g['direction']} · {paint.measured(whole, graph)}", room
-    )
+    room, (first, second) = paper.width - 32, paint.titles(whole, title, graph)
+    kind = "title" if len(first) * 6.6 < room else "long title"
+    first = _fit(first, room * 4.4 / (6.6 if kind == "title" else 5.0))
     yield rf"\node[{kind}] at {_at(16.0, paper.height - 26.0)} {{{_latex(first)}}};"
-    yield rf"\node[note] at {_at(16.0, paper.height - 40.0)} {{{_latex(second)}}};"
+    yield rf"\node[note] at {_at(16.0, paper.height - 40.0)} {{{_latex(_fit(second, room))}}};"
 
 
 def _legend(graph: nx.MultiDiGraph) -> Iterator[str]:
     """Signs, widths and what the numbers are."""
-    strongest, limit, x = paint.edge_limit(graph), paint.node_limit(graph), 16.0
-    samples = [(hue, 4.0, word) for hue, word in _HUES.items() if hue != paint.NEUTRAL]
-    samples += [
-        (paint.NEUTRAL, paint.line_width(share), f"{share * strongest:.2g}")
-        for share in (1.0, 0.5, 0.1)
-    ]
-    for hue, width, word in samples:
+    limit, x = paint.node_limit(graph), 16.0
+    for hue, width, word in paint.samples(paint.edge_limit(graph)):
         yield (
             rf"\draw[{_HUES[hue]}, line width={width * _POINTS:.2f}pt] "
             rf"{_at(x, 30.0)} -- {_at(x + 18.0, 30.0)};"
