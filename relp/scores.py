@@ -32,7 +32,7 @@ __all__ = [
     "Pairs",
     "Provenance",
     "Scores",
-    "placed",
+    "token_at",
     "span_index",
     "span_places",
 ]
@@ -224,7 +224,7 @@ class Scores(ABC):
         for pos in range(self._width()):
             token = self.tokens[pos] if pos < len(self.tokens) else ""
             named = token in self.spans and bool((self.spans[token] == pos).all())
-            labels.append(f"{token}@{pos}" if named else placed(token, pos))
+            labels.append(f"{token}@{pos}" if named else token_at(token, pos))
         return tuple(labels)
 
     @abstractmethod
@@ -683,12 +683,13 @@ _FORMS: dict[str, Any] = {
 }
 
 
-def placed(token: str, pos: int) -> str:
+def token_at(token: str, pos: int) -> str:
     """What figures call a token at its position; the position alone if the token is empty.
 
     It is in quotes, so that spaces are seen, and in one line.
 
-    >>> placed(" Mary", 4)
+    >>> from relp.bridge import token_at
+    >>> token_at(" Mary", 4)
     '" Mary"@4'
     """
     return f"{json.dumps(token, ensure_ascii=False) if token else ''}@{pos}"

@@ -8,7 +8,9 @@ import networkx as nx
 import pytest
 from test_graph import make_scores
 
+from circuits import draw, explore
 from circuits.draw.lanes import by_lane, drawn, strongest
+from circuits.draw.svg import picture
 from circuits.graph import assemble, check_circuit, keep, real_edges, size
 from circuits.search.prune import top
 
@@ -238,3 +240,14 @@ def test_files_that_name_no_places_have_lanes_too() -> None:
     circuit.graph["places"] = "[]"  # as `load` has it of older files
     for node, data in by_lane(circuit).nodes(data=True):
         assert node.replace(".kv", "") == f"{data['name']}@{data['pos']}"
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_not_drawn(score: float) -> None:
+    circuit = make_circuit()
+    u, v, key, _ = next(real_edges(circuit))
+    circuit.edges[u, v, key]["score"] = score
+    for shown in (draw, explore, picture):
+        with pytest.raises(ValueError, match=f"scores must be finite to be drawn; that of '{u}'"):
+            shown(circuit)
+    assert circuit._repr_html_() is None

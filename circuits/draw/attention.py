@@ -11,7 +11,7 @@ from circuits.draw.heatmaps import labels
 from circuits.draw.paint import plain
 from circuits.draw.template import SEQUENTIAL, framed, panels
 from relp import Component, ModelLike, TaskLike
-from relp.bridge import Sites, observe, placed, undisturbed
+from relp.bridge import Sites, observe, token_at, undisturbed
 
 __all__ = ["attention"]
 
@@ -97,7 +97,7 @@ def _tokens(model: Any, ids: torch.Tensor) -> list[str]:
     """`" Mary"@4`, as figures of scores call positions."""
     tokenizer = getattr(model, "tokenizer", None)
     words = ["" if tokenizer is None else tokenizer.decode([token]) for token in ids.tolist()]
-    return [placed(word, pos) for pos, word in enumerate(words)]
+    return [token_at(word, pos) for pos, word in enumerate(words)]
 
 
 def _drawn(

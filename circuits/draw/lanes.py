@@ -115,9 +115,15 @@ def strongest(graph: nx.MultiDiGraph, edges: int) -> nx.MultiDiGraph:
     Fewer, if those by position would need more structural edges than that between their places.
 
     Raises:
-        TypeError, ValueError: `graph` is no circuit.
+        TypeError, ValueError: `graph` is no circuit, or a score is not finite.
     """
-    shown = _cut(check_circuit(graph), edges)
+    for u, v, key, data in real_edges(check_circuit(graph)):
+        if not math.isfinite(data["score"]):
+            raise ValueError(
+                f"scores must be finite to be drawn; that of {u!r} -> {v!r} ({key!r}) is "
+                f"{data['score']}; replace it or take the edge away"
+            )
+    shown = _cut(graph, edges)
     while (links := by_lane(shown).number_of_edges() - size(shown)) > edges:
         # their number grows up to the square of that of edges
         shown = _cut(shown, int(size(shown) * math.sqrt(edges / links)))

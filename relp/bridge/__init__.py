@@ -34,7 +34,7 @@ from relp.bridge.stream import (
     what_is_added,
     writer_changes,
 )
-from relp.scores import placed, span_index, span_places
+from relp.scores import span_index, span_places, token_at
 
 __all__ = [
     "PAIR_BYTES",
@@ -63,7 +63,7 @@ __all__ = [
     "output_shapes",
     "pairs_of",
     "pairs_kept",
-    "placed",
+    "token_at",
     "stream_places",
     "precise_logits",
     "prompts_per_run",
