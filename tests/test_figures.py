@@ -64,6 +64,14 @@ def note(figure: go.Figure) -> str:
 # -- the house style -------------------------------------------------------------------------------
 
 
+def test_no_axis_is_told_to_follow_itself() -> None:
+    """Plotly would warn of it on every page."""
+    for name, figure in every_figure():
+        for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+            letter, _, number = axis.plotly_name.partition("axis")
+            assert axis.matches != f"{letter}{number}", name
+
+
 def every_figure() -> Iterator[tuple[str, go.Figure]]:
     nodes = [make_nodes(seed=s, rules=r) for s, r in enumerate(("GRADIENT", "RELP", "DEEPLIFT"))]
     effect, edges = make_nodes(Effects, seed=4), make_scores(layers=6, heads=6)

@@ -375,6 +375,7 @@ def _drawn(
     alike = {"type": "category", "showgrid": False, "zeroline": False}
     figure.update_xaxes(matches="x", tickangle=-90 if turned else 0, tickfont_size=10, **alike)
     figure.update_yaxes(matches="y", **alike)
+    figure.update_layout(xaxis_matches=None, yaxis_matches=None)  # not the first with itself
     return framed(figure, sources(many), note, plot=plot, above=above, below=below + 22)
 
 

@@ -76,6 +76,8 @@ def scatter(many: Sequence[Scores], effects: Scores, kind: str | None) -> go.Fig
 
 def _match(figure: go.Figure, row: int, col: int) -> None:
     """The same axes as in the first panel of the row."""
+    if col == 1:
+        return
     first = next(figure.select_xaxes(row=row, col=1)).plotly_name.removeprefix("xaxis")
     figure.update_xaxes(matches=f"x{first}", row=row, col=col)
     figure.update_yaxes(matches=f"y{first}", row=row, col=col)

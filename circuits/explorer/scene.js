@@ -8,11 +8,13 @@ const RIM = 160; // pixels around the stage that are painted too, so that moving
 const [LEFT, TOP, RIGHT, BOTTOM] = data.frame;
 const [BOX_WIDTH, BOX_HEIGHT] = data.box;
 
-/** The largest size of letters with which a label fits into its box. */
-const fits = (letters) => (BOX_WIDTH - 4) / (0.6 * Math.max(1, letters));
+const isPill = (node) => !["head", "kv"].includes(node.kind);
+
+/** The largest size of letters with which a label fits into its box; round ends take some room. */
+const fits = (letters, pill = false) => (BOX_WIDTH - (pill ? 10 : 4)) / (0.6 * Math.max(1, letters));
 
 // No circuit opens smaller: the longest labels, but for odd ones, have eight pixels at this scale.
-const READABLE = Math.min(1, 8.1 / fits(Math.min(8, Math.max(...nodes.map((node) => node.label.length)))));
+const READABLE = Math.min(1, 8.1 / Math.min(...nodes.map((node) => fits(Math.min(8, node.label.length), isPill(node)))));
 document.documentElement.style.setProperty("--rim", `${RIM}px`);
 
 /** The last step with at most so many edges as a circuit opens with. */
@@ -66,7 +68,7 @@ function paintNodes() {
     groups.append("rect").attr("class", (node) => `${part} ${part === "tint" ? sign(node.share) : ""}`)
       .attr("x", -BOX_WIDTH / 2).attr("y", -BOX_HEIGHT / 2)
       .attr("width", BOX_WIDTH).attr("height", BOX_HEIGHT)
-      .attr("rx", (node) => (["head", "kv"].includes(node.kind) ? 6 : BOX_HEIGHT / 2));
+      .attr("rx", (node) => (isPill(node) ? BOX_HEIGHT / 2 : 6));
   }
   groups.select(".tint").attr("fill-opacity", (node) => 0.85 * Math.abs(node.share));
   groups.append("text").attr("class", "label").text((node) => node.label);
@@ -132,7 +134,7 @@ function label() {
   const far = state.painted.k < 0.62; // slots could not be read
   sheets[2].classList.toggle("far", far);
   d3.selectAll(".node").each(function (node) {
-    const size = Math.min(fits(node.label.length), Math.max(13, 9.5 / state.painted.k));
+    const size = Math.min(fits(node.label.length, isPill(node)), Math.max(13, 9.5 / state.painted.k));
     const drop = far ? 0.36 * size : node.slots.length ? 0.5 : 4.5;
     d3.select(this).select(".label").attr("font-size", size.toFixed(2)).attr("y", drop.toFixed(2));
   });
