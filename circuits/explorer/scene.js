@@ -10,8 +10,8 @@ const [BOX_WIDTH, BOX_HEIGHT] = data.box;
 
 const isPill = (node) => !["head", "kv"].includes(node.kind);
 
-/** The largest size of letters with which a label fits into its box; round ends take some room. */
-const fits = (letters, pill = false) => (BOX_WIDTH - (pill ? 10 : 4)) / (0.6 * Math.max(1, letters));
+/** The largest size of letters with which a label fits into its box; round ends leave less room. */
+const fits = (letters, pill) => (BOX_WIDTH - (pill ? 10 : 4)) / (0.6 * Math.max(pill ? 6 : 1, letters));
 
 // No circuit opens smaller: the longest labels, but for odd ones, have eight pixels at this scale.
 const READABLE = Math.min(1, 8.1 / Math.min(...nodes.map((node) => fits(Math.min(8, node.label.length), isPill(node)))));
