@@ -132,10 +132,16 @@ class Tokenized:
         """Positions, where a text stands for one: that of its last token in the clean prompt.
 
         Raises:
+            TypeError: a span is neither a text nor a list.
             ValueError: a text is not there exactly once, or does not end where a token ends.
         """
         found: dict[str, Int[Tensor, " pair"]] = {}
         for name, given in spans.items():
+            if not isinstance(given, Iterable):
+                raise TypeError(
+                    f"span {name!r} must be a text, or a list of one text or whole number for each "
+                    f"pair; got {given!r}; give a list"
+                )
             if not isinstance(given, str):
                 entries = given if isinstance(given, Tensor) else entries_of(given)
                 if not any(isinstance(entry, str) for entry in entries):

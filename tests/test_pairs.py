@@ -65,6 +65,14 @@ def test_spans_are_found_by_their_text(tokenizer: PreTrainedTokenizerFast) -> No
     assert one.spans["verb"].tolist() == task.spans["S2"].tolist()[1:]
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
+def test_a_span_is_a_text_or_a_list() -> None:
+    with pytest.raises(
+        TypeError, match=r"^span 'S' must be a text, or a list .* got 5; give a list"
+    ):
+        Task.from_prompts(gpt2(), *LISTS, spans={"S": 5})  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
