@@ -278,7 +278,7 @@ def test_circuit_figure():
     assert [t.name for t in figure.data if t.showlegend is None] == [
         "positive", "negative", "keys and values", *(f"{s * peak:.2g}" for s in (1, 0.5, 0.1)),
     ]  # fmt: skip
-    assert "dashed: keys and values" in figure.layout.annotations[0].text
+    assert "grey lines: keys and values" in figure.layout.annotations[0].text
 
 
 def test_notes_are_those_of_the_circuit():
@@ -443,7 +443,7 @@ def test_svg_draws_every_edge_and_node():
     texts = [element.text for element in root.iter(f"{SVG}text")]
     assert set(circuit) <= set(texts)
     assert "<i>mine</i>" in texts
-    assert any("dashed: keys and values" in text for text in texts)
+    assert any("grey lines: keys and values" in text for text in texts)
     strongest = max(paths, key=lambda path: float(path.get("stroke-width")))
     scores = {abs(d["score"]) for *_, d in circuit.edges(data=True)}
     assert f"{max(scores):.4g}" in strongest.findtext(f"{SVG}title").replace("-", "+")

@@ -175,7 +175,7 @@ def legend(graph: nx.MultiDiGraph) -> str:
     boxes = "their sum at that place" if laned else "score of the node, all its edges"
     note = f"edges: score ({graph.graph['metric']}) · boxes: {boxes}"
     if any(data["structural"] for *_, data in graph.edges(data=True)):
-        note += " · dashed: keys and values" + laned * ", read for another place"
+        note += " · grey lines: keys and values" + laned * ", read for another place"
     return note
 
 

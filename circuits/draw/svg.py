@@ -27,6 +27,9 @@ __all__ = ["METADATA", "picture"]
 METADATA = "relp-circuit"
 """The id of the element that holds what `picture` is given to carry."""
 
+_DASHED = 800
+"""Edges up to which structural ones are dashed: in a .pdf each dash is a shape, with round ends a
+large one. Their hue tells them from others anyway."""
 _MARGIN, _HEAD, _FOOT, _GUTTER = 28.0, 92.0, 84.0, 62.0
 _FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
 # Prefixed, as the picture may stand in a page with styles of its own.
@@ -214,12 +217,12 @@ def _edges(
             stroke=paint.edge_hue(data),
             class_="relp-edge",
             fill="none",
-            stroke_linecap="round",
+            stroke_linecap="butt" if data["structural"] else "round",
             stroke_width=f"{paint.edge_width(data, strongest):.2f}",
             stroke_opacity=f"{opacity:.2f}",
         )
-        if data["structural"]:
-            path.set("stroke-dasharray", "2 3")
+        if data["structural"] and len(curves) <= _DASHED:
+            path.set("stroke-dasharray", "3 4")
         _add(path, "title", text=note)
 
 
