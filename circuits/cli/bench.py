@@ -78,7 +78,7 @@ def bench(
                 )
         check_folder(out)
 
-        from circuits import draw
+        from circuits import draw, save
         from circuits.cli.cases import planted_cases, trained_cases
         from circuits.judge.bench import bench
         from circuits.masked import UNABLE
@@ -119,8 +119,7 @@ def bench(
                 found.table().to_csv(temporary, index=False)
             with written_whole(out / "bench.md") as temporary:
                 temporary.write_text(found.to_markdown(), encoding="utf-8")
-            with written_whole(out / "bench.html") as temporary:
-                figure.write_html(temporary, include_plotlyjs=True)
+            save(figure, out / "bench.html")
         files = [str(out / f"bench.{suffix}") for suffix in ("csv", "md", "html")]
         for file in files:
             say(f"wrote {escape(file)}")

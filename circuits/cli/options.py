@@ -21,6 +21,16 @@ FEW = 8
 """Pairs of prompts for large models, if nobody says how many."""
 
 
+def model_names() -> list[str]:
+    """What completes a model."""
+    return [model.name for model in shelf.models()]
+
+
+def rule_names() -> list[str]:
+    """What completes `--rules`."""
+    return [str(preset) for preset in Preset]
+
+
 TaskName = Annotated[
     str,
     typer.Argument(
@@ -32,7 +42,7 @@ TaskName = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        autocompletion=lambda: model_names(),
+        autocompletion=model_names,
         help="A model that `relp models` lists, a folder or GGUF file, or a name on the Hugging "
         "Face hub.",
     ),
@@ -67,16 +77,6 @@ FilterCorrect = Annotated[
     bool,
     typer.Option("--filter-correct", help="Keep the pairs whose clean prompt is answered rightly."),
 ]
-
-
-def model_names() -> list[str]:
-    """What completes a model."""
-    return [model.name for model in shelf.models()]
-
-
-def rule_names() -> list[str]:
-    """What completes `--rules`."""
-    return [str(preset) for preset in Preset]
 
 
 def pairs_for(bridge: Any, pairs: int) -> int:

@@ -170,7 +170,7 @@ def samples(limit: float) -> list[tuple[str, float, str]]:
 
 
 def legend(graph: nx.MultiDiGraph) -> str:
-    """What numbers and dashes of a diagram mean."""
+    """What the numbers and the grey lines of a diagram mean."""
     laned = has_lanes(graph)
     boxes = "their sum at that place" if laned else "score of the node, all its edges"
     note = f"edges: score ({graph.graph['metric']}) · boxes: {boxes}"
