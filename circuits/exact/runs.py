@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from relp import Component, Direction, ModelLike, TaskLike
 from relp.bridge import (
     PAIR_BYTES,
     Sites,
+    as_fits,
     observe,
     pairs_kept,
     prompts_per_run,
@@ -128,7 +128,7 @@ class Runs:
 
                 size = batch_size or prompts_per_run(made.sites, self.task)
                 try:
-                    _as_fits(run, size, made.parts)
+                    as_fits(run, size, emptied=made.parts.clear)
                 except KeyboardInterrupt as stop:
                     raise KeyboardInterrupt(sweep.interrupted(path)) from stop
             return sweep.of(cells)
@@ -169,18 +169,6 @@ class Runs:
             made = _Made(sites, self.task, way, self.ablation, self.kept_bytes, labels, state)
             self._made[:] = [made]
         return self._made[0]
-
-
-def _as_fits(run: Callable[[int], None], prompts: int, kept: dict[Any, Any]) -> None:
-    """Runs again with fewer prompts if memory runs out; what is finished stays finished."""
-    try:
-        return run(prompts)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-    # not from the start: it collects garbage first, which takes longer than a short list of cells
-    kept.clear()
-    find_executable_batch_size(run, starting_batch_size=int(prompts * 0.9))()
 
 
 def _state(sites: Sites, task: TaskLike, side: str) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
 from relp.bridge.capture import ROOT
 from relp.bridge.memory import (
     PAIR_BYTES,
+    as_fits,
     circuit_runs,
     pairs_kept,
     prompts_per_run,
@@ -51,6 +52,7 @@ __all__ = [
     "Sites",
     "Slot",
     "answers_only",
+    "as_fits",
     "bias",
     "circuit_runs",
     "editing",

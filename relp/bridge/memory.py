@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from relp.bridge.sites import Sites
 from relp.protocols import TaskLike
 
-__all__ = ["circuit_runs", "pairs_kept", "pairs_per_batch", "prompts_per_run"]
+__all__ = ["as_fits", "circuit_runs", "pairs_kept", "pairs_per_batch", "prompts_per_run"]
 
 EDGE_BYTES = 384 << 20
 """Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
@@ -58,3 +58,38 @@ def circuit_runs(sites: Sites, task: TaskLike) -> int:
     if not task.metric.reads_answer_only:
         values += int(cfg.d_vocab)
     return max(1, CIRCUIT_BYTES // (4 * int(task.lengths.max()) * values))
+
+
+def as_fits(run: Callable[[int], None], rows: int, *, emptied: Callable[[], None]) -> None:
+    """Calls `run` with a number of rows, and again with half of them whenever memory runs out.
+
+    `run` goes on from what is finished; `emptied` drops what is kept for speed alone.
+
+    Raises:
+        RuntimeError: memory runs out with a single row.
+    """
+    alone = False
+    while True:
+        try:
+            return run(rows)
+        except RuntimeError as error:
+            if alone or not is_shortage(error):
+                raise
+        # behind the `except`: the error's traceback holds what the run held
+        emptied()
+        give_back()
+        alone, rows = rows == 1, max(1, rows // 2)
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether memory ran out, of a device or of the machine."""
+    from accelerate.utils import memory  # not at the top: it takes a second
+
+    return bool(memory.should_reduce_batch_size(error))
+
+
+def give_back() -> None:
+    """Frees what a failed run held, and what the device keeps for later runs."""
+    from accelerate.utils import memory
+
+    memory.clear_device_cache(garbage_collection=True)
