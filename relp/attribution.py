@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relp.bars import tqdm
+from relp.bridge.captures import captures
 from relp.bridge.memory import pairs_per_batch
-from relp.bridge.run import captures, undisturbed
+from relp.bridge.run import undisturbed
 from relp.bridge.sites import Sites
 from relp.bridge.source import pairs_of, provenance
 from relp.choices import Direction, Level

@@ -81,7 +81,8 @@ def edge_scores(
     def fill(place: Place) -> Float[Tensor, "pair pos d_model"]:
         """Scores of all whom the readers of a place hear; gives what these get together."""
         if place.follows:
-            must_match(stream, seen.delta(place.entry), f"{WRITERS}; at {place} it")
+            values, what = seen.own[place.entry], f"{WRITERS}; at {place} it"
+            must_match(stream, seen.delta(place.entry), what, rounded=values)
         coefficients = into[: place.columns.stop - place.columns.start]
         _read(sites, place, seen, rules, coefficients)
         ours, theirs = deltas[place.heard].flatten(1, 2), coefficients.flatten(1, 2)
@@ -149,7 +150,8 @@ def _write(
     def check(found: Float[Tensor, "pair pos d_model"]) -> None:
         what, otherwise = (NEURONS_WRITE, NO_NEURONS) if basis.entry else (HEADS, NO_STREAM)
         where = f"{what}; at block {place.layer} it"
-        must_match(found, seen.delta(basis.behind), where, otherwise)
+        delta, values = seen.delta(basis.behind), seen.own[basis.behind]
+        must_match(found, delta, where, otherwise, rounded=values)
 
     def norm(moved: Float[Tensor, "pair pos d_model"]) -> NormMap:
         check(moved)

@@ -24,8 +24,8 @@ from relp import (
     attribute,
     propagate,
 )
+from relp.bridge.captures import capture
 from relp.bridge.rerun import Rerun
-from relp.bridge.run import capture
 from relp.bridge.sites import Sites
 
 OPAQUE = ("LSTM",)

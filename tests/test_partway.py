@@ -10,7 +10,7 @@ import torch
 from conftest import random_task
 
 from relp import DEEPLIFT, GRADIENT, PARTWAY, RELP, Component, NodeScores, Rules, attribute
-from relp.bridge.run import capture
+from relp.bridge.captures import capture
 from relp.bridge.sites import Sites
 from relp.partway import way, weight_of_both
 from tasks import ioi

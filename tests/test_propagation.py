@@ -30,7 +30,7 @@ from relp import (
     coverage,
     propagate,
 )
-from relp.bridge.run import capture
+from relp.bridge.captures import capture
 from relp.bridge.sites import Sites
 from relp.nodes import node_sites
 from relp.propagation import frames, witness

@@ -21,7 +21,8 @@ from replica import Replica, Trace
 from torch import Tensor
 
 from relp import ATTN_LRP, CP_LRP, DEEPLIFT, GIM, GRADIENT, RELP, Rules, propagate
-from relp.bridge.run import Capture, capture
+from relp.bridge.capture import Capture
+from relp.bridge.captures import capture
 from relp.bridge.sites import Sites
 from relp.nodes import node_sites
 from tasks import Task

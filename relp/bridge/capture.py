@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["ROOT", "Capture"]
+__all__ = ["ROOT", "Capture", "wide"]
 
 ROOT = "L0.resid"
 """Where relevance ends: token plus position embedding, as block 0 gets it."""
@@ -42,9 +42,17 @@ class Capture:
     """The coefficients if the run is compared with itself, not with the other (`Rules.partway`)."""
 
     def delta(self, site: str) -> Tensor:
-        """What patching changes at a site: other run minus own run."""
-        return self.other[site] - self.own[site]
+        """What patching changes at a site: other run minus own run, in single precision at least.
+
+        Of two close numbers of half precision the difference would be a few bits.
+        """
+        return wide(self.other[site]) - wide(self.own[site])
 
     def at_start(self) -> Capture:
         """The same, compared with itself: what compares two runs has become the derivative."""
         return replace(self, reference=self.values, coefficients=self.slopes, slopes={})
+
+
+def wide(value: Tensor) -> Tensor:
+    """Half precision as single precision; else the same tensor."""
+    return value.float() if value.element_size() < 4 else value

@@ -1,4 +1,4 @@
-"""Running the model: activations of both runs, and coefficients at the sites of one of them."""
+"""Running the model: activations at its sites, and the metric."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from threading import RLock, get_ident
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,16 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from relp.bridge.basis import bias, is_plain, shape, weight
-from relp.bridge.capture import ROOT, Capture
 from relp.bridge.sites import Edit, Sites, editing, reading
-from relp.propagation import Propagation, propagate
 from relp.protocols import TaskLike
-from relp.rulebook import Rules
 
 __all__ = [
     "answers_only",
-    "capture",
-    "captures",
     "observe",
     "own_forward",
     "precise_logits",
@@ -83,11 +79,20 @@ def warn_caller(message: str) -> None:
 
 
 def observe(
-    sites: Sites, task: TaskLike, names: tuple[str, ...], *, side: str
+    sites: Sites,
+    task: TaskLike,
+    names: tuple[str, ...],
+    *,
+    side: str,
+    moved: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], Float[Tensor, " pair"]]:
-    """Activations at the named sites and the metric of one side (`clean`, `corrupt`), no grad."""
+    """Activations at the named sites and the metric of one side (`clean`, `corrupt`), no grad.
+
+    `moved`: what is put in the place of values.
+    """
     tokens = getattr(task, side).to(sites.device)
     edits = answers_only(sites, task)
+    edits |= {name: partial(_instead, value) for name, value in moved.items()}
     with (
         torch.no_grad(),
         precise_logits(sites),
@@ -97,6 +102,10 @@ def observe(
         metric = task.metric(sites.model(tokens))
     # a hook may make what it returns require grad, also here (gradient checkpointing has one)
     return {n: v.detach() for n, v in values.items()}, metric.detach()
+
+
+def _instead(value: Tensor, _: Tensor) -> Tensor:
+    return value
 
 
 def answers_only(sites: Sites, task: TaskLike, copies: int = 1, start: int = 0) -> dict[str, Edit]:
@@ -163,164 +172,3 @@ def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
         vars(module).pop("forward", None)
         if before is not None:  # a caller's own, or accelerate's
             object.__setattr__(module, "forward", before)
-
-
-def capture(
-    sites: Sites,
-    task: TaskLike,
-    rules: Rules,
-    names: tuple[str, ...],
-    *,
-    own: str,
-    strict: bool = True,
-) -> Capture:
-    """Two forward passes and one backward: the coefficients of the `own` side.
-
-    For rules that are partway, two backward passes.
-
-    Raises:
-        RuntimeError: a site was not passed, or no relevance reaches one that must get some.
-    """
-    other = "corrupt" if own == "clean" else "clean"
-    names = tuple(dict.fromkeys([ROOT, *names]))
-    with propagate(rules, root=sites.model, strict=strict) as report:
-        values, metric = _differentiable(sites, task, names, own, rules, report, {})
-    slopes: dict[str, Tensor] = {}
-    if rules.partway:  # before there is a reference run: the less is kept for it
-        with report.with_itself():
-            slopes = _coefficients(metric, values, rules, again=True)
-    with ExitStack() as stack:
-        if rules.needs_reference:
-            stack.enter_context(report.reference())
-        others, other_metric = observe(sites, task, names, side=other)
-    coefficients = _coefficients(metric, values, rules)
-    values = {n: v.detach() for n, v in values.items()}
-    unexplained = {
-        f"{row.module}: {row.operation}": float(row.remainder)
-        for row in report.remainder().itertuples()
-    }
-    return Capture(
-        values, others, values, others, coefficients, metric.detach(), other_metric,
-        remainder=unexplained, rules=report.name, slopes=slopes,
-    )  # fmt: skip
-
-
-def captures(
-    sites: Sites,
-    task: TaskLike,
-    rules: Rules,
-    names: tuple[str, ...],
-    *,
-    own: str,
-    steps: int,
-    path: str = "inputs",
-    strict: bool = True,
-) -> Iterator[Capture]:
-    """Captures whose scores are to be averaged: one on the own side, or along a path.
-
-    With `steps` > 1 the runs lie midway in each of `steps` equal parts of the line between own
-    and other run (integrated gradients). `path="inputs"`: of the input embeddings (EAP-IG inputs,
-    arXiv:2403.17806). `path="activations"`: of one writing site at a time, what comes before it
-    being the own run's (EAP-IG activations, ibid.; a layer's heads move together, and so do its
-    neurons where they are among `names`).
-
-    Raises:
-        RuntimeError: as `capture`.
-    """
-    if steps == 1:
-        yield capture(sites, task, rules, names, own=own, strict=strict)
-        return
-    # an MLP's output that is put in would cut its neurons off from the metric
-    inside = {b.name("mlp"): b.name("neurons") for b in sites.blocks if b.name("neurons") in names}
-    written = [inside.get(site, site) for site in sites.written]
-    moved = (ROOT,) if path == "inputs" else (ROOT, *written)
-    names = tuple(dict.fromkeys([ROOT, *names, *moved]))
-    values, metric = observe(sites, task, names, side=own)
-    others, other_metric = observe(
-        sites, task, names, side="corrupt" if own == "clean" else "clean"
-    )
-    share = 1 / (steps * len(moved))
-    for site in moved:
-        for step in range(steps):
-            between = torch.lerp(values[site], others[site], (step + 0.5) / steps)
-            with propagate(rules, root=sites.model, strict=strict) as report:
-                at, middle = _differentiable(
-                    sites, task, names, own, rules, report, {site: between}
-                )
-            coefficients = _coefficients(middle, at, rules, cut=path == "activations")
-            at = {n: v.detach() for n, v in at.items()}
-            yield Capture(
-                values, others, at, others, coefficients, metric, other_metric, share,
-                rules=report.name,
-            )  # fmt: skip
-
-
-def _differentiable(
-    sites: Sites,
-    task: TaskLike,
-    names: tuple[str, ...],
-    side: str,
-    rules: Rules,
-    report: Propagation,
-    moved: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The run that will be differentiated, from block 0's input on, with some values moved."""
-    tokens = getattr(task, side).to(sites.device)
-
-    def leaf(name: str, value: Tensor) -> Tensor:
-        return moved.get(name, value).detach().requires_grad_()
-
-    with torch.enable_grad():
-        edits: dict[str, Edit] = {n: partial(leaf, n) for n in (ROOT, *moved)}
-        edits |= answers_only(sites, task)
-        # Where a parallel block's attention and MLP read one tensor, each gets one of its own:
-        # the coefficient there must be that of this reader alone.
-        edits |= {n: _branch for n in names if n.endswith((".mlp_in", ".mixer_in"))}
-        with precise_logits(sites), editing(sites, edits), reading(sites, names) as values:
-            logits = sites.model(tokens)
-            # Rules that compare two runs must see the metric to be exact through it. For the
-            # others it is a plain function: a constant softmax would cut a probability metric off.
-            metric = task.metric(logits) if rules.needs_reference else None
-        if metric is None:
-            with report.paused():
-                metric = task.metric(logits)
-    report.must_have_seen(metric)
-    return values, metric
-
-
-def _branch(value: Tensor) -> Tensor:
-    return value.view_as(value)
-
-
-def _coefficients(
-    metric: Tensor,
-    values: Mapping[str, Tensor],
-    rules: Rules,
-    *,
-    cut: bool = False,
-    again: bool = False,
-) -> dict[str, Tensor]:
-    """d metric / d value at each site; `cut`: some lie before a value that was put in.
-
-    `again`: there will be another backward.
-    """
-    if not metric.requires_grad:
-        raise ValueError(
-            "the metric must be differentiable in the logits; it does not depend on them, or not "
-            "differentiably (argmax, detach); check the metric, and hooks that detach activations"
-        )
-    # pairs do not meet in the model: the gradient of the sum holds each pair's own gradient
-    at = list(values.values())
-    grads = torch.autograd.grad(metric.sum(), at, allow_unused=True, retain_graph=again)
-    found = {}
-    for (name, value), grad in zip(values.items(), grads, strict=True):
-        if grad is None:
-            # with constant attention patterns nothing reaches queries and keys: a true zero
-            if not (cut or (rules.uses("softmax", "constant") and name.endswith((".q", ".k")))):
-                raise RuntimeError(
-                    f"every site must lie on the path from the input to the metric; {name!r} does "
-                    "not; check that no hook detaches activations and that the metric uses logits"
-                )
-            grad = torch.zeros_like(value)
-        found[name] = grad
-    return found

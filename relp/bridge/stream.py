@@ -230,16 +230,28 @@ def received(
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def must_match(found: Tensor, expected: Tensor, what: str, otherwise: str = NO_STREAM) -> None:
+def must_match(
+    found: Tensor,
+    expected: Tensor,
+    what: str,
+    otherwise: str = NO_STREAM,
+    *,
+    rounded: Tensor | None = None,
+) -> None:
     """A part of the model that was overlooked would make numbers wrong without a sign.
+
+    `rounded`: the activations that `expected` is a difference of, if it is one: their rounding is
+    in it.
 
     Raises:
         RuntimeError: `what`, the beginning of a sentence, misses by more than rounding.
     """
     error = float((found - expected).abs().max())
     scale = float(expected.abs().max())
-    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)  # half precision rounds each sum
-    if error > tolerance * max(scale, 1e-6):
+    values = expected if rounded is None else rounded
+    # half precision rounds each sum
+    finest = 8 * torch.finfo(values.dtype).eps * float(values.abs().max())
+    if error > max(1e-3 * scale, finest, 1e-9):
         raise RuntimeError(
             f"{what} misses by {error:.2g} of {scale:.2g}; remove hooks that change "
             f"activations; {otherwise}"

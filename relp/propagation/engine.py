@@ -39,7 +39,7 @@ from relp.propagation.handlers import (
     without_rule,
 )
 from relp.propagation.kinds import ATTRIBUTES, LINEAR, SOURCES, UnknownOperationError, is_activation
-from relp.propagation.tally import Tally
+from relp.propagation.tally import Tally, must_have_attached
 from relp.propagation.two_runs import TwoRuns, not_in_place
 from relp.propagation.witness import Witness
 from relp.rulebook import RELP, Rules
@@ -54,9 +54,18 @@ class Propagation:
     that compare two runs, one `with report.reference():` for the other.
     """
 
-    def __init__(self, rules: Rules, *, strict: bool = True, root: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        strict: bool = True,
+        root: nn.Module | None = None,
+        part: bool = False,
+    ) -> None:
         self._rules = rules
         self._root = root
+        # of a run: whoever runs the parts looks at the end at what they have met together
+        self._part = part
         self._own = dict(rules.operations)
         self._frames = Frames(root)
         self._witness = Witness()
@@ -96,8 +105,8 @@ class Propagation:
     ) -> None:
         assert self._stack is not None
         self._stack.close()
-        if kind is None:
-            self._tally.must_have_attached()
+        if kind is None and not self._part:
+            must_have_attached(self._rules, self._tally.attached)
 
     def _start(self, stack: ExitStack) -> Frame:
         """Begins to look, until the stack is closed; gives the frame around all modules."""
@@ -189,6 +198,11 @@ class Propagation:
         Complete after the run; what `Rules.with_operation` added is part of the rules' own name.
         """
         return self._tally.name
+
+    @property
+    def attached(self) -> frozenset[tuple[str, str]]:
+        """Pattern and kind of the rules for some modules that met an operation there."""
+        return self._tally.attached
 
     def to_dataframe(self) -> pd.DataFrame:
         """Every operation that carried relevance: operation, kind, rule, module path, count."""

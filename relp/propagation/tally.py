@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import pandas as pd
 
@@ -11,7 +11,7 @@ from relp.operations import Entry, label
 from relp.propagation.kinds import UnknownOperationError
 from relp.rulebook import KINDS, Rules
 
-__all__ = ["Tally"]
+__all__ = ["Tally", "must_have_attached"]
 
 
 class Tally:
@@ -80,12 +80,22 @@ class Tally:
                     f"{names[1:4]} …; see the column `module` of coverage"
                 )
 
-    def must_have_attached(self) -> None:
-        """Rules for some modules met an operation of their kind there."""
-        for pattern, changes in self.rules.places:
-            for kind, _ in changes:
-                if kind in KINDS and (pattern, kind) not in self._attached:
-                    raise ValueError(
-                        f"a rule for some modules must meet an operation there; no {kind!r} that "
-                        f"carries relevance was met in {pattern!r}; see coverage for what is there"
-                    )
+    @property
+    def attached(self) -> frozenset[tuple[str, str]]:
+        """Pattern and kind of the rules for some modules that met an operation there."""
+        return frozenset(self._attached)
+
+
+def must_have_attached(rules: Rules, attached: Collection[tuple[str, str]]) -> None:
+    """Rules for some modules must have met an operation of their kind there.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for pattern, changes in rules.places:
+        for kind, _ in changes:
+            if kind in KINDS and (pattern, kind) not in attached:
+                raise ValueError(
+                    f"a rule for some modules must meet an operation there; no {kind!r} that "
+                    f"carries relevance was met in {pattern!r}; see coverage for what is there"
+                )
