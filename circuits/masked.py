@@ -250,7 +250,7 @@ def circuit_metrics(
               leave=False) as bar:  # fmt: skip
         for index, batch, places in _batches(task, rows, by_span):
             with output_shapes(sites) as outputs:
-                base, _ = observe(sites, batch, stream_sites(sites, read=False), side="corrupt")
+                base, _ = observe(sites, batch, stream_sites(sites), side="corrupt")
             together = max(1, rows // len(batch))
             for at in range(0, len(masks), together):
                 some = masks[at : at + together]

@@ -9,15 +9,17 @@ is the corrupt run, and a positive score means that patching the clean value in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp.bars import tqdm
+from relp.bridge.capture import Capture
 from relp.bridge.captures import captures
-from relp.bridge.memory import pairs_per_batch
+from relp.bridge.memory import attribution_plan, in_batches
 from relp.bridge.run import undisturbed
 from relp.bridge.sites import Sites
 from relp.bridge.source import pairs_of, provenance
@@ -102,26 +104,31 @@ def attribute(
         if level == "node"
         else EdgeSums(sites, task, rules, positions)
     )
-    names = sums.sites_needed
-    batch_size = pairs_per_batch(sites, task, level, names) if batch_size is None else batch_size
+    plan = attribution_plan(sites, task, rules, level, sums.sites_needed)
+    if batch_size is not None:
+        plan = replace(plan, pairs=batch_size)
     metrics = {side: torch.zeros(len(task)) for side in (way.own, way.other)}
     remainder: dict[str, float] = defaultdict(float)
     used: dict[str, None] = {}
-    batches = list(task.buckets(batch_size))
+
+    def captured(batch: TaskLike, blocks: int | None) -> Iterator[Capture]:
+        return captures(
+            sites, batch, rules, sums.sites_needed, own=way.own, steps=steps, path=path,
+            coefficients=sums.coefficients_needed, blocks=blocks, strict=strict,
+        )  # fmt: skip
+
+    def add(index: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
+        sums.add(index, batch, seen)
+        used[seen.rules] = None
+        for module, value in seen.remainder.items():
+            remainder[module] += value / len(task)
+        metrics[way.own][index] = seen.own_metric.float().cpu()
+        metrics[way.other][index] = seen.other_metric.float().cpu()
+
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
-              disable=not progress or len(batches) == 1, leave=False) as bar:  # fmt: skip
-        for index, batch in batches:
-            for seen in captures(
-                sites, batch, rules, names, own=way.own, steps=steps, path=path, strict=strict
-            ):
-                sums.add(index, batch, seen)
-                used[seen.rules] = None
-                for module, value in seen.remainder.items():
-                    remainder[module] += value / len(task)
-            metrics[way.own][index] = seen.own_metric.float().cpu()
-            metrics[way.other][index] = seen.other_metric.float().cpu()
-            del seen  # or the next batch's run would have this one beside it
-            bar.update(len(index))
+              disable=not progress or plan.pairs >= len(task), leave=False) as bar:  # fmt: skip
+        for pairs in in_batches(task, plan, captured, add):
+            bar.update(pairs)
     if way.own == "clean" and steps == 1:
         _must_slope(task, rules, metrics["clean"])
     _must_be_finite(sums.table, rules)

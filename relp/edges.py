@@ -15,7 +15,15 @@ from relp.bridge.basis import weight
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
-from relp.bridge.stream import NO_STREAM, Place, changes, must_match, stream_places, stream_sites
+from relp.bridge.stream import (
+    NO_STREAM,
+    Place,
+    changes,
+    must_match,
+    reader_sites,
+    stream_places,
+    stream_sites,
+)
 from relp.partway import weight_of_both
 from relp.propagation import module_names
 from relp.protocols import TaskLike
@@ -176,7 +184,7 @@ class EdgeSums:
     """Edge scores of a task, summed up capture by capture."""
 
     def __init__(self, sites: Sites, task: TaskLike, rules: Rules, positions: bool | str) -> None:
-        self.sites_needed = stream_sites(sites)
+        self.sites_needed, self.coefficients_needed = stream_sites(sites), reader_sites(sites)
         self._sites, self._rules, self._positions, self._pairs = sites, rules, positions, len(task)
         self.places = span_places(task.spans) if positions == "spans" else ()
         groups = len(self.places) or (int(task.lengths.max()) if positions else 1)

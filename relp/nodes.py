@@ -82,6 +82,7 @@ class NodeSums:
         if rules.partway:
             self._behind = tuple(sites.behind(c) for c in self.components)
             self.sites_needed = tuple(dict.fromkeys((*self.sites_needed, *self._behind)))
+        self.coefficients_needed = self.sites_needed
         self._places = component_places(sites, self.components)
         self.table = torch.zeros(len(task), len(self.components), int(task.lengths.max()))
 

@@ -34,6 +34,7 @@ from relp.bridge import (
     entries,
     must_match,
     observe,
+    reader_sites,
     readings,
     received,
     span,
@@ -77,7 +78,7 @@ def needed_sites(sites: Sites, cells: Sequence[Cell]) -> tuple[tuple[str, ...], 
     found = dict.fromkeys(written_spot(sites, c.component).site for c in cells)
     writers = {c.component for c in cells if c.reader}
     found |= dict.fromkeys(_sources(sites, writers))
-    return tuple(found), stream_sites(sites) if writers else ()
+    return tuple(found), (*stream_sites(sites), *reader_sites(sites)) if writers else ()
 
 
 def _replacements(

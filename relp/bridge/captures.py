@@ -111,6 +111,7 @@ def captures(
                 values, others, found.values, others, found.coefficients, metric, other_metric,
                 1 / (steps * len(moved)), rules=found.rules,
             )  # fmt: skip
+            del found  # or the next run would have this one beside it
 
 
 @dataclass(eq=False)
@@ -269,7 +270,7 @@ class _Way:
             values = stack.enter_context(reading(sites, tuple(dict.fromkeys(names))))
             logits = sites.model(tokens)
             if part is not None and part.behind:
-                return values, values.pop("final")
+                return {n: values[n] for n in names if n != "final"}, values["final"]
             # Rules that compare two runs must see the metric to be exact through it. For the
             # others it is a plain function: a constant softmax would cut a probability metric off.
             if self.rules.needs_reference:
@@ -358,6 +359,7 @@ class _Part:
         Raises:
             RuntimeError: they computed something else than in a whole run.
         """
+        found = found.detach()
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
         if not error <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * max(scale, 1e-6):
             raise RuntimeError(

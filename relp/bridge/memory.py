@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+from jaxtyping import Int
+from torch import Tensor
+
+from relp.bridge.capture import Capture
 from relp.bridge.sites import Sites
 from relp.protocols import TaskLike
+from relp.rulebook import Rules
 
-__all__ = ["as_fits", "circuit_runs", "pairs_kept", "pairs_per_batch", "prompts_per_run"]
+__all__ = ["as_fits", "circuit_runs", "give_back", "in_batches", "is_shortage", "pairs_kept", "prompts_per_run"]
 
 EDGE_BYTES = 384 << 20
 """Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
@@ -22,8 +28,75 @@ CIRCUIT_BYTES = 256 << 20
 """Memory for the writers' changes of the circuits and pairs that share a run."""
 
 
-def pairs_per_batch(sites: Sites, task: TaskLike, level: str, names: Sequence[str]) -> int:
-    """Pairs in one batch of `attribute`, when the named sites are captured."""
+@dataclass(frozen=True)
+class Plan:
+    """How a task's pairs are run."""
+
+    pairs: int
+    """In one batch."""
+    blocks: int | None
+    """How many are differentiated at a time; all if None."""
+    layers: int
+    """How many there are."""
+
+
+def attribution_plan(
+    sites: Sites, task: TaskLike, rules: Rules, level: str, names: Sequence[str]
+) -> Plan:
+    """How `attribute` runs, when the named sites are captured."""
+    return Plan(_pairs_per_batch(sites, task, level, names), FORCED, len(sites.blocks))
+
+
+FORCED = None
+
+
+def in_batches(
+    task: TaskLike,
+    plan: Plan,
+    captured: Callable[[TaskLike, int | None], Iterator[Capture]],
+    add: Callable[[Int[Tensor, " row"], TaskLike, Capture], None],
+) -> Iterator[int]:
+    """Adds the captures of all pairs; gives how many pairs each finished batch has had.
+
+    A batch for which memory runs out is run again in halves, and a pair by itself with fewer blocks
+    at a time. What is added stays added, and is not added twice.
+
+    Raises:
+        RuntimeError: memory runs out with one block of one pair.
+    """
+    todo = [(index, batch, 0) for index, batch in task.buckets(plan.pairs)][::-1]
+    blocks = plan.blocks
+    while todo:
+        index, batch, done = todo.pop()
+        try:
+            number = 0
+            for seen in captured(batch, blocks):
+                number += 1
+                if number > done:
+                    add(index, batch, seen)
+                    done = number
+                del seen  # or the next run would have this one beside it
+            yield len(index)
+            continue
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            if len(index) == 1 and blocks == 1:
+                raise RuntimeError(
+                    "memory must hold the graph of one block of one pair, and what is captured of "
+                    f"the pair; it ran out at {int(batch.lengths[0]):,} tokens; give shorter "
+                    "prompts, fewer components, or a device with more memory"
+                ) from error
+        give_back()  # behind the `except`: the error's traceback holds what the run held
+        if len(index) > 1:
+            parts = list(batch.buckets((len(index) + 1) // 2))[::-1]
+            todo += [(index[part], some, done) for part, some in parts]
+        else:
+            blocks = max(1, (blocks or plan.layers) // 2)
+            todo.append((index, batch, done))
+
+
+def _pairs_per_batch(sites: Sites, task: TaskLike, level: str, names: Sequence[str]) -> int:
     cfg, length = sites.model.cfg, int(task.lengths.max())
     graph = 40 * int(cfg.d_model) * len(sites.blocks)
     neurons = {b.name(part): b.neurons for b in sites.blocks for part in ("up", "gate", "neurons")}

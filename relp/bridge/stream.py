@@ -30,6 +30,7 @@ __all__ = [
     "must_match",
     "normed",
     "stream_places",
+    "reader_sites",
     "readings",
     "received",
     "stream_sites",
@@ -126,12 +127,21 @@ def readings(sites: Sites) -> dict[str, Reading]:
     return found
 
 
-def stream_sites(sites: Sites, *, read: bool = True) -> tuple[str, ...]:
-    """The sites of the stream and of what is written to it; with `read` of what readers get too."""
+def stream_sites(sites: Sites) -> tuple[str, ...]:
+    """The sites of the stream, and of what is written to it."""
     found: list[str] = []
     for place in stream_places(sites):
-        found += [place.entry, *(place.basis.reading if read else ())]
+        found += [place.entry]
         found += place.basis.writing if place.rows.start < place.rows.stop else ()
+    return tuple(dict.fromkeys(found))
+
+
+def reader_sites(sites: Sites) -> tuple[str, ...]:
+    """The sites of what readers get, and of the stream where blocks begin."""
+    found: list[str] = []
+    for place in stream_places(sites):
+        ends = [] if place.entry.endswith(".mid") else [place.entry]
+        found += [*ends, *place.basis.reading]
     return tuple(dict.fromkeys(found))
 
 
