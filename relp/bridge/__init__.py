@@ -11,11 +11,14 @@ from relp.bridge.memory import (
     prompts_per_run,
 )
 from relp.bridge.quantized import quantization
-from relp.bridge.rerun import POINTWISE, Rerun, entries, output_shapes, skipping
+from relp.bridge.rerun import POINTWISE, Rerun
 from relp.bridge.run import (
     answers_only,
+    entries,
     observe,
+    output_shapes,
     precise_logits,
+    skipping,
     undisturbed,
     warn_caller,
 )

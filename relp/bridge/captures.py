@@ -15,19 +15,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from relp.bridge.capture import ROOT, Capture
-from relp.bridge.rerun import entries, output_shapes, skipping
-from relp.bridge.run import answers_only, observe, precise_logits
+from relp.bridge.live import Live
+from relp.bridge.run import (
+    answers_only,
+    entries,
+    observe,
+    output_shapes,
+    precise_logits,
+    skipping,
+)
 from relp.bridge.sites import Edit, Sites, editing, reading
 from relp.propagation import Propagation, must_have_attached
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
 
-__all__ = ["capture", "captures"]
+__all__ = ["Need", "capture", "captures", "needed"]
 
 Values = Mapping[str, Tensor]
 NOTHING: Values = MappingProxyType({})
@@ -112,6 +120,39 @@ def captures(
                 1 / (steps * len(moved)), rules=found.rules,
             )  # fmt: skip
             del found  # or the next run would have this one beside it
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that the captures of one pair take, beside the weights."""
+
+    whole: int
+    """At most, with the graph of the whole run."""
+    block: int
+    """With that of one block at a time."""
+    more: int
+    """For each further block that is differentiated at the same time, about."""
+    kept: int
+    """Afterwards."""
+
+
+def needed(
+    sites: Sites,
+    task: TaskLike,
+    rules: Rules,
+    names: tuple[str, ...],
+    *,
+    coefficients: tuple[str, ...],
+    own: str,
+) -> Need:
+    """What capturing the first pair would take, found by running single blocks of the model.
+
+    One of each kind of block, on the embedding in the place of the stream: what is alive then does
+    not depend on the numbers, and they may be missing (`meta` tensors).
+    """
+    way = _Way.of(sites, task.select([0]), rules, names, coefficients, own, 1, strict=False)
+    with Live((*sites.model.parameters(), *sites.model.buffers())) as live:
+        return way.needed(live)
 
 
 @dataclass(eq=False)
@@ -240,6 +281,57 @@ class _Way:
         report.must_have_seen(result)
         return values, result
 
+    def needed(self, live: Live) -> Need:
+        """The bytes of one pair, of parts that are run one by one."""
+        sites, end = self.sites, len(self.sites.blocks) - 1
+        with output_shapes(sites) as outputs:
+            stream = observe(sites, self.task, (ROOT,), side=self.own)[0][ROOT]
+        kinds = [_kind(sites, b.layer) for b in sites.blocks[:-1]]
+        found = {kind: self._part_needs(live, stream, kinds.index(kind), outputs)
+                 for kind in dict.fromkeys(kinds)}  # fmt: skip
+        last = self._part_needs(live, stream, end, outputs)
+        parts = [*(found[kind] for kind in kinds), last]
+        graph, values, coefficients = (
+            sum(getattr(p, n) for p in parts) for n in ("graph", "values", "coefficients")
+        )
+        kept = 2 * values + coefficients
+        starts = stream.nbytes * sum(name not in self.names for name in entries(sites)[:-1])
+        # the coefficients come one by one, from the last block on
+        most = max(last.peak, *(coefficients + p.peak for p in parts[:-1]))
+        return Need(
+            whole=max(graph + values + max(p.peak - p.graph for p in parts), kept),
+            block=2 * (values + starts) + most,
+            more=max(p.graph for p in parts),
+            kept=kept,
+        )
+
+    def _part_needs(
+        self, live: Live, stream: Tensor, layer: int, outputs: Mapping[int, int]
+    ) -> _PartNeed:
+        """The bytes of one block, of the last with what is behind it."""
+        sites = self.sites
+        behind = entries(sites)[layer + 1] if layer + 1 < len(sites.blocks) else ""
+        part = _Part(range(layer, layer + 1), entries(sites)[layer], behind, outputs)
+        before = live.begin()
+        with self._propagated(part=True) as report:
+            at, result = self._differentiable(report, {part.entry: stream}, part)
+        above = torch.zeros_like(result) if behind else None
+        if self.rules.partway:
+            with report.with_itself():
+                self._slopes(result, at, above, cut=False, again=True)
+        if self.rules.needs_reference:
+            with report.reference():
+                self._run(report, self.other, {part.entry: stream}, part)
+        graph = live.now - before
+        coefficients = self._slopes(result, at, above, cut=False)
+        widths = {n: c.nbytes for n, c in coefficients.items()}
+        return _PartNeed(
+            graph,
+            live.peak - before,
+            sum(stream.nbytes for n in self.names if part.holds(n)),
+            sum(widths[n] for n in self.coefficients if part.holds(n)),
+        )
+
     def _propagated(self, *, part: bool) -> Propagation:
         return Propagation(self.rules, root=self.sites.model, strict=self.strict, part=part)
 
@@ -335,19 +427,20 @@ class _Part:
 
     def names(self, coefficients: Sequence[str]) -> tuple[str, ...]:
         """The sites with coefficients in it, and what it hands on, which is seen as `final`."""
-        inside = (n for n in coefficients if self._holds(n))
+        inside = (n for n in coefficients if self.holds(n))
         return (self.entry, *inside, *(["final"] if self.behind else []))
 
     def edits(self, every: Mapping[str, Edit]) -> dict[str, Edit]:
         """Those inside of it."""
-        inside = {n: edit for n, edit in every.items() if self._holds(n)}
+        inside = {n: edit for n, edit in every.items() if self.holds(n)}
         return inside | {"unembed": _one} if self.behind else inside
 
     def others(self, sites: Sites) -> list[int]:
         """The blocks that are no part of it."""
         return [b.layer for b in sites.blocks if b.layer not in self.layers]
 
-    def _holds(self, site: str) -> bool:
+    def holds(self, site: str) -> bool:
+        """Whether a site is in it."""
         block = site.partition(".")[0]
         if block in ("final", "unembed"):
             return not self.behind
@@ -368,6 +461,22 @@ class _Part:
                 f"by {error:.2g} of {scale:.2g} from a whole run; give shorter prompts or a device "
                 "with more memory, so that the whole graph fits"
             )
+
+
+class _PartNeed(NamedTuple):
+    """Bytes of a part of the model, for one pair."""
+
+    graph: int
+    """Of what its backward needs."""
+    peak: int
+    """At most, in its backward."""
+    values: int
+    coefficients: int
+
+
+def _kind(sites: Sites, layer: int) -> tuple[type, ...]:
+    """What blocks that take the same memory have in common."""
+    return tuple(type(module) for module in sites.model.blocks[layer].modules())
 
 
 def _branch(value: Tensor) -> Tensor:

@@ -13,7 +13,15 @@ from relp.bridge.sites import Sites
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
 
-__all__ = ["as_fits", "circuit_runs", "give_back", "in_batches", "is_shortage", "pairs_kept", "prompts_per_run"]
+__all__ = [
+    "as_fits",
+    "circuit_runs",
+    "give_back",
+    "in_batches",
+    "is_shortage",
+    "pairs_kept",
+    "prompts_per_run",
+]
 
 EDGE_BYTES = 384 << 20
 """Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""

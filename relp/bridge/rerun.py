@@ -10,8 +10,8 @@ computed only where, and of those tokens, that a built-in metric reads.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
@@ -20,11 +20,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relp.bridge.run import answers_only, observe, own_forward, precise_logits
+from relp.bridge.run import (
+    answers_only,
+    entries,
+    observe,
+    output_shapes,
+    precise_logits,
+    skipping,
+)
 from relp.bridge.sites import Block, Edit, Sites, editing, reading
 from relp.protocols import TaskLike
 
-__all__ = ["POINTWISE", "Rerun", "entries", "output_shapes", "skipping"]
+__all__ = ["POINTWISE", "Rerun"]
 
 POINTWISE = (".z", ".attn", ".mixer", ".mlp_in", ".up", ".gate", ".neurons", ".mlp")
 """Sites of a block behind which positions do not meet before the next block."""
@@ -143,11 +150,6 @@ class Rerun:
         ):
             self.sites.model(tokens.T.reshape(-1, 1))
         return values["final"].squeeze(1).unflatten(0, (len(places), -1))
-
-
-def entries(sites: Sites) -> tuple[str, ...]:
-    """Where a run can begin: each block's input, and behind them all the final norm's."""
-    return (*(b.name("resid") for b in sites.blocks), "final")
 
 
 def _mixed(block: Block) -> str:
@@ -343,43 +345,3 @@ def _noise(rerun: Rerun) -> float:
             "one; let the hook act on every row (act[:, -1] in place of act[0, -1]), or remove it"
         )
     return noise
-
-
-# -- skipping blocks -------------------------------------------------------------------------------
-
-
-@contextmanager
-def output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
-    """Notes how each block returns: 0 for a bare tensor, else the length of the tuple."""
-    seen: dict[int, int] = {}
-
-    def note(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[layer] = len(output) if isinstance(output, tuple) else 0
-
-        return hook
-
-    with ExitStack() as stack:
-        for block in sites.blocks:
-            module = sites.model.blocks[block.layer]
-            stack.callback(module.register_forward_hook(note(block.layer)).remove)
-        yield seen
-
-
-@contextmanager
-def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -> Iterator[None]:
-    """Blocks of these layers hand their input on, in the form of their `output_shapes`."""
-
-    def hand_on(size: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, *[None] * (size - 1)) if size else hidden
-
-        return forward
-
-    with ExitStack() as stack:
-        for block in sites.blocks:
-            if block.layer in layers:
-                module = sites.model.blocks[block.layer]
-                stack.enter_context(own_forward(module, hand_on(outputs[block.layer])))
-        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from threading import RLock, get_ident
@@ -22,9 +22,12 @@ from relp.protocols import TaskLike
 
 __all__ = [
     "answers_only",
+    "entries",
     "observe",
+    "output_shapes",
     "own_forward",
     "precise_logits",
+    "skipping",
     "undisturbed",
     "warn_caller",
 ]
@@ -142,7 +145,7 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
     def forward(x: Tensor) -> Tensor:
         # in parts: the matrix of a large vocabulary is not there twice
-        parts = [nn.functional.linear(x.to(wider), m.to(wider)) for m in matrix.split(ROWS)]
+        parts = [_linear(x.to(wider), m) for m in matrix.split(ROWS)]
         found = torch.cat(parts, -1)
         found = found if offset is None else found + offset
         if tokens is None:
@@ -153,6 +156,26 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
     with own_forward(inner, forward):
         yield
+
+
+def _linear(x: Tensor, matrix: Float[Tensor, "d_out d_in"]) -> Tensor:
+    """As of a matrix of the precision of `x`; its graph keeps the matrix as it is."""
+    wider = matrix.to(x.dtype)
+
+    def pack(saved: Tensor) -> Tensor | bool:
+        """Which way round the wider matrix would be kept, or what else is."""
+        if wider is matrix or saved.data_ptr() != wider.data_ptr():
+            return saved
+        return saved.stride() == wider.stride()
+
+    def unpack(packed: Tensor | bool) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        again = matrix.to(x.dtype)
+        return again if packed else again.T
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return nn.functional.linear(x, wider)
 
 
 @contextmanager
@@ -172,3 +195,48 @@ def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
         vars(module).pop("forward", None)
         if before is not None:  # a caller's own, or accelerate's
             object.__setattr__(module, "forward", before)
+
+
+# -- some blocks alone -----------------------------------------------------------------------------
+
+
+def entries(sites: Sites) -> tuple[str, ...]:
+    """Where a run can begin: each block's input, and behind them all the final norm's."""
+    return (*(b.name("resid") for b in sites.blocks), "final")
+
+
+@contextmanager
+def output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
+    """Notes how each block returns: 0 for a bare tensor, else the length of the tuple."""
+    seen: dict[int, int] = {}
+
+    def note(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[layer] = len(output) if isinstance(output, tuple) else 0
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in sites.blocks:
+            module = sites.model.blocks[block.layer]
+            stack.callback(module.register_forward_hook(note(block.layer)).remove)
+        yield seen
+
+
+@contextmanager
+def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -> Iterator[None]:
+    """Blocks of these layers hand their input on, in the form of their `output_shapes`."""
+
+    def hand_on(size: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *[None] * (size - 1)) if size else hidden
+
+        return forward
+
+    with ExitStack() as stack:
+        for block in sites.blocks:
+            if block.layer in layers:
+                module = sites.model.blocks[block.layer]
+                stack.enter_context(own_forward(module, hand_on(outputs[block.layer])))
+        yield

@@ -283,6 +283,8 @@ class Sites:
         if not first.is_meta:
             return first.device
         embedding = inner(self.model.original_model.get_input_embeddings())
+        if not hasattr(embedding, "_hf_hook"):  # an outline: no weights at all
+            return first.device
         return torch.device(embedding._hf_hook.execution_device)  # its weights are offloaded
 
 
