@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from relp.bridge.basis import weight
 from relp.bridge.capture import ROOT, Capture
-from relp.bridge.memory import as_fits, is_shortage
+from relp.bridge.memory import as_fits, available, is_shortage
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
 from relp.bridge.stream import NO_STREAM, Place, changes, must_match, stream_places, stream_sites
@@ -33,7 +34,7 @@ READERS_GET = "what the block's and all later readers get must sum to the stream
 READERS = 96
 """Readers whose scores are one product: with fewer it takes longer, with more it is no faster."""
 CHUNK_BYTES = 256 << 20
-"""Memory for the tokens at work; a multiple of what a processor's cache holds is not faster."""
+"""Memory for the tokens at work."""
 LEAST_TOKENS = 64
 """With fewer at a time, reading the weights for each chunk takes longer than the work on it."""
 NO_NEURONS = (
@@ -114,8 +115,14 @@ def edge_scores(
 def tokens_at_once(sites: Sites, *, apart: bool) -> int:
     """Tokens whose edge scores are computed at once; `apart`: each may be of another group."""
     writers, readers = len(sites.writers), len(sites.readers)
-    each = (writers + READERS) * int(sites.model.cfg.d_model) + writers * readers * apart
+    rows = writers + _readers_at_once(sites)
+    each = rows * int(sites.model.cfg.d_model) + writers * readers * apart
     return max(LEAST_TOKENS, CHUNK_BYTES // (4 * each))
+
+
+def _readers_at_once(sites: Sites) -> int:
+    """Readers of one product: at least those of one place."""
+    return max(READERS, *(p.columns.stop - p.columns.start for p in stream_places(sites)))
 
 
 class _At(Mapping[str, Tensor]):
@@ -152,8 +159,7 @@ class _Buffer(NamedTuple):
     @classmethod
     def of(cls, sites: Sites, seen: Capture, tokens: int) -> _Buffer:
         """For chunks of so many tokens."""
-        most = max(p.columns.stop - p.columns.start for p in stream_places(sites))
-        rows = len(sites.writers), max(READERS, most)
+        rows = len(sites.writers), _readers_at_once(sites)
         like = seen.own[ROOT]
         return cls(*(like.new_empty(n, tokens, like.shape[-1], dtype=torch.float32) for n in rows))
 
@@ -280,30 +286,39 @@ def _write(
 
 
 class EdgeSums:
-    """Edge scores of a task, summed up capture by capture."""
+    """Edge scores of a task, summed up capture by capture.
+
+    Raises:
+        ValueError: they are to be kept by position, and do not fit into memory.
+    """
 
     def __init__(self, sites: Sites, task: TaskLike, rules: Rules, positions: bool | str) -> None:
         self.sites_needed = stream_sites(sites)
         self._sites, self._rules, self._positions, self._pairs = sites, rules, positions, len(task)
         self.places = span_places(task.spans) if positions == "spans" else ()
         groups = len(self.places) or (int(task.lengths.max()) if positions else 1)
-        self._sums = torch.zeros(groups, len(sites.writers), len(sites.readers))
-        self._starts = torch.zeros_like(self._sums) if rules.partway else None
-        self.tokens: int | None = None
+        size = groups, len(sites.writers), len(sites.readers)
+        if positions is True:
+            _must_fit(*size, tables=2 if rules.partway else 1)
+        self._sums = torch.zeros(size)
+        self._starts = torch.zeros(size) if rules.partway else None
 
     def add(self, _: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
         """Adds the scores of one capture of some pairs, which have one length."""
         group, share = position_groups(batch, self._positions), seen.share / self._pairs
         for sums, of in ((self._sums, seen), (self._starts, seen.at_start())):
             if sums is not None:
-                edge_scores(self._sites, of, self._rules, group, sums, share=share,
-                            tokens=self.tokens)  # fmt: skip
+                edge_scores(self._sites, of, self._rules, group, sums, share=share)
 
-    @property
+    @cached_property
     def table(self) -> Float[Tensor, "*pos writer reader"]:
-        """The scores so far; without an axis for positions unless they are kept."""
-        scores = self._sums if self._starts is None else weight_of_both(self._starts, self._sums)
-        return scores if self._positions else scores[0]
+        """The scores, without an axis for positions unless they are kept; nothing is added then."""
+        if self._starts is not None:
+            # one group at a time: there is no room for a third table
+            for start, whole in zip(self._starts, self._sums, strict=True):
+                whole.copy_(weight_of_both(start, whole))
+            self._starts = None
+        return self._sums if self._positions else self._sums[0]
 
     def scores(
         self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]
@@ -313,3 +328,15 @@ class EdgeSums:
         return EdgeScores(provenance=provenance, pairs=pairs, places=self.places,
                           remainder=remainder, layout=self._sites.layout,
                           edges=self.table)  # fmt: skip
+
+
+def _must_fit(positions: int, writers: int, readers: int, *, tables: int) -> None:
+    need, free = 4 * tables * positions * writers * readers, available(torch.device("cpu"))
+    if need > free:
+        twice = "" if tables == 1 else f"{tables} x "
+        raise ValueError(
+            f"edge scores by position must fit into memory; they are {need / 1e9:,.1f} GB ({twice}"
+            f"{positions:,} positions x {writers:,} writers x {readers:,} readers), and "
+            f"{free / 1e9:,.1f} GB are free; sum them over spans (positions='spans'), leave "
+            "`positions` out, or score shorter prompts"
+        )
