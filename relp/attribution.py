@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -104,9 +103,10 @@ def attribute(
         if level == "node"
         else EdgeSums(sites, task, rules, positions)
     )
-    plan = attribution_plan(sites, task, rules, level, sums.sites_needed)
-    if batch_size is not None:
-        plan = replace(plan, pairs=batch_size)
+    plan = attribution_plan(
+        sites, task, rules, sums.sites_needed, coefficients=sums.coefficients_needed, own=way.own,
+        batch_size=batch_size,
+    )  # fmt: skip
     metrics = {side: torch.zeros(len(task)) for side in (way.own, way.other)}
     remainder: dict[str, float] = defaultdict(float)
     used: dict[str, None] = {}
@@ -127,6 +127,7 @@ def attribute(
 
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
               disable=not progress or plan.pairs >= len(task), leave=False) as bar:  # fmt: skip
+        bar.set_postfix_str(plan.note)
         for pairs in in_batches(task, plan, captured, add):
             bar.update(pairs)
     if way.own == "clean" and steps == 1:

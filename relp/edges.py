@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from relp.bridge.basis import weight
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.norms import NormMap
+from relp.bridge.room import as_fits, available, is_shortage
 from relp.bridge.sites import Sites
 from relp.bridge.stream import (
     NO_STREAM,
@@ -30,34 +32,44 @@ from relp.protocols import TaskLike
 from relp.rulebook import Rules
 from relp.scores import EdgeScores, Pairs, Provenance, span_index, span_places
 
-__all__ = ["EdgeSums", "edge_scores", "position_groups"]
+__all__ = ["EdgeSums", "edge_scores", "position_groups", "tokens_at_once"]
 
 WRITERS = "what embedding, heads and MLPs write must sum to the residual stream"
 HEADS = "what the heads write must sum to the input of the norm behind them"
 NEURONS_READ = "what the neurons read must sum to the coefficient at the MLP's input"
 NEURONS_WRITE = "what the neurons write must sum to the MLP's output"
-READERS = "what the block's and all later readers get must sum to the stream's own coefficient"
+READERS_GET = "what the block's and all later readers get must sum to the stream's own coefficient"
+READERS = 96
+"""Readers whose scores are one product: with fewer it takes longer, with more it is no faster."""
+CHUNK_BYTES = 256 << 20
+"""Memory for the tokens at work."""
+LEAST_TOKENS = 64
+"""With fewer at a time, reading the weights for each chunk takes longer than the work on it."""
 NO_NEURONS = (
     "if this MLP is more than two or three matrices, or has a rule for linear layers, leave its "
     "neurons out"
 )
 
 
-def position_groups(task: TaskLike, positions: bool | str) -> list[Any]:
-    """What edge scores are summed over: indices into the flattened pairs and positions."""
+def position_groups(task: TaskLike, positions: bool | str) -> Int[Tensor, "pair pos"]:
+    """The number of the group over which edge scores are summed, at each position of each pair."""
     pairs, length = task.clean.shape
-    if not positions:
-        return [slice(None)]
-    if positions != "spans":
-        return [slice(t, None, length) for t in range(length)]
-    index = span_index(task.spans, pairs, length).flatten()
-    return [(index == s).nonzero().flatten() for s in range(len(task.spans) + 1)]
+    if positions == "spans":
+        return span_index(task.spans, pairs, length)
+    return torch.arange(length).expand(pairs, length) * bool(positions)
 
 
 def edge_scores(
-    sites: Sites, seen: Capture, rules: Rules, groups: Sequence[Any]
-) -> Float[Tensor, "group writer reader"]:
-    """Sum over each group of pairs and positions of Δ_writer · c_reader.
+    sites: Sites,
+    seen: Capture,
+    rules: Rules,
+    group: Int[Tensor, "pair pos"],
+    into: Float[Tensor, "group writer reader"],
+    *,
+    share: float = 1.0,
+    tokens: int | None = None,
+) -> None:
+    """Adds to `into` the sum over each group of pairs and positions of Δ_writer · c_reader.
 
     c_reader is the coefficient at that reader's own input in the residual stream: the coefficient
     at its projection's output times the projection, pulled back through the block's norm under the
@@ -68,47 +80,150 @@ def edge_scores(
     Source: EAP, arXiv:2310.10348, with the coefficients of arXiv:2508.21258.
 
     Args:
-        groups: as `position_groups` gives them.
+        group: as `position_groups` gives them.
+        into: on any device.
+        share: what the scores are multiplied by.
+        tokens: positions, of whatever pair, at work at a time; memory is proportional to it. By
+            default as many as `tokens_at_once`, and fewer where memory runs out.
 
     Raises:
-        RuntimeError: what the writers add does not sum to the residual stream, or what the readers
-            get not to its coefficient.
+        RuntimeError: what the writers add does not sum to the residual stream, what the readers
+            get not to its coefficient, or memory runs out with a single token.
     """
-    walk = list(stream_places(sites))
-    pairs, length, d_model = seen.own[ROOT].shape
-    device = seen.own[ROOT].device
-    # one row per writer, so that a layer's product needs no copy
-    deltas = torch.empty(len(sites.writers), pairs, length, d_model, device=device)
-    most = max(p.columns.stop - p.columns.start for p in walk)
-    into = torch.empty(most, *deltas.shape[1:], device=device)
-    table = torch.zeros(len(groups), len(sites.writers), len(sites.readers), device=device)
+    # tokens of one group are next to each other; all are where there is but one
+    numbers, order = group.flatten().sort(stable=True)
+    done, total, several = 0, len(order), len(into) > 1
+
+    def go_on(size: int) -> None:
+        nonlocal done
+        buffer = _Buffer.of(sites, seen, min(size, total - done))
+        while done < total:
+            chunk = slice(done, min(done + size, total))
+            part = _at(seen, order[chunk].to(seen.own[ROOT].device) if several else chunk)
+            first = int(numbers[done])
+            counts = (numbers[chunk] - first).bincount().tolist()
+            scores = _scores(sites, part, rules, counts, buffer).to(into.device)
+            into[first : first + len(counts)].add_(scores, alpha=share)
+            done = chunk.stop
+
+    if tokens is None:
+        tokens = tokens_at_once(sites, apart=several)
+    try:
+        as_fits(go_on, min(tokens, total), emptied=lambda: None)
+    except RuntimeError as error:
+        if not (done and is_shortage(error)):
+            raise
+        # no caller may take this for a shortage, and add the first tokens once more
+        raise RuntimeError(
+            f"edge scores must have memory for one token at a time; it ran out at token {done} of "
+            f"{total}; score fewer pairs at a time (batch_size)"
+        ) from error
+
+
+def tokens_at_once(sites: Sites, *, apart: bool) -> int:
+    """Tokens whose edge scores are computed at once; `apart`: each may be of another group."""
+    writers, readers = len(sites.writers), len(sites.readers)
+    rows = writers + _readers_at_once(sites)
+    each = rows * int(sites.model.cfg.d_model) + writers * readers * apart
+    return max(LEAST_TOKENS, CHUNK_BYTES // (4 * each))
+
+
+def _readers_at_once(sites: Sites) -> int:
+    """Readers of one product: at least those of one place."""
+    return max(READERS, *(p.columns.stop - p.columns.start for p in stream_places(sites)))
+
+
+class _At(Mapping[str, Tensor]):
+    """Activations at some tokens of a batch, as if they were one pair."""
+
+    def __init__(self, whole: Mapping[str, Tensor], chosen: Any) -> None:
+        self._whole, self._chosen = whole, chosen
+
+    def __getitem__(self, site: str) -> Float[Tensor, "1 token d"]:
+        return self._whole[site].flatten(0, 1)[self._chosen][None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+
+def _at(seen: Capture, chosen: Any) -> Capture:
+    """What was seen of some tokens; a slice of them is no copy."""
+    own, other = _At(seen.own, chosen), _At(seen.other, chosen)
+    values, reference = _At(seen.values, chosen), _At(seen.reference, chosen)
+    coefficients = _At(seen.coefficients, chosen)
+    return replace(seen, own=own, other=other, values=values, reference=reference,
+                   coefficients=coefficients)  # fmt: skip
+
+
+class _Buffer(NamedTuple):
+    """Memory for one chunk after the other."""
+
+    deltas: Float[Tensor, "writer token d_model"]
+    coefficients: Float[Tensor, "reader token d_model"]
+
+    @classmethod
+    def of(cls, sites: Sites, seen: Capture, tokens: int) -> _Buffer:
+        """For chunks of so many tokens."""
+        rows = len(sites.writers), _readers_at_once(sites)
+        like = seen.own[ROOT]
+        return cls(*(like.new_empty(n, tokens, like.shape[-1], dtype=torch.float32) for n in rows))
+
+
+def _scores(
+    sites: Sites, seen: Capture, rules: Rules, counts: Sequence[int], buffer: _Buffer
+) -> Float[Tensor, "group writer reader"]:
+    """Edge scores of some tokens; `counts`: of each group in turn, so many of them."""
+    tokens = sum(counts)
+    # one row per writer and reader, so that products need no copy
+    deltas, coefficients = (memory[:, None, :tokens] for memory in buffer)
+    table = deltas.new_zeros(len(counts), len(deltas), len(sites.readers))
+    ends = list(accumulate(counts))
+    groups = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
     deltas[0] = seen.delta(ROOT)
     stream = deltas[0].clone()  # what all writers so far have added
     got = torch.zeros_like(stream)  # what this block's readers so far have got
+    waiting: list[Place] = []  # whose readers' coefficients are there
 
-    def fill(place: Place) -> Float[Tensor, "pair pos d_model"]:
-        """Scores of all whom the readers of a place hear; gives what these get together."""
+    def multiply() -> None:
+        """Scores of all whom the readers of the waiting places hear."""
+        first, heard = waiting[0].columns.start, waiting[-1].heard
+        readers = slice(waiting[-1].columns.stop - first)
+        for scores, at in zip(table, groups, strict=True):
+            ours, theirs = deltas[heard, :, at].flatten(1), coefficients[readers, :, at].flatten(1)
+            products = ours @ theirs.T
+            for place in waiting:
+                columns = slice(place.columns.start - first, place.columns.stop - first)
+                scores[place.heard, place.columns] = products[place.heard, columns]
+        waiting.clear()
+
+    def fill(place: Place) -> Float[Tensor, "1 token d_model"]:
+        """Coefficients of the readers of a place; gives what these get together."""
         if place.follows:
             values, what = seen.own[place.entry], f"{WRITERS}; at {place} it"
             must_match(stream, seen.delta(place.entry), what, rounded=values)
-        coefficients = into[: place.columns.stop - place.columns.start]
-        _read(sites, place, seen, rules, coefficients)
-        ours, theirs = deltas[place.heard].flatten(1, 2), coefficients.flatten(1, 2)
-        for scores, group in zip(table, groups, strict=True):
-            products = ours[:, group].flatten(1) @ theirs[:, group].flatten(1).T
-            scores[place.heard, place.columns] = products
-        return coefficients.sum(0)
+        if waiting and place.columns.stop - waiting[0].columns.start > len(coefficients):
+            multiply()
+        waiting.append(place)
+        first = waiting[0].columns.start
+        into = coefficients[place.columns.start - first : place.columns.stop - first]
+        _read(sites, place, seen, rules, into)
+        return into.sum(0)
 
+    walk = list(stream_places(sites))
     for place, following in pairwise(walk):
         got += fill(place)
         stream += _write(sites, place, seen, rules, deltas[place.rows])
         if following.layer != place.layer:
             later = seen.coefficients[following.entry].float()
             whole = seen.coefficients[sites.blocks[place.layer].name("resid")]
-            must_match(got + later, whole, f"{READERS}; at block {place.layer} it")
+            must_match(got + later, whole, f"{READERS_GET}; at block {place.layer} it")
             got.zero_()
     fill(walk[-1])
-    return table.cpu()
+    multiply()
+    return table
 
 
 def _norm_map(
@@ -181,29 +296,39 @@ def _write(
 
 
 class EdgeSums:
-    """Edge scores of a task, summed up capture by capture."""
+    """Edge scores of a task, summed up capture by capture.
+
+    Raises:
+        ValueError: they are to be kept by position, and do not fit into memory.
+    """
 
     def __init__(self, sites: Sites, task: TaskLike, rules: Rules, positions: bool | str) -> None:
         self.sites_needed, self.coefficients_needed = stream_sites(sites), reader_sites(sites)
         self._sites, self._rules, self._positions, self._pairs = sites, rules, positions, len(task)
         self.places = span_places(task.spans) if positions == "spans" else ()
         groups = len(self.places) or (int(task.lengths.max()) if positions else 1)
-        self._sums = torch.zeros(groups, len(sites.writers), len(sites.readers))
-        self._starts = torch.zeros_like(self._sums) if rules.partway else None
+        size = groups, len(sites.writers), len(sites.readers)
+        if positions is True:
+            _must_fit(*size, tables=2 if rules.partway else 1)
+        self._sums = torch.zeros(size)
+        self._starts = torch.zeros(size) if rules.partway else None
 
     def add(self, _: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
         """Adds the scores of one capture of some pairs, which have one length."""
-        groups = position_groups(batch, self._positions)
+        group, share = position_groups(batch, self._positions), seen.share / self._pairs
         for sums, of in ((self._sums, seen), (self._starts, seen.at_start())):
             if sums is not None:
-                scores = edge_scores(self._sites, of, self._rules, groups)
-                sums[: len(scores)] += seen.share * scores / self._pairs
+                edge_scores(self._sites, of, self._rules, group, sums, share=share)
 
-    @property
+    @cached_property
     def table(self) -> Float[Tensor, "*pos writer reader"]:
-        """The scores so far; without an axis for positions unless they are kept."""
-        scores = self._sums if self._starts is None else weight_of_both(self._starts, self._sums)
-        return scores if self._positions else scores[0]
+        """The scores, without an axis for positions unless they are kept; nothing is added then."""
+        if self._starts is not None:
+            # one group at a time: there is no room for a third table
+            for start, whole in zip(self._starts, self._sums, strict=True):
+                whole.copy_(weight_of_both(start, whole))
+            self._starts = None
+        return self._sums if self._positions else self._sums[0]
 
     def scores(
         self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]
@@ -213,3 +338,15 @@ class EdgeSums:
         return EdgeScores(provenance=provenance, pairs=pairs, places=self.places,
                           remainder=remainder, layout=self._sites.layout,
                           edges=self.table)  # fmt: skip
+
+
+def _must_fit(positions: int, writers: int, readers: int, *, tables: int) -> None:
+    need, free = 4 * tables * positions * writers * readers, available(torch.device("cpu"))
+    if need > free:
+        twice = "" if tables == 1 else f"{tables} x "
+        raise ValueError(
+            f"edge scores by position must fit into memory; they are {need / 1e9:,.1f} GB ({twice}"
+            f"{positions:,} positions x {writers:,} writers x {readers:,} readers), and "
+            f"{free / 1e9:,.1f} GB are free; sum them over spans (positions='spans'), leave "
+            "`positions` out, or score shorter prompts"
+        )

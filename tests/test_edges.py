@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import boot, random_task, save_tokenizer, warm
+from conftest import boot, on, ragged_task, random_task, save_tokenizer, warm
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import (
@@ -22,8 +22,9 @@ from transformer_lens.tools.analysis.attribution_patching import (
 )
 
 from circuits import assemble, patch
-from relp import DEEPLIFT, GRADIENT, RELP, Rules, Scores, attribute, propagate
+from relp import DEEPLIFT, GRADIENT, PARTWAY, RELP, Rules, Scores, attribute, edges, propagate
 from relp.bridge import rerun
+from relp.bridge.memory import available
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
 from relp.layout import Component
@@ -99,6 +100,91 @@ def test_a_writers_edges_sum_to_its_node(named: tuple[str, Any], rules: Any) -> 
         gap = float(edges.gap.mean())
         assert float(edges.edges[0].sum()) == pytest.approx(gap, rel=1e-5)
         assert float(edges.edges[:, -1].sum()) == pytest.approx(gap, rel=1e-5)
+
+
+@on("tiny", "llama", "gpt2")
+@pytest.mark.parametrize("rules", [RELP, PARTWAY], ids=lambda r: r.name)
+def test_any_number_of_tokens_at_a_time_gives_the_same(
+    tiny: Any, rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ragged_task(tiny)
+    kinds = (False, True, "spans")
+    tables = [by(tiny, task, rules, positions) for positions in kinds]
+    for size in (1, 3, 4):
+        monkeypatch.setattr(edges, "tokens_at_once", lambda *_, size=size, **__: size)
+        for positions, expected in zip(kinds, tables, strict=True):
+            same(by(tiny, task, rules, positions), expected)
+    for pos in range(3 if rules is RELP else 0):  # one position after the other, and nothing at it
+        cut = by(tiny, task.select([1, 4]), rules, positions=True)
+        one = [by(tiny, task.select([i]), rules, positions=True)[pos] for i in (1, 4)]
+        same(cut[pos], sum(one) / 2)
+    if rules is RELP:
+        same(tables[1].sum(0), tables[0])
+        same(tables[2].sum(0), tables[0])
+
+
+def by(model: Any, task: Any, rules: Rules, positions: bool | str) -> Tensor:
+    scores = attribute(model, task, rules=rules, level="edge", positions=positions)
+    assert scores.edges is not None
+    return scores.edges
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+
+
+@on("tiny", "llama")
+def test_where_memory_runs_out_fewer_tokens_go_on(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, inner, sizes = random_task(tiny), edges._scores, []
+    expected = by(tiny, task, RELP, positions=True)
+
+    def scores(sites: Any, seen: Any, rules: Any, counts: Any, buffer: Any) -> Tensor:
+        sizes.append(sum(counts))
+        if most and sum(counts) > most.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(sites, seen, rules, counts, buffer)
+
+    monkeypatch.setattr(edges, "_scores", scores)
+    monkeypatch.setattr(edges, "tokens_at_once", lambda *_, **__: 10)
+    most = [0, 10]  # the second chunk does not fit
+    same(by(tiny, task, RELP, positions=True), expected)
+    assert sizes == [10, 10, 5, 5, 5, 3]
+    most = [0] * 20 + [10]
+    with pytest.raises(RuntimeError, match="for one token at a time; it ran out at token 10 of 28"):
+        by(tiny, task, RELP, positions=True)
+
+
+@on("tiny", "llama")
+def test_more_than_fits_by_position_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = random_task(tiny)
+    monkeypatch.setattr(edges, "available", lambda _: 20)
+    for rules, twice in ((RELP, r"\("), (PARTWAY, r"\(2 x ")):
+        with pytest.raises(ValueError, match=f"{twice}7 positions x 16 writers x 28 readers"):
+            by(tiny, task, rules, positions=True)
+        assert by(tiny, task, rules, positions="spans").isfinite().all()
+    monkeypatch.setattr(edges, "available", lambda _: 3_100_000_000)
+    with pytest.raises(ValueError) as refused:
+        edges._must_fit(2048, 1057, 1569, tables=1)
+    assert str(refused.value) == (
+        "edge scores by position must fit into memory; they are 13.6 GB (2,048 positions x 1,057 "
+        "writers x 1,569 readers), and 3.1 GB are free; sum them over spans (positions='spans'), "
+        "leave `positions` out, or score shorter prompts"
+    )
+
+
+def test_what_is_free_is_bounded_by_the_limits_of_the_process() -> None:
+    resource = pytest.importorskip("resource")
+    free, before = available(torch.device("cpu")), resource.getrlimit(resource.RLIMIT_AS)
+    assert 1 << 20 < free < 1 << 50
+    status = Path("/proc/self/status").read_text().split()
+    size = int(status[status.index("VmSize:") + 1]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20), before[1]))
+    try:
+        assert 0 <= available(torch.device("cpu")) <= 256 << 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Reference:

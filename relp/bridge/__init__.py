@@ -5,13 +5,13 @@ from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
 from relp.bridge.capture import ROOT
 from relp.bridge.memory import (
     PAIR_BYTES,
-    as_fits,
     circuit_runs,
     pairs_kept,
     prompts_per_run,
 )
 from relp.bridge.quantized import quantization
 from relp.bridge.rerun import POINTWISE, Rerun
+from relp.bridge.room import as_fits, available
 from relp.bridge.run import (
     answers_only,
     entries,
@@ -57,6 +57,7 @@ __all__ = [
     "Slot",
     "answers_only",
     "as_fits",
+    "available",
     "bias",
     "circuit_runs",
     "editing",

@@ -294,6 +294,7 @@ class _Way:
         graph, values, coefficients = (
             sum(getattr(p, n) for p in parts) for n in ("graph", "values", "coefficients")
         )
+        coefficients *= 2 if self.rules.partway else 1
         kept = 2 * values + coefficients
         starts = stream.nbytes * sum(name not in self.names for name in entries(sites)[:-1])
         # the coefficients come one by one, from the last block on

@@ -1,44 +1,72 @@
-"""How much runs at once: batches that keep memory near a constant, whatever the model and task."""
+"""How much runs at once: rows of a batch, from what a row takes and how much memory there is.
+
+On a CPU larger batches are no faster from some size on, which is each call's `pace`; elsewhere they
+take a share of what the device has left. What a pair takes in `attribute` is counted on single
+blocks of the model (`needed`), so that it holds for any architecture, precision and rules; the
+other calls hold a few tensors of known shapes. A batch that does not fit after all is made smaller.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from relp.bridge.capture import Capture
+from relp.bridge.captures import Need, needed
+from relp.bridge.room import available, give_back, is_shortage
 from relp.bridge.sites import Sites
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
 
 __all__ = [
-    "as_fits",
+    "PAIR_BYTES",
+    "Plan",
+    "attribution_plan",
     "circuit_runs",
-    "give_back",
     "in_batches",
-    "is_shortage",
     "pairs_kept",
     "prompts_per_run",
 ]
 
-EDGE_BYTES = 384 << 20
-"""Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
-NODE_BYTES = 512 << 20
-RUN_BYTES = 24 << 20
-"""Activations of one batch of changed runs on a CPU, where larger ones were not faster; elsewhere
-memory is what the device has, and a batch that does not fit is made smaller."""
-DEVICE_BYTES = 4 << 30
-PAIR_BYTES = 512 << 20
-"""Activations of both runs that are kept for the pairs at work."""
-CIRCUIT_BYTES = 256 << 20
-"""Memory for the writers' changes of the circuits and pairs that share a run."""
+
+class Call(NamedTuple):
+    """How much memory the rows of one batch may take."""
+
+    pace: int
+    """Bytes, on a CPU."""
+    share: float
+    """Of what another device has left."""
+
+    def room(self, device: torch.device) -> int:
+        """In bytes."""
+        left = int(self.share * available(device))
+        return min(self.pace, left) if device.type == "cpu" else left
+
+
+ATTRIBUTION = Call(512 << 20, 0.8)
+"""Graph, activations and coefficients of the pairs at work."""
+CHANGED = Call(24 << 20, 0.3)
+"""Activations of runs in which something is changed."""
+KEPT = Call(512 << 20, 0.3)
+"""Activations of both runs of the pairs that the changed runs are of."""
+CIRCUITS = Call(256 << 20, 0.6)
+"""What writers add differently in the circuits and pairs that share a run."""
+PAIR_BYTES = KEPT.pace
+SHARE = 0.8
+"""Of what is left, for one pair of long prompts; the rest is what libraries take."""
+
+
+# -- attribute -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a task's pairs are run."""
+    """How `attribute` runs a task's pairs."""
 
     pairs: int
     """In one batch."""
@@ -46,16 +74,69 @@ class Plan:
     """How many are differentiated at a time; all if None."""
     layers: int
     """How many there are."""
+    need: Need | None = None
+    """What one pair takes; None if all together are small."""
+
+    @property
+    def bytes(self) -> int:
+        """What a batch holds at most, beside the weights; 0 if nobody has looked."""
+        if self.need is None:
+            return 0
+        one = self.need
+        if self.blocks is None:
+            return self.pairs * one.whole
+        return self.pairs * (one.block + (self.blocks - 1) * one.more)
+
+    @property
+    def note(self) -> str:
+        """What a bar says of it."""
+        said = f"{self.pairs} at a time"
+        if self.blocks is not None:
+            said += f", {self.blocks} of {self.layers} blocks"
+        return f"{said}, {self.bytes / 1e9:.2g} GB" if self.bytes else said
 
 
 def attribution_plan(
-    sites: Sites, task: TaskLike, rules: Rules, level: str, names: Sequence[str]
+    sites: Sites,
+    task: TaskLike,
+    rules: Rules,
+    names: tuple[str, ...],
+    *,
+    coefficients: tuple[str, ...],
+    own: str,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+    left: int | None = None,
 ) -> Plan:
-    """How `attribute` runs, when the named sites are captured."""
-    return Plan(_pairs_per_batch(sites, task, level, names), FORCED, len(sites.blocks))
+    """How `attribute` runs, when these sites are captured.
+
+    Args:
+        batch_size: pairs in a batch, if somebody has said it.
+        device: where, if not where the model is; `left`: bytes that are available there.
+    """
+    device, layers = device or sites.device, len(sites.blocks)
+    if left is None:
+        if len(task) * _small(sites, task) <= ATTRIBUTION.room(device) or batch_size is not None:
+            return Plan(batch_size or len(task), None, layers)
+        left = available(device)
+    longest = task.select([int(task.lengths.argmax())])
+    need = needed(sites, longest, rules, names, coefficients=coefficients, own=own)
+    limit = int(SHARE * left)
+    if need.whole > limit:
+        blocks = 1 + max(0, limit - need.block) // max(1, need.more)
+        return Plan(batch_size or 1, min(blocks, layers), layers, need)
+    room = min(ATTRIBUTION.pace, limit) if device.type == "cpu" else limit
+    pairs = min(len(task), max(1, room // need.whole))
+    return Plan(batch_size or pairs, None, layers, need)
 
 
-FORCED = None
+def _small(sites: Sites, task: TaskLike) -> int:
+    """More bytes than a pair takes under any rules, in the models that we know."""
+    cfg, length = sites.model.cfg, int(task.lengths.max())
+    width = max((b.neurons for b in sites.blocks), default=0)
+    block = 30 * int(cfg.d_model) + 12 * width + 8 * length * int(cfg.n_heads)
+    read = 1 if task.metric.reads_answer_only else length
+    return 4 * (length * len(sites.blocks) * block + 6 * read * int(cfg.d_vocab))
 
 
 def in_batches(
@@ -77,12 +158,9 @@ def in_batches(
     while todo:
         index, batch, done = todo.pop()
         try:
-            number = 0
-            for seen in captured(batch, blocks):
-                number += 1
-                if number > done:
-                    add(index, batch, seen)
-                    done = number
+            for seen in _after(done, captured(batch, blocks)):
+                add(index, batch, seen)
+                done += 1
                 del seen  # or the next run would have this one beside it
             yield len(index)
             continue
@@ -97,80 +175,51 @@ def in_batches(
                 ) from error
         give_back()  # behind the `except`: the error's traceback holds what the run held
         if len(index) > 1:
-            parts = list(batch.buckets((len(index) + 1) // 2))[::-1]
-            todo += [(index[part], some, done) for part, some in parts]
+            halves = list(batch.buckets((len(index) + 1) // 2))[::-1]
+            todo += [(index[half], some, done) for half, some in halves]
         else:
             blocks = max(1, (blocks or plan.layers) // 2)
             todo.append((index, batch, done))
 
 
-def _pairs_per_batch(sites: Sites, task: TaskLike, level: str, names: Sequence[str]) -> int:
-    cfg, length = sites.model.cfg, int(task.lengths.max())
-    graph = 40 * int(cfg.d_model) * len(sites.blocks)
-    neurons = {b.name(part): b.neurons for b in sites.blocks for part in ("up", "gate", "neurons")}
-    if level == "edge":
-        captured = 3 * sum(neurons.get(name, int(cfg.d_model)) for name in names)
-        columns = max(len(b.readers) for b in sites.blocks)
-        held = int(cfg.d_model) * (len(sites.writers) + columns) + captured
-        return max(1, EDGE_BYTES // (4 * length * (graph + held)))
-    held = 3 * sum(neurons.get(name, 0) for name in names)
-    return max(1, NODE_BYTES // (4 * length * (graph + held + 3 * int(cfg.d_vocab))))
+def _after(done: int, captures: Iterator[Capture]) -> Iterator[Capture]:
+    """Without those that are done."""
+    for _ in range(done):
+        next(captures)
+    yield from captures
+
+
+# -- exact effects and circuits --------------------------------------------------------------------
 
 
 def prompts_per_run(sites: Sites, task: TaskLike) -> int:
     """Prompts in one forward pass in which something is changed."""
-    values = 12 * int(sites.model.cfg.d_model)
-    if not task.metric.reads_answer_only:
-        values += int(sites.model.cfg.d_vocab)
-    memory = RUN_BYTES if sites.device.type == "cpu" else DEVICE_BYTES
-    return max(1, memory // (4 * int(task.lengths.max()) * values))
+    return max(1, CHANGED.room(sites.device) // _run_bytes(sites, task))
 
 
 def pairs_kept(sites: Sites, task: TaskLike, *, edges: bool) -> int:
     """Pairs whose activations are kept at a time."""
-    values = (20 * len(sites.blocks) + len(sites.writers) * edges) * int(sites.model.cfg.d_model)
-    return max(1, PAIR_BYTES // (4 * int(task.lengths.max()) * values))
+    values = 20 * len(sites.blocks) * _itemsize(sites) + 4 * len(sites.writers) * edges
+    pair = int(task.lengths.max()) * int(sites.model.cfg.d_model) * values
+    return max(1, KEPT.room(sites.device) // pair)
 
 
 def circuit_runs(sites: Sites, task: TaskLike) -> int:
     """Runs in one batch: circuits times pairs."""
-    cfg = sites.model.cfg
-    values = len(sites.layout.writers) * int(cfg.d_model)
-    if not task.metric.reads_answer_only:
-        values += int(cfg.d_vocab)
-    return max(1, CIRCUIT_BYTES // (4 * int(task.lengths.max()) * values))
+    changes = 4 * len(sites.layout.writers) * int(sites.model.cfg.d_model)
+    row = int(task.lengths.max()) * changes + _run_bytes(sites, task)
+    return max(1, CIRCUITS.room(sites.device) // row)
 
 
-def as_fits(run: Callable[[int], None], rows: int, *, emptied: Callable[[], None]) -> None:
-    """Calls `run` with a number of rows, and again with half of them whenever memory runs out.
-
-    `run` goes on from what is finished; `emptied` drops what is kept for speed alone.
-
-    Raises:
-        RuntimeError: memory runs out with a single row.
-    """
-    alone = False
-    while True:
-        try:
-            return run(rows)
-        except RuntimeError as error:
-            if alone or not is_shortage(error):
-                raise
-        # behind the `except`: the error's traceback holds what the run held
-        emptied()
-        give_back()
-        alone, rows = rows == 1, max(1, rows // 2)
+def _run_bytes(sites: Sites, task: TaskLike) -> int:
+    """What the layer at work holds of one prompt, and the logits."""
+    cfg, length = sites.model.cfg, int(task.lengths.max())
+    patterns = length * int(cfg.n_heads)
+    read = 1 if task.metric.reads_answer_only else length
+    logits = 4 * read * int(cfg.d_vocab)
+    return length * (12 * int(cfg.d_model) + patterns) * _itemsize(sites) + logits
 
 
-def is_shortage(error: Exception) -> bool:
-    """Whether memory ran out, of a device or of the machine."""
-    from accelerate.utils import memory  # not at the top: it takes a second
-
-    return bool(memory.should_reduce_batch_size(error))
-
-
-def give_back() -> None:
-    """Frees what a failed run held, and what the device keeps for later runs."""
-    from accelerate.utils import memory
-
-    memory.clear_device_cache(garbage_collection=True)
+def _itemsize(sites: Sites) -> int:
+    """Bytes of a number of the model."""
+    return int(next(p for p in sites.model.parameters() if p.is_floating_point()).element_size())

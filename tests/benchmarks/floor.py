@@ -1,4 +1,4 @@
-"""What every benchmark is measured against: one shape, one floor, times taken in turn with it.
+"""What every benchmark is measured against: two shapes, one floor, times taken in turn with it.
 
 The floor is what two runs and their gradient cost with nothing of ours or of TransformerLens: two
 forward passes of the transformers model and one backward, without gradients of parameters, on the
@@ -9,6 +9,7 @@ spoils less than the clock on the wall.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -17,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from tasks import Task, zoo
 
@@ -26,32 +27,49 @@ torch.set_num_threads(1)
 Work = Callable[[], Any]
 
 
-def plain_model(layers: int = 12) -> GPT2LMHeadModel:
-    """transformers' own model in the shape of GPT-2 small, with random weights.
+SHAPES: dict[str, tuple[str, Any]] = {
+    # a folder with a tokenizer, because a bridge wants one, and the configuration
+    "gpt2": ("ioi-gpt2", GPT2Config(n_layer=12)),
+    "smollm2": (
+        "ioi-llama",
+        LlamaConfig(
+            hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+            intermediate_size=1536, vocab_size=49152, max_position_embeddings=2048,
+            rms_norm_eps=1e-5, tie_word_embeddings=True,
+        ),
+    ),
+}  # fmt: skip
+"""GPT-2 small, and SmolLM2-135M."""
+
+
+def plain_model(shape: str = "gpt2", *, layers: int | None = None) -> PreTrainedModel:
+    """transformers' own model in one of the shapes, with random weights.
 
     Attention is computed as a bridge does it.
     """
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, attn_implementation="eager")
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+    config = deepcopy(SHAPES[shape][1])
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model.eval().requires_grad_(False)
 
 
-def bridge(layers: int = 12) -> Any:
-    """The same model as a bridge; the tokenizer is there because a bridge wants one."""
-    folder = str(Path(zoo.__file__).parent / "ioi-gpt2")
-    inner = plain_model(layers).requires_grad_()  # as users have it
+def bridge(shape: str = "gpt2", *, layers: int | None = None) -> Any:
+    """The same model as a bridge."""
+    folder = str(Path(zoo.__file__).parent / SHAPES[shape][0])
+    inner = plain_model(shape, layers=layers).requires_grad_()  # as users have it
     model = TransformerBridge.boot_transformers(folder, device="cpu", hf_model=inner)
     with torch.no_grad():
         model(torch.tensor([[1, 2]]))  # a bridge installs hooks of its own at the first run
     return model.eval()
 
 
-def random_task(pairs: int = 8, positions: int = 16) -> Task:
+def random_task(shape: str = "gpt2", *, pairs: int = 8, positions: int = 16) -> Task:
     """Pairs of random tokens."""
     draw = torch.Generator().manual_seed(0)
 
-    def tokens(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 50257, shape, generator=draw)
+    def tokens(*size: int) -> torch.Tensor:
+        return torch.randint(0, SHAPES[shape][1].vocab_size, size, generator=draw)
 
     return Task.from_tokens(
         tokens(pairs, positions), tokens(pairs, positions), tokens(pairs), tokens(pairs)
