@@ -17,8 +17,8 @@ from torch import Tensor
 
 from relp.bars import tqdm
 from relp.bridge.capture import Capture
-from relp.bridge.captures import captures
-from relp.bridge.memory import attribution_plan, in_batches
+from relp.bridge.captures import captures, needed
+from relp.bridge.memory import Need, attribution_plan, in_batches
 from relp.bridge.run import undisturbed
 from relp.bridge.sites import Sites
 from relp.bridge.source import pairs_of, provenance
@@ -103,18 +103,20 @@ def attribute(
         if level == "node"
         else EdgeSums(sites, task, rules, positions)
     )
-    plan = attribution_plan(
-        sites, task, rules, sums.sites_needed, coefficients=sums.coefficients_needed, own=way.own,
-        batch_size=batch_size,
-    )  # fmt: skip
+    names, at = sums.sites_needed, sums.coefficients_needed
+
+    def taken(pair: TaskLike) -> Need:
+        return needed(sites, pair, rules, names, coefficients=at, own=way.own)
+
+    plan = attribution_plan(sites, task, taken, batch_size=batch_size)
     metrics = {side: torch.zeros(len(task)) for side in (way.own, way.other)}
     remainder: dict[str, float] = defaultdict(float)
     used: dict[str, None] = {}
 
     def captured(batch: TaskLike, blocks: int | None) -> Iterator[Capture]:
         return captures(
-            sites, batch, rules, sums.sites_needed, own=way.own, steps=steps, path=path,
-            coefficients=sums.coefficients_needed, blocks=blocks, strict=strict,
+            sites, batch, rules, names, own=way.own, steps=steps, path=path, coefficients=at,
+            blocks=blocks, strict=strict,
         )  # fmt: skip
 
     def add(index: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.live import Live
+from relp.bridge.memory import Need
 from relp.bridge.run import (
     answers_only,
     entries,
@@ -35,7 +36,7 @@ from relp.propagation import Propagation, must_have_attached
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
 
-__all__ = ["Need", "capture", "captures", "needed"]
+__all__ = ["capture", "captures", "needed"]
 
 Values = Mapping[str, Tensor]
 NOTHING: Values = MappingProxyType({})
@@ -120,20 +121,6 @@ def captures(
                 1 / (steps * len(moved)), rules=found.rules,
             )  # fmt: skip
             del found  # or the next run would have this one beside it
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that the captures of one pair take, beside the weights."""
-
-    whole: int
-    """At most, with the graph of the whole run."""
-    block: int
-    """With that of one block at a time."""
-    more: int
-    """For each further block that is differentiated at the same time, about."""
-    kept: int
-    """Afterwards."""
 
 
 def needed(

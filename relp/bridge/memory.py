@@ -17,14 +17,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from relp.bridge.capture import Capture
-from relp.bridge.captures import Need, needed
 from relp.bridge.room import available, give_back, is_shortage
 from relp.bridge.sites import Sites
 from relp.protocols import TaskLike
-from relp.rulebook import Rules
 
 __all__ = [
     "PAIR_BYTES",
+    "Need",
     "Plan",
     "attribution_plan",
     "circuit_runs",
@@ -65,6 +64,20 @@ SHARE = 0.8
 
 
 @dataclass(frozen=True)
+class Need:
+    """Bytes that the captures of one pair take, beside the weights."""
+
+    whole: int
+    """At most, with the graph of the whole run."""
+    block: int
+    """With that of one block at a time."""
+    more: int
+    """For each further block that is differentiated at the same time, about."""
+    kept: int
+    """Afterwards."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How `attribute` runs a task's pairs."""
 
@@ -99,18 +112,16 @@ class Plan:
 def attribution_plan(
     sites: Sites,
     task: TaskLike,
-    rules: Rules,
-    names: tuple[str, ...],
+    needed: Callable[[TaskLike], Need],
     *,
-    coefficients: tuple[str, ...],
-    own: str,
     batch_size: int | None = None,
     device: torch.device | None = None,
     left: int | None = None,
 ) -> Plan:
-    """How `attribute` runs, when these sites are captured.
+    """How `attribute` runs.
 
     Args:
+        needed: what capturing a pair takes; asked only if it matters.
         batch_size: pairs in a batch, if somebody has said it.
         device: where, if not where the model is; `left`: bytes that are available there.
     """
@@ -120,7 +131,7 @@ def attribution_plan(
             return Plan(batch_size or len(task), None, layers)
         left = available(device)
     longest = task.select([int(task.lengths.argmax())])
-    need = needed(sites, longest, rules, names, coefficients=coefficients, own=own)
+    need = needed(longest)
     limit = int(SHARE * left)
     if need.whole > limit:
         blocks = 1 + max(0, limit - need.block) // max(1, need.more)
