@@ -4,7 +4,7 @@ The graph of the run that is differentiated is the largest thing that `attribute
 of a whole run does not fit, it is made block by block: the blocks hand the residual stream on, so
 that the coefficient of what some blocks hand on is all that the blocks before them need. That takes
 one more forward pass of each run that is differentiated or compared with, and gives the same
-numbers.
+numbers. What is captured is then kept in the memory of the machine, not of the device.
 """
 
 from __future__ import annotations
@@ -229,10 +229,12 @@ class _Way:
         names = tuple(dict.fromkeys((*self.names, *stream)))
         with output_shapes(sites) as outputs:
             values, metric = observe(sites, self.task, names, side=self.own, moved=moved)
+        values = _away(values)
         found = _Found({n: values[n] for n in self.names}, metric)
         others: Values = NOTHING
         if not moved:
             others, found.other_metric = observe(sites, self.task, names, side=self.other)
+            others = _away(others)
             found.others = {n: others[n] for n in self.names}
         attached: set[tuple[str, str]] = set()
         behind = ""  # the entry of the blocks that were differentiated last
@@ -246,11 +248,12 @@ class _Way:
             if self.rules.partway:
                 with report.with_itself():
                     above = found.slopes.get(behind)
-                    found.slopes |= self._slopes(result, at, above, cut=cut, again=True)
+                    found.slopes |= _away(self._slopes(result, at, above, cut=cut, again=True))
             if self.rules.needs_reference:
                 with report.reference():
                     self._run(report, self.other, {entry: others[entry]}, part)
-            found.coefficients |= self._slopes(result, at, found.coefficients.get(behind), cut=cut)
+            above = found.coefficients.get(behind)
+            found.coefficients |= _away(self._slopes(result, at, above, cut=cut))
             found.note(report)
             behind = entry
         must_have_attached(self.rules, attached)
@@ -289,6 +292,7 @@ class _Way:
         return Need(
             whole=max(graph + values + max(p.peak - p.graph for p in parts), kept),
             block=2 * (values + starts) + most,
+            away=values + starts + max(p.peak for p in parts),
             more=max(p.graph for p in parts),
             kept=kept,
         )
@@ -333,7 +337,7 @@ class _Way:
         tokens = getattr(task, side).to(sites.device)
 
         def leaf(name: str, value: Tensor) -> Tensor:
-            return moved.get(name, value).detach().requires_grad_()
+            return moved.get(name, value).to(value.device).detach().requires_grad_()
 
         edits: dict[str, Edit] = {n: partial(leaf, n) for n in (ROOT, *moved)}
         # Where a parallel block's attention and MLP read one tensor, each gets one of its own:
@@ -380,6 +384,7 @@ class _Way:
                 "not differentiably (argmax, detach); check the metric, and hooks that detach "
                 "activations"
             )
+        above = None if above is None else above.to(result.device)
         # pairs do not meet in the model: the gradient of the sum holds each pair's own gradient
         grads = torch.autograd.grad(
             result if above is not None else result.sum(), list(at.values()), above,
@@ -440,7 +445,7 @@ class _Part:
         Raises:
             RuntimeError: they computed something else than in a whole run.
         """
-        found = found.detach()
+        found, expected = found.detach(), expected.to(found.device)
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
         if not error <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * max(scale, 1e-6):
             raise RuntimeError(
@@ -465,6 +470,11 @@ class _PartNeed(NamedTuple):
 def _kind(sites: Sites, layer: int) -> tuple[type, ...]:
     """What blocks that take the same memory have in common."""
     return tuple(type(module) for module in sites.model.blocks[layer].modules())
+
+
+def _away(values: Values) -> dict[str, Tensor]:
+    """In the memory of the machine: a device for which one graph is too much is kept free."""
+    return {name: value.cpu() for name, value in values.items()}
 
 
 def _branch(value: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from relp.bridge.capture import Capture
-from relp.bridge.room import available, give_back, is_shortage
+from relp.bridge.room import Room, give_back, is_shortage
 from relp.bridge.sites import Sites
 from relp.protocols import TaskLike
 
@@ -41,10 +40,10 @@ class Call(NamedTuple):
     share: float
     """Of what another device has left."""
 
-    def room(self, device: torch.device) -> int:
+    def of(self, room: Room) -> int:
         """In bytes."""
-        left = int(self.share * available(device))
-        return min(self.pace, left) if device.type == "cpu" else left
+        left = int(self.share * room.left)
+        return min(self.pace, left) if room.paced else left
 
 
 ATTRIBUTION = Call(512 << 20, 0.8)
@@ -70,7 +69,9 @@ class Need:
     whole: int
     """At most, with the graph of the whole run."""
     block: int
-    """With that of one block at a time."""
+    """With that of one block at a time, all that is captured beside it."""
+    away: int
+    """The same where what is captured is kept elsewhere, in the memory of the machine."""
     more: int
     """For each further block that is differentiated at the same time, about."""
     kept: int
@@ -87,18 +88,8 @@ class Plan:
     """How many are differentiated at a time; all if None."""
     layers: int
     """How many there are."""
-    need: Need | None = None
-    """What one pair takes; None if all together are small."""
-
-    @property
-    def bytes(self) -> int:
-        """What a batch holds at most, beside the weights; 0 if nobody has looked."""
-        if self.need is None:
-            return 0
-        one = self.need
-        if self.blocks is None:
-            return self.pairs * one.whole
-        return self.pairs * (one.block + (self.blocks - 1) * one.more)
+    bytes: int = 0
+    """What a batch holds at most, beside the weights; 0 if nobody has looked."""
 
     @property
     def note(self) -> str:
@@ -115,30 +106,30 @@ def attribution_plan(
     needed: Callable[[TaskLike], Need],
     *,
     batch_size: int | None = None,
-    device: torch.device | None = None,
-    left: int | None = None,
+    room: Room | None = None,
 ) -> Plan:
     """How `attribute` runs.
 
     Args:
         needed: what capturing a pair takes; asked only if it matters.
         batch_size: pairs in a batch, if somebody has said it.
-        device: where, if not where the model is; `left`: bytes that are available there.
+        room: the memory there is; where the model is, if None.
     """
-    device, layers = device or sites.device, len(sites.blocks)
-    if left is None:
-        if len(task) * _small(sites, task) <= ATTRIBUTION.room(device) or batch_size is not None:
+    layers = len(sites.blocks)
+    if room is None:
+        room = Room.of(sites.device)
+        small = len(task) * _small(sites, task) <= ATTRIBUTION.of(room)
+        if small or batch_size is not None:
             return Plan(batch_size or len(task), None, layers)
-        left = available(device)
-    longest = task.select([int(task.lengths.argmax())])
-    need = needed(longest)
-    limit = int(SHARE * left)
+    need = needed(task.select([int(task.lengths.argmax())]))
+    limit = int(SHARE * room.left)
     if need.whole > limit:
-        blocks = 1 + max(0, limit - need.block) // max(1, need.more)
-        return Plan(batch_size or 1, min(blocks, layers), layers, need)
-    room = min(ATTRIBUTION.pace, limit) if device.type == "cpu" else limit
-    pairs = min(len(task), max(1, room // need.whole))
-    return Plan(batch_size or pairs, None, layers, need)
+        pairs, least = batch_size or 1, need.block if room.paced else need.away
+        blocks = min(layers, 1 + max(0, limit - least) // max(1, need.more))
+        return Plan(pairs, blocks, layers, pairs * (least + (blocks - 1) * need.more))
+    pairs = max(1, (min(ATTRIBUTION.pace, limit) if room.paced else limit) // need.whole)
+    pairs = batch_size or min(len(task), pairs)
+    return Plan(pairs, None, layers, pairs * need.whole)
 
 
 def _small(sites: Sites, task: TaskLike) -> int:
@@ -203,26 +194,37 @@ def _after(done: int, captures: Iterator[Capture]) -> Iterator[Capture]:
 # -- exact effects and circuits --------------------------------------------------------------------
 
 
-def prompts_per_run(sites: Sites, task: TaskLike) -> int:
+def prompts_per_run(sites: Sites, task: TaskLike, room: Room | None = None) -> int:
     """Prompts in one forward pass in which something is changed."""
-    return max(1, CHANGED.room(sites.device) // _run_bytes(sites, task))
+    room = room or Room.of(sites.device)
+    return max(1, CHANGED.of(room) // run_bytes(sites, task))
 
 
-def pairs_kept(sites: Sites, task: TaskLike, *, edges: bool) -> int:
+def pairs_kept(sites: Sites, task: TaskLike, room: Room | None = None, *, edges: bool) -> int:
     """Pairs whose activations are kept at a time."""
-    values = 20 * len(sites.blocks) * _itemsize(sites) + 4 * len(sites.writers) * edges
-    pair = int(task.lengths.max()) * int(sites.model.cfg.d_model) * values
-    return max(1, KEPT.room(sites.device) // pair)
+    room = room or Room.of(sites.device)
+    return max(1, KEPT.of(room) // pair_bytes(sites, task, edges=edges))
 
 
-def circuit_runs(sites: Sites, task: TaskLike) -> int:
+def circuit_runs(sites: Sites, task: TaskLike, room: Room | None = None) -> int:
     """Runs in one batch: circuits times pairs."""
+    room = room or Room.of(sites.device)
+    return max(1, CIRCUITS.of(room) // circuit_bytes(sites, task))
+
+
+def circuit_bytes(sites: Sites, task: TaskLike) -> int:
+    """What one circuit on one pair holds: what each writer adds differently, and the run."""
     changes = 4 * len(sites.layout.writers) * int(sites.model.cfg.d_model)
-    row = int(task.lengths.max()) * changes + _run_bytes(sites, task)
-    return max(1, CIRCUITS.room(sites.device) // row)
+    return int(task.lengths.max()) * changes + run_bytes(sites, task)
 
 
-def _run_bytes(sites: Sites, task: TaskLike) -> int:
+def pair_bytes(sites: Sites, task: TaskLike, *, edges: bool) -> int:
+    """What is kept of one pair for exact effects: activations of both runs, keys and values."""
+    values = 20 * len(sites.blocks) * _itemsize(sites) + 4 * len(sites.writers) * edges
+    return int(task.lengths.max()) * int(sites.model.cfg.d_model) * values
+
+
+def run_bytes(sites: Sites, task: TaskLike) -> int:
     """What the layer at work holds of one prompt, and the logits."""
     cfg, length = sites.model.cfg, int(task.lengths.max())
     patterns = length * int(cfg.n_heads)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-__all__ = ["as_fits", "available", "give_back", "is_shortage"]
+__all__ = ["Room", "as_fits", "available", "give_back", "is_shortage"]
 
 
 def as_fits(run: Callable[[int], None], rows: int, *, emptied: Callable[[], None]) -> None:
@@ -45,6 +46,21 @@ def give_back() -> None:
     from accelerate.utils import memory
 
     memory.clear_device_cache(garbage_collection=True)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory there is for what is held beside the weights."""
+
+    left: int
+    """Bytes."""
+    paced: bool
+    """On a CPU, where larger batches are no faster from some size on."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Room:
+        """What a device has now."""
+        return cls(available(device), device.type == "cpu")
 
 
 def available(device: torch.device) -> int:
