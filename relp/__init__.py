@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from relp import bars, lazy, neighbours  # noqa: F401  # the bars before anybody else's
 
 if TYPE_CHECKING:
-    from relp.attribution import attribute
+    from relp.attribution import attribute, plan
     from relp.choices import Direction, Level, Preset
     from relp.files import check_texts, written_whole
     from relp.layout import Component, Layout
@@ -64,6 +64,7 @@ __all__ = [
     "attribute",
     "check_texts",
     "coverage",
+    "plan",
     "preset",
     "propagate",
     "register",
@@ -74,7 +75,7 @@ neighbours.check_neighbours()
 lazy.lazily(
     __name__,
     {
-        "attribution": "attribute",
+        "attribution": "attribute plan",
         "choices": "Direction Level Preset",
         "files": "check_texts written_whole",
         "layout": "Component Layout",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,8 @@ from torch import Tensor
 from relp.bars import tqdm
 from relp.bridge.capture import Capture
 from relp.bridge.captures import captures, needed
-from relp.bridge.memory import Need, attribution_plan, in_batches
+from relp.bridge.memory import Plan, attribution_plan, in_batches
+from relp.bridge.room import Room
 from relp.bridge.run import undisturbed
 from relp.bridge.sites import Sites
 from relp.bridge.source import pairs_of, provenance
@@ -29,7 +31,7 @@ from relp.protocols import ModelLike, TaskLike
 from relp.rulebook import RELP, Rules
 from relp.scores import EdgeScores, NodeScores
 
-__all__ = ["attribute"]
+__all__ = ["attribute", "plan"]
 
 
 @undisturbed
@@ -77,7 +79,8 @@ def attribute(
             each writing site in turn (`steps` runs for each of 1 + 2·layers sites).
         positions: keep the position axis of edge scores; `"spans"`: sum them over each named span
             of the task and over the rest, pair by pair (node scores have `Scores.by_span`).
-        batch_size: pairs per pass; by default as many as fit a fixed amount of memory.
+        batch_size: pairs per pass; by default as many as fit the memory, see `plan`. Batches for
+            which it runs out are made smaller, and a pair by itself goes block by block.
         strict: an operation that no rule knows is an error; else its derivative is used.
         progress: show a bar if there are several batches.
 
@@ -98,17 +101,10 @@ def attribute(
         )
     sites = Sites.of(model).splitting(neurons)
     task.must_fit(sites.model.cfg, sites.model_name)
-    sums = (
-        NodeSums(sites, task, rules, components)
-        if level == "node"
-        else EdgeSums(sites, task, rules, positions)
-    )
+    sums = _sums(sites, task, rules, level, components, positions)
     names, at = sums.sites_needed, sums.coefficients_needed
-
-    def taken(pair: TaskLike) -> Need:
-        return needed(sites, pair, rules, names, coefficients=at, own=way.own)
-
-    plan = attribution_plan(sites, task, taken, batch_size=batch_size)
+    taken = partial(needed, sites, rules=rules, names=names, coefficients=at, own=way.own)
+    how = attribution_plan(sites, task, taken, work=sums.work, batch_size=batch_size)
     metrics = {side: torch.zeros(len(task)) for side in (way.own, way.other)}
     remainder: dict[str, float] = defaultdict(float)
     used: dict[str, None] = {}
@@ -128,9 +124,9 @@ def attribute(
         metrics[way.other][index] = seen.other_metric.float().cpu()
 
     with tqdm(total=len(task), desc=f"{rules.name} {level}s", unit="pair",
-              disable=not progress or plan.pairs >= len(task), leave=False) as bar:  # fmt: skip
-        bar.set_postfix_str(plan.note)
-        for pairs in in_batches(task, plan, captured, add):
+              disable=not progress or how.pairs >= len(task), leave=False) as bar:  # fmt: skip
+        bar.set_postfix_str(how.note)
+        for pairs in in_batches(task, how, captured, add):
             bar.update(pairs)
     if way.own == "clean" and steps == 1:
         _must_slope(task, rules, metrics["clean"])
@@ -140,6 +136,53 @@ def attribute(
     name = named if steps == 1 else f"{named} ({steps} steps{along})"
     source, about = provenance(sites, task, way, name), pairs_of(sites, task, metrics)
     return sums.scores(source, about, dict(remainder))
+
+
+def plan(
+    model: ModelLike,
+    task: TaskLike,
+    *,
+    rules: Rules = RELP,
+    level: str = "node",
+    direction: str = "denoise",
+    room: Room | None = None,
+) -> Plan:
+    """How `attribute` would run these pairs, and how much memory it would take.
+
+    >>> plan(model, task, rules=RELP, level="edge").note
+    '32 at a time, 0.034 GB'
+
+    Single blocks are run on one pair of the greatest length, and what is alive is counted. `model`
+    may be an outline without weights (`tasks.zoo.outline`).
+
+    Args:
+        model: as for `attribute`; also `task`, `rules`, `level` and `direction`.
+        room: the memory there is; where the model is, if None.
+
+    Raises:
+        TypeError, ValueError: as for `attribute`.
+    """
+    level, way = Level(level), Direction(direction)
+    _check(rules, level, 1, "inputs", False)
+    sites = Sites.of(model)
+    task.must_fit(sites.model.cfg, sites.model_name)
+    sums = _sums(sites, task, rules, level, None, False)
+    names, at = sums.sites_needed, sums.coefficients_needed
+    taken = partial(needed, sites, rules=rules, names=names, coefficients=at, own=way.own)
+    return attribution_plan(sites, task, taken, work=sums.work, room=room or Room.of(sites.device))
+
+
+def _sums(
+    sites: Sites,
+    task: TaskLike,
+    rules: Rules,
+    level: str,
+    components: Sequence[str] | None,
+    positions: bool | str,
+) -> NodeSums | EdgeSums:
+    if level == "node":
+        return NodeSums(sites, task, rules, components)
+    return EdgeSums(sites, task, rules, positions)
 
 
 def _must_be_finite(table: Tensor, rules: Rules) -> None:

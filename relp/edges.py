@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -308,6 +309,10 @@ class EdgeSums:
         self.places = span_places(task.spans) if positions == "spans" else ()
         groups = len(self.places) or (int(task.lengths.max()) if positions else 1)
         size = groups, len(sites.writers), len(sites.readers)
+        tokens = min(tokens_at_once(sites, apart=groups > 1), len(task) * int(task.lengths.max()))
+        rows, width = len(sites.writers) + _readers_at_once(sites), int(sites.model.cfg.d_model)
+        self.work = 4 * (tokens * rows * width + prod(size))
+        """Bytes that scoring takes beside what is captured."""
         if positions is True:
             _must_fit(*size, tables=2 if rules.partway else 1)
         self._sums = torch.zeros(size)

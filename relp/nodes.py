@@ -73,6 +73,9 @@ def partway_scores(
 class NodeSums:
     """Node scores of a task, summed up capture by capture."""
 
+    work = 0
+    """Bytes that scoring takes beside what is captured: next to nothing."""
+
     def __init__(
         self, sites: Sites, task: TaskLike, rules: Rules, components: Sequence[str] | None
     ) -> None:

@@ -18,6 +18,7 @@ from circuits.cli.discover import discover
 from circuits.cli.lists import coverage, models, tasks
 from circuits.cli.patch import patch, verify
 from circuits.cli.pictures import draw, explore, export
+from circuits.cli.plan import plan
 
 __all__ = ["COMMANDS", "app"]
 
@@ -27,6 +28,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     patch: "relp patch ioi --level node --out effects.safetensors",
     verify: "relp verify ioi --budget 200 --out sample.safetensors",
     bench: "relp bench --case saturation --out runs/bench",
+    plan: "relp plan discover --model smollm2-135m --pairs 32 --tokens 15",
     coverage: "relp coverage ioi-llama --rules RELP",
     tasks: "relp tasks --model ioi-gpt2",
     models: "relp models",

@@ -5,13 +5,16 @@ from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
 from relp.bridge.capture import ROOT
 from relp.bridge.memory import (
     PAIR_BYTES,
+    circuit_bytes,
     circuit_runs,
+    pair_bytes,
     pairs_kept,
     prompts_per_run,
+    run_bytes,
 )
 from relp.bridge.quantized import quantization
 from relp.bridge.rerun import POINTWISE, Rerun
-from relp.bridge.room import as_fits, available
+from relp.bridge.room import Room, as_fits
 from relp.bridge.run import (
     answers_only,
     entries,
@@ -53,12 +56,13 @@ __all__ = [
     "Place",
     "Reading",
     "Rerun",
+    "Room",
     "Sites",
     "Slot",
     "answers_only",
     "as_fits",
-    "available",
     "bias",
+    "circuit_bytes",
     "circuit_runs",
     "editing",
     "entries",
@@ -69,11 +73,13 @@ __all__ = [
     "observe",
     "output_shapes",
     "pairs_of",
+    "pair_bytes",
     "pairs_kept",
     "token_at",
     "stream_places",
     "precise_logits",
     "prompts_per_run",
+    "run_bytes",
     "provenance",
     "quantization",
     "reader_sites",

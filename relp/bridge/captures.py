@@ -126,9 +126,9 @@ def captures(
 def needed(
     sites: Sites,
     task: TaskLike,
+    *,
     rules: Rules,
     names: tuple[str, ...],
-    *,
     coefficients: tuple[str, ...],
     own: str,
 ) -> Need:

@@ -25,10 +25,13 @@ __all__ = [
     "Need",
     "Plan",
     "attribution_plan",
+    "circuit_bytes",
     "circuit_runs",
     "in_batches",
+    "pair_bytes",
     "pairs_kept",
     "prompts_per_run",
+    "run_bytes",
 ]
 
 
@@ -105,6 +108,7 @@ def attribution_plan(
     task: TaskLike,
     needed: Callable[[TaskLike], Need],
     *,
+    work: int = 0,
     batch_size: int | None = None,
     room: Room | None = None,
 ) -> Plan:
@@ -112,6 +116,7 @@ def attribution_plan(
 
     Args:
         needed: what capturing a pair takes; asked only if it matters.
+        work: bytes that scoring takes beside what is captured.
         batch_size: pairs in a batch, if somebody has said it.
         room: the memory there is; where the model is, if None.
     """
@@ -126,10 +131,11 @@ def attribution_plan(
     if need.whole > limit:
         pairs, least = batch_size or 1, need.block if room.paced else need.away
         blocks = min(layers, 1 + max(0, limit - least) // max(1, need.more))
-        return Plan(pairs, blocks, layers, pairs * (least + (blocks - 1) * need.more))
+        most, kept = least + (blocks - 1) * need.more, need.kept if room.paced else 0
+        return Plan(pairs, blocks, layers, max(pairs * most, pairs * kept + work))
     pairs = max(1, (min(ATTRIBUTION.pace, limit) if room.paced else limit) // need.whole)
     pairs = batch_size or min(len(task), pairs)
-    return Plan(pairs, None, layers, pairs * need.whole)
+    return Plan(pairs, None, layers, max(pairs * need.whole, pairs * need.kept + work))
 
 
 def _small(sites: Sites, task: TaskLike) -> int:
