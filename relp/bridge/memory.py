@@ -21,8 +21,8 @@ __all__ = [
     "prompts_per_run",
 ]
 
-EDGE_BYTES = 384 << 20
-"""Memory for one batch: the graph of its run, captured sites, and the changes of its writers."""
+EDGE_BYTES = 640 << 20
+"""Memory for one batch: the graph of its run, and captured sites."""
 NODE_BYTES = 512 << 20
 RUN_BYTES = 24 << 20
 """Activations of one batch of changed runs on a CPU, where larger ones were not faster; elsewhere
@@ -41,9 +41,7 @@ def pairs_per_batch(sites: Sites, task: TaskLike, level: str, names: Sequence[st
     neurons = {b.name(part): b.neurons for b in sites.blocks for part in ("up", "gate", "neurons")}
     if level == "edge":
         captured = 3 * sum(neurons.get(name, int(cfg.d_model)) for name in names)
-        columns = max(len(b.readers) for b in sites.blocks)
-        held = int(cfg.d_model) * (len(sites.writers) + columns) + captured
-        return max(1, EDGE_BYTES // (4 * length * (graph + held)))
+        return max(1, EDGE_BYTES // (4 * length * (graph + captured)))
     held = 3 * sum(neurons.get(name, 0) for name in names)
     return max(1, NODE_BYTES // (4 * length * (graph + held + 3 * int(cfg.d_vocab))))
 
