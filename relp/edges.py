@@ -62,15 +62,13 @@ def position_groups(task: TaskLike, positions: bool | str) -> Int[Tensor, "pair 
 
 def edge_scores(
     sites: Sites,
-    seen: Capture,
     rules: Rules,
     group: Int[Tensor, "pair pos"],
-    into: Float[Tensor, "group writer reader"],
-    *,
+    *tables: tuple[Capture, Float[Tensor, "group writer reader"]],
     share: float = 1.0,
     tokens: int | None = None,
 ) -> None:
-    """Adds to `into` the sum over each group of pairs and positions of Δ_writer · c_reader.
+    """Adds to a table the sum over each group of pairs and positions of Δ_writer · c_reader.
 
     c_reader is the coefficient at that reader's own input in the residual stream: the coefficient
     at its projection's output times the projection, pulled back through the block's norm under the
@@ -82,7 +80,8 @@ def edge_scores(
 
     Args:
         group: as `position_groups` gives them.
-        into: on any device.
+        tables: captures of one batch, and to what their scores are added, on any device. All are
+            added for some tokens, or none.
         share: what the scores are multiplied by.
         tokens: positions, of whatever pair, at work at a time; memory is proportional to it. By
             default as many as `tokens_at_once`, and fewer where memory runs out.
@@ -93,18 +92,20 @@ def edge_scores(
     """
     # tokens of one group are next to each other; all are where there is but one
     numbers, order = group.flatten().sort(stable=True)
-    done, total, several = 0, len(order), len(into) > 1
+    done, total, like = 0, len(order), tables[0][0].own[ROOT]
+    several = bool(numbers[0] < numbers[-1])
 
     def go_on(size: int) -> None:
         nonlocal done
-        buffer = _Buffer.of(sites, seen, min(size, total - done))
+        buffer = _Buffer.of(sites, like, min(size, total - done))
         while done < total:
             chunk = slice(done, min(done + size, total))
-            part = _at(seen, order[chunk].to(seen.own[ROOT].device) if several else chunk)
-            first = int(numbers[done])
+            chosen, first = order[chunk].to(like.device) if several else chunk, int(numbers[done])
             counts = (numbers[chunk] - first).bincount().tolist()
-            scores = _scores(sites, part, rules, counts, buffer).to(into.device)
-            into[first : first + len(counts)].add_(scores, alpha=share)
+            found = [_scores(sites, _at(seen, chosen), rules, counts, buffer).to(into.device)
+                     for seen, into in tables]  # fmt: skip
+            for (_, into), scores in zip(tables, found, strict=True):
+                into[first : first + len(counts)].add_(scores, alpha=share)
             done = chunk.stop
 
     if tokens is None:
@@ -166,10 +167,9 @@ class _Buffer(NamedTuple):
     coefficients: Float[Tensor, "reader token d_model"]
 
     @classmethod
-    def of(cls, sites: Sites, seen: Capture, tokens: int) -> _Buffer:
-        """For chunks of so many tokens."""
+    def of(cls, sites: Sites, like: Float[Tensor, "pair pos d_model"], tokens: int) -> _Buffer:
+        """For chunks of so many tokens, where the stream is."""
         rows = len(sites.writers), _readers_at_once(sites)
-        like = seen.own[ROOT]
         return cls(*(like.new_empty(n, tokens, like.shape[-1], dtype=torch.float32) for n in rows))
 
 
@@ -255,7 +255,8 @@ def _read(
     into[at] = norm.pull(behind.float())
     if at:
         matrices = [m for slot in basis.slots for m in slot.through]
-        found = [seen.coefficients[m.site].float() @ weight(m.module).float() for m in matrices]
+        found = [c @ weight(m.module).to(c) for m in matrices
+                 for c in [seen.coefficients[m.site].float()]]  # fmt: skip
         where = f"{NEURONS_READ}; at block {place.layer} it"
         must_match(torch.stack(found).sum(0), behind, where, NO_NEURONS)
         into[at] -= into[:at].sum(0)
@@ -321,9 +322,10 @@ class EdgeSums:
     def add(self, _: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
         """Adds the scores of one capture of some pairs, which have one length."""
         group, share = position_groups(batch, self._positions), seen.share / self._pairs
-        for sums, of in ((self._sums, seen), (self._starts, seen.at_start())):
-            if sums is not None:
-                edge_scores(self._sites, of, self._rules, group, sums, share=share)
+        tables = [(seen, self._sums)]
+        if self._starts is not None:
+            tables.append((seen.at_start(), self._starts))
+        edge_scores(self._sites, self._rules, group, *tables, share=share)
 
     @cached_property
     def table(self) -> Float[Tensor, "*pos writer reader"]:

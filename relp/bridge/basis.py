@@ -186,7 +186,7 @@ class Basis:
         assert self.out is not None
         values = rearrange(self.out.values(step, self.numbers).float(), "p t n d -> n (p t) d")
         flat = None if into is None else into.flatten(1, 2)
-        w = self.out.write_out(self.numbers).float()
+        w = self.out.write_out(self.numbers).to(values)
         return torch.bmm(values, w, out=flat).unflatten(1, step.shape[:2])
 
     def together(
@@ -196,7 +196,8 @@ class Basis:
         if not self.entry:
             return added.sum(0)
         assert self.out is not None
-        return step.float() @ weight(self.out.module).float().T
+        step = step.float()
+        return step @ weight(self.out.module).to(step).T
 
 
 # -- linear modules --------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Call(NamedTuple):
         return min(self.pace, left) if room.paced else left
 
 
-ATTRIBUTION = Call(512 << 20, 0.8)
+ATTRIBUTION = Call(640 << 20, 0.8)
 """Graph, activations and coefficients of the pairs at work."""
 CHANGED = Call(24 << 20, 0.3)
 """Activations of runs in which something is changed."""

@@ -47,11 +47,14 @@ class NormMap:
             ones = torch.ones_like(x)
             return cls(ones[0, 0], False, ones[..., :1], ones, None)
         parameters = norm_parameters(norm)
-        weight = torch.ones_like(x[0, 0]) if parameters.weight is None else parameters.weight
+        weight, bias, there = parameters.weight, parameters.bias, x.device
+        if weight is not None:  # the block may be on another device than what was seen of it
+            weight, there = weight.to(x.device), weight.device
+        weight = torch.ones_like(x[0, 0]) if weight is None else weight
         c, r = _centred(x, parameters.eps, parameters.centres)
         with torch.no_grad():
-            y = norm(own).float()
-        expected = c * r * weight + (0 if parameters.bias is None else parameters.bias)
+            y = norm(own.to(there)).to(x.device).float()
+        expected = c * r * weight + (0 if bias is None else bias.to(x.device))
         error, size = float((y - expected).abs().max()), float(y.abs().max())
         if error > max(1e-4, 4 * torch.finfo(own.dtype).eps) * max(size, 1e-6):
             raise RuntimeError(
@@ -59,12 +62,13 @@ class NormMap:
                 f"{type(norm).__name__} differs from that by {error:.2g} of {size:.2g}; remove "
                 "hooks that change it, or use level='node' for this model"
             )
+        if rules.norm == "constant":
+            return cls(weight, parameters.centres, r, c, None)
         c_, r_ = c, r
         if rules.norm == "secant":
             c_, r_ = _centred(other.float(), parameters.eps, parameters.centres)
-        middle, slope = (c + c_) / 2, None
-        if rules.norm != "constant":
-            slope = STATISTIC_SLOPES["rsqrt"](r, r_) * 2 / x.shape[-1] * middle
+        middle = (c + c_) / 2
+        slope = STATISTIC_SLOPES["rsqrt"](r, r_) * 2 / x.shape[-1] * middle
         return cls(weight, parameters.centres, (r + r_) / 2, middle, slope)
 
     def centred(self, x: Tensor) -> Tensor:
@@ -97,6 +101,7 @@ class NormMap:
     ) -> None:
         """Fills `out` `[head, pair, pos, d_model]` from coefficients `[pair, pos, d_out]` behind
         a projection of that many heads: the norm is folded into the projection."""
+        projection = projection.to(self.weight.device)
         folded = self.centred(self.weight * projection).unflatten(0, (len(out), -1))
         scaled = (coefficients * self.scale).flatten(0, 1).unflatten(-1, (len(out), -1))
         torch.bmm(scaled.transpose(0, 1), folded, out=out.flatten(1, 2))

@@ -62,6 +62,8 @@ def fingerprint(model: Any) -> tuple[str, str]:
 
     digest, dtypes = hashlib.sha256(), set()
     for module in getattr(model, "original_model", model).modules():
+        if not (module._parameters or module._buffers):  # most: to align them all takes a while
+            continue
         with torch.no_grad(), align_module_device(module):
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for name, tensor in own:

@@ -1,6 +1,7 @@
-"""Times and memory in the shape of GPT-2 small, side by side with the floor and with budgets.
+"""Times and memory in the shapes of two models, side by side with the floor and with budgets.
 
 python tests/benchmarks/budget.py            # what each call costs, and its budget
+python tests/benchmarks/budget.py --shape smollm2
 python tests/benchmarks/budget.py --peers    # and what TransformerLens takes for the same
 python tests/benchmarks/budget.py --growth   # time and memory by pairs, positions and layers
 """
@@ -9,13 +10,23 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
 import torch
 import typer
-from floor import bridge, floor, forward_and_backward, in_turn, plain_model, random_task, seconds
+from floor import (
+    SHAPES,
+    bridge,
+    floor,
+    forward_and_backward,
+    in_turn,
+    plain_model,
+    random_task,
+    seconds,
+)
 from transformer_lens import patching
 from transformer_lens.tools.analysis.attribution_patching import (
     EdgeAttributionConfig,
@@ -23,38 +34,56 @@ from transformer_lens.tools.analysis.attribution_patching import (
 )
 
 from circuits import evaluate, patch
+from circuits.judge.evaluation import SIZES
 from relp import DEEPLIFT, GRADIENT, PRESETS, RELP, Rules, attribute, preset, propagate
 from tasks import Task
 
-SHAPE = {"pairs": 8, "positions": 16, "layers": 12}
-GROWTH = {"pairs": (16, 32), "positions": (32, 64), "layers": (6, 24)}
-SWEPT = (0, 6, 11)
-"""Layers of the patching sweep: cells cost less the later they start, and these are their mean."""
-SWEEP_SPEEDUP = 5.0
+SIZE = {"pairs": 8, "positions": 16}
+GROWTH = {"pairs": (16, 32), "positions": (32, 64)}
+LAYERS = {"gpt2": (6, 24), "smollm2": (15, 60)}
+BUDGETS = {"node": (1.0, 1.15, 1.7), "edge": (1.3, 1.6, 4.5)}
+"""Rules of one run, of two, and PARTWAY; for its edges half of what EAP-IG takes with five steps.
+"""
+CIRCUIT, IN_GRID, CELL = 1.5, 0.7, 0.04
+SWEEP_SPEEDUP = 7.0
 PEAK_GB = 1.5
-TWO_BACKWARDS = {"node": 1.7, "edge": 4.5}
-"""Of PARTWAY; for edges half of what EAP-IG takes with five steps."""
+PER_LAYER = 2
+"""Heads of a layer in the patching sweep."""
 
 
-def main(rounds: int = 3, peers: bool = False, growth: bool = False) -> None:
-    """Prints the tables; `rounds` is how often each time is taken."""
+def main(shape: str = "", rounds: int = 3, peers: bool = False, growth: bool = False) -> None:
+    """Prints the tables.
+
+    `shape`: `gpt2` or `smollm2`, both if empty; `rounds`: how often each time is taken.
+    """
+    shapes = [shape] if shape else list(SHAPES)
     # first, while this process is small: a child's peak starts at what its parent held
-    shapes = [SHAPE] + [SHAPE | {k: v} for k, vs in GROWTH.items() for v in vs if growth]
-    runs = [(r, level, shape) for r in (RELP, DEEPLIFT) for level in ("node", "edge")
-            for shape in shapes if growth or level == "edge"]  # fmt: skip
+    runs = [(r.name, level, s, size) for s in shapes for size in sizes(s, growth=growth)
+            for r in (RELP, DEEPLIFT) for level in ("node", "edge")
+            if growth or level == "edge"]  # fmt: skip
     with get_context("fork").Pool(1, maxtasksperchild=1) as processes:
-        cells = pd.DataFrame(processes.starmap(cell, [(r.name, *rest) for r, *rest in runs], 1))
+        cells = pd.DataFrame(processes.starmap(cell, runs, 1))
     show(f"first run in a process of its own; budget of edges: {PEAK_GB} GB", cells)
+    for name in shapes if not growth else ():
+        model, plain, task = bridge(name), plain_model(name), random_task(name)
+        base = floor(plain, task)
+        tables = [attribution(model, task, base, rounds), exact(model, task, base, rounds)]
+        show(f"{name}: multiples of the floor", pd.concat(tables))
+        table = overhead(plain, task, rounds)
+        show(f"{name}: propagate, multiples of the same without", table)
+        if peers:
+            table = transformer_lens(model, plain, task)
+            show(f"{name}: TransformerLens, multiples of the floor", table)
+            show(f"{name}: patching heads by position", sweep(model, task))
+
+
+def sizes(shape: str, *, growth: bool) -> list[dict[str, int]]:
+    """What is run in processes of their own: one size, and larger ones."""
+    found: list[dict[str, int]] = [{**SIZE}]
     if growth:
-        return
-    model, plain, task = bridge(), plain_model(), random_task()
-    base = floor(plain, task)
-    show("multiples of the floor: attribution", attribution(model, task, base, rounds))
-    show("multiples of the floor: ten circuits, each", circuits(model, task, base, rounds))
-    show("multiples of forward and backward: propagate", overhead(plain, task, rounds))
-    if peers:
-        show("TransformerLens, multiples of the floor", transformer_lens(model, plain, task))
-        show("patching heads by position", sweep(model, task))
+        found += [SIZE | {k: v} for k, vs in GROWTH.items() for v in vs]
+        found += [SIZE | {"layers": v} for v in LAYERS[shape]]
+    return found
 
 
 def show(title: str, table: pd.DataFrame) -> None:
@@ -62,13 +91,15 @@ def show(title: str, table: pd.DataFrame) -> None:
     print(f"\n{title}\n{table.to_string(float_format='{:.2f}'.format)}", flush=True)
 
 
-def cell(rules: str, level: str, shape: dict[str, int]) -> dict[str, Any]:
+def cell(rules: str, level: str, shape: str, size: dict[str, int]) -> dict[str, Any]:
     """Time and peak memory of one attribution; for a process of its own."""
-    model, task = bridge(shape["layers"]), random_task(shape["pairs"], shape["positions"])
+    model = bridge(shape, layers=size.get("layers"))
+    task = random_task(shape, pairs=size["pairs"], positions=size["positions"])
     weights = sum(p.numel() * p.element_size() for p in model.original_model.parameters())
     cpu, _ = seconds(attribution_of(model, task, preset(rules), level))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-    return {"rules": rules, "level": level, **shape, "CPU s": cpu, "peak GB": peak,
+    about = {"shape": shape, "rules": rules, "level": level, "layers": len(model.blocks)}
+    return {**about, **size, "CPU s": cpu, "peak GB": peak,
             "weights GB": weights / 2**30}  # fmt: skip
 
 
@@ -79,19 +110,34 @@ def attribution_of(model: Any, task: Task, rules: Rules, level: str) -> Callable
 def attribution(model: Any, task: Task, base: Any, rounds: int) -> pd.DataFrame:
     """Nodes and edges under each preset."""
     calls, budgets = {}, {}
-    for level, budget in (("node", 1.15), ("edge", 1.5)):
+    for level, (one, two, partway) in BUDGETS.items():
         for rules in PRESETS.values():
-            calls[f"{level}s {rules.name}"] = attribution_of(model, task, rules, level)
-            two = TWO_BACKWARDS[level] if rules.partway else 2.0
-            budgets[f"{level}s {rules.name}"] = two if rules.needs_reference else budget
+            row = f"{level}s {rules.name}"
+            calls[row] = attribution_of(model, task, rules, level)
+            budgets[row] = partway if rules.partway else two if rules.needs_reference else one
     return judged(in_turn(base, calls, rounds=rounds), budgets)
 
 
-def circuits(model: Any, task: Task, base: Any, rounds: int) -> pd.DataFrame:
-    """The grid of ten sizes for one set of scores."""
-    scores = attribute(model, task, rules=GRADIENT, level="edge")
-    grid = {"evaluate": lambda: evaluate(model, task, scores, random=0, progress=False)}
-    return judged(in_turn(base, grid, rounds=rounds) / 10, {"evaluate": 1.5})
+def exact(model: Any, task: Task, base: Any, rounds: int) -> pd.DataFrame:
+    """One cell of a sweep of heads by position; one circuit alone, and of a grid of ten."""
+    scores = attribute(model, task, rules=GRADIENT, level="edge", progress=False)
+    names = heads(model)
+
+    def grid(sizes: tuple[float, ...]) -> pd.DataFrame:
+        work = partial(evaluate, model, task, scores, sizes=sizes, random=0, progress=False)
+        return in_turn(base, {f"a circuit, {len(sizes)} at once": work}, rounds=rounds) / len(sizes)
+
+    cells = {"a cell": lambda: patch(model, task, components=names, progress=False)}
+    count = len(names) * task.clean.shape[1]
+    table = pd.concat([grid(SIZES[4:5]), grid(SIZES),
+                       in_turn(base, cells, rounds=rounds) / count])  # fmt: skip
+    return judged(table, dict(zip(table.index, (CIRCUIT, IN_GRID, CELL), strict=True)))
+
+
+def heads(model: Any) -> list[str]:
+    """Some in the first, the middle and the last layer: cells cost less the later they start."""
+    last = len(model.blocks) - 1
+    return [f"L{layer}H{head}" for layer in (0, last // 2 + 1, last) for head in range(PER_LAYER)]
 
 
 def overhead(plain: Any, task: Task, rounds: int) -> pd.DataFrame:
@@ -136,9 +182,10 @@ def transformer_lens(model: Any, plain: Any, task: Task) -> pd.DataFrame:
 
 def sweep(model: Any, task: Task) -> pd.DataFrame:
     """Seconds per cell, and that both give the same numbers."""
-    names = [f"L{layer}H{head}" for layer in SWEPT for head in range(12)]
-    positions = task.clean.shape[1]
-    sample = [(layer, pos, 3) for layer in SWEPT for pos in (0, positions // 2, positions - 1)]
+    names, positions = heads(model), task.clean.shape[1]
+    firsts = [(int(layer[1:]), int(head)) for layer, head in (n.split("H") for n in names)]
+    sample = [(layer, pos, head) for layer, head in firsts[::PER_LAYER]
+              for pos in (0, positions // 2, positions - 1)]  # fmt: skip
     found: dict[str, Any] = {}
 
     def ours() -> None:
