@@ -234,6 +234,10 @@ def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
     monkeypatch.setattr("relp.bridge.memory.CIRCUIT_BYTES", 1)
     torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
+    monkeypatch.setattr("circuits.masked.ROW_BYTES", 0)
+    monkeypatch.setattr("circuits.masked.READ_BYTES", 1)
+    torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
+    torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
 
 
 def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
@@ -382,13 +386,17 @@ def alone(reference: Any, kept: set[tuple[str, str]], sites: Sites) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["GPTNeoX", "Gemma2", "Olmo2", "DeepseekV3", "Mamba"])
-def test_equals_a_slow_run_on_other_blocks(name: str, tmp_path: Path) -> None:
+def test_equals_a_slow_run_on_other_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(name, tmp_path, MODELS)
     task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
     generator = torch.Generator().manual_seed(0)
     every = sites.layout.exists
     masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
     found = circuit_metrics(sites, task, masks[:, None])
+    monkeypatch.setattr("circuits.masked.ROW_BYTES", 0)  # multiplied out when it is heard
+    torch.testing.assert_close(circuit_metrics(sites, task, masks[:, None]), found)
     reference = Reference(model, task)
     for mask, metric in zip(masks, found, strict=True):
         kept = {(sites.writers[w], sites.readers[r]) for w, r in mask.nonzero().tolist()}
