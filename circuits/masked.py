@@ -601,6 +601,8 @@ class _Written:
     """What modules hold differently at each site, if what they add is not kept."""
     filled: int = 0
     """How many writers have written."""
+    aside: bool = False
+    """A norm is asked what it would give: what passes its site then is not the run's."""
 
     @classmethod
     def of(cls, sites: Sites, base: Mapping[str, Tensor], circuits: int) -> _Written:
@@ -629,6 +631,8 @@ class _Written:
 
     def note(self, place: Place, site: str, value: Tensor) -> Tensor:
         """Notes what a site holds; the model goes on with it."""
+        if self.aside:
+            return value
         base = self.base[site].float()
         self.steps[site] = (value.float().unflatten(0, (-1, len(base))) - base).flatten(0, 1)
         if site == place.basis.holding[-1]:
@@ -649,7 +653,9 @@ class _Written:
         if basis.post is not None:
             behind = self.base[basis.behind][:, at]
             behind = behind.repeat(len(steps[0]) // len(behind), 1, 1)
+        self.aside = True
         parts = exact_changes(basis, steps[0], behind)
+        self.aside = False
         return torch.cat([parts, *(whole[None] - parts.sum(0) for whole in steps[1:])])
 
     def changes(
