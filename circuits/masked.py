@@ -11,8 +11,9 @@ output is split over them, as `DEEPLIFT` does.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,14 +25,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.graph import check_circuit, real_edges
-from relp import ModelLike, TaskLike
+from relp import Layout, ModelLike, TaskLike
 from relp.bridge import (
     ROOT,
+    ROW_BYTES,
+    Basis,
     Edit,
     Matrix,
     Place,
     Sites,
     answers_only,
+    as_fits,
     circuit_runs,
     editing,
     exact_changes,
@@ -49,9 +53,14 @@ from relp.bridge import (
 
 __all__ = [
     "UNABLE",
+    "Corrupt",
+    "Edges",
+    "Kept",
+    "circuit_edges",
     "circuit_masks",
     "circuit_metrics",
     "circuit_sites",
+    "cut",
     "doubt",
     "endpoints",
     "kept_by_span",
@@ -63,40 +72,82 @@ UNABLE = "the model must be able to do the task"
 """How the warning begins that shares of the gap would be shares of noise."""
 
 
+READ_BYTES = 256 << 20
+"""What readers of a place hear is made for as many positions at a time as fit in this."""
+
+Kept = Callable[[Place], Tensor]
+"""A circuit: which of the writers that are heard at a place each of its readers hears, `[pos,
+heard, column]`, made when it is needed. The position axis has length 1 where all are alike, and
+that of the spans for circuits by span."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corrupt:
+    """The corrupt run of some pairs of one length."""
+
+    task: TaskLike
+    values: Mapping[str, Tensor]
+    """The stream, and what is written to it."""
+    metric: Float[Tensor, " pair"]
+    outputs: Mapping[int, int]
+    """How each block returns (see `output_shapes`)."""
+
+    @classmethod
+    def of(cls, sites: Sites, task: TaskLike) -> Corrupt:
+        """Runs the corrupt prompts."""
+        with output_shapes(sites) as outputs:
+            values, metric = observe(sites, task, stream_sites(sites), side="corrupt")
+        return cls(task, values, metric, outputs)
+
+    def select(self, pairs: Int[Tensor, " chosen"]) -> Corrupt:
+        """Some of the pairs, in their order."""
+        if len(pairs) == len(self.task):
+            return self
+        values = {site: value[pairs.to(value.device)] for site, value in self.values.items()}
+        metric = self.metric[pairs.to(self.metric.device)]
+        return replace(self, task=self.task.select(pairs.tolist()), values=values, metric=metric)
+
+
+Runs = dict[tuple[int, ...], Corrupt]
+"""Corrupt runs that are kept for later, by the numbers of their pairs."""
+
+
 def endpoints(
-    sites: Sites, task: TaskLike
+    sites: Sites, task: TaskLike, *, runs: Runs | None = None
 ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """The metric on the clean and on the corrupt prompts, between which circuits are placed.
+
+    The first corrupt run is left in `runs`: `circuit_metrics` need not repeat it.
 
     Warns:
         UserWarning: the model cannot do the task, as for `faithfulness`.
 
     Raises:
         ValueError: the two do not differ, so that there is nothing to recover.
-        RuntimeError: all edges together do not give the clean run, on the first pair. What breaks
-            it (a hook, a part of the model without edges) breaks it on every pair, and trying all
-            would take a single circuit half as long again.
+        RuntimeError: all edges together do not give the clean run, on the first pair that is run.
+            What breaks it (a hook, a part of the model without edges) breaks it on every pair, and
+            trying all would take a single circuit half as long again.
     """
     task.must_fit(sites.model.cfg, sites.model_name)
-    metrics = {side: torch.zeros(len(task)) for side in ("clean", "corrupt")}
-    for side, values in metrics.items():
-        for index, batch in task.buckets(circuit_runs(sites, task)):
-            values[index] = observe(sites, batch, (), side=side)[1].float().cpu()
-    clean, corrupt = metrics["clean"], metrics["corrupt"]
-    every = sites.layout.exists
-    late = {*sites.blocks[-1].readers, "logits.in"}
-    # Beside a circuit that differs at the end only, so that the blocks before are skipped; and
-    # behind one that differs everywhere: a hook that acts on the first row of a batch misses it.
-    beside = every & torch.tensor([reader not in late for reader in sites.layout.readers])
-    error = 0.0
-    for masks, at in (([every, beside], 0), ([torch.zeros_like(every), every], 1)):
-        found = circuit_metrics(sites, task.select([0]), torch.stack(masks)[:, None])
-        error = max(error, float((found[at] - clean[:1]).abs()))
-    if error > 1e-2 * max(1.0, float(clean.abs().max())):
-        raise RuntimeError(
-            "all edges together must give the clean run; the rebuilt run's metric misses it by "
-            f"{error:.2g}; remove hooks that change activations, or run the model in float32"
-        )
+    clean, corrupt = torch.zeros(2, len(task))
+    done = torch.zeros(len(task), dtype=torch.bool)
+    runs = {} if runs is None else runs
+
+    def run(rows: int) -> None:
+        for index, pairs in task.buckets(rows):
+            if bool(done[index].all()):
+                continue
+            clean[index] = observe(sites, pairs, (), side="clean")[1].float().cpu()
+            if bool(done.any()):
+                corrupt[index] = observe(sites, pairs, (), side="corrupt")[1].float().cpu()
+            else:
+                first = runs[tuple(index.tolist())] = Corrupt.of(sites, pairs)
+                corrupt[index] = first.metric.float().cpu()
+            done[index] = True
+
+    as_fits(run, circuit_runs(sites, task), emptied=runs.clear)
+    for index, first in runs.items():
+        _must_rebuild(sites, first.select(torch.tensor([0])), clean[[index[0]]])
     if abs(float(clean.mean() - corrupt.mean())) < 1e-6:
         raise ValueError(
             "faithfulness needs a metric that differs between clean and corrupt prompts; both "
@@ -143,12 +194,54 @@ def circuit_sites(model: ModelLike, circuits: nx.MultiDiGraph | Sequence[nx.Mult
     return sites.splitting(check_circuit(graphs[0]).graph["neurons"].split()) if graphs else sites
 
 
-def circuit_masks(
-    sites: Sites, task: TaskLike, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]
-) -> Bool[Tensor, "circuit pos writer reader"]:
-    """Which writers each reader hears; the position axis has length 1 where all are alike.
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """The edges of a circuit, by the place of each in a table of scores: a `Kept`."""
 
-    Of circuits by span (`kept_by_span`) it holds the task's spans, and what is outside of them.
+    layout: Layout
+    positions: int
+    """How many positions or spans the circuit has; 1 where all are alike."""
+    pos: Int[Tensor, " edge"]
+    writer: Int[Tensor, " edge"]
+    reader: Int[Tensor, " edge"]
+    """Ascending."""
+    rest: bool = False
+    """The circuit is what these leave over of the model."""
+
+    def __call__(self, place: Place) -> Bool[Tensor, "pos heard column"]:
+        """Those into the readers of one place."""
+        start, stop = place.columns.start, place.columns.stop
+        ends = torch.searchsorted(self.reader, torch.tensor([start, stop])).tolist()
+        pos, writer, reader = (t[slice(*ends)] for t in (self.pos, self.writer, self.reader))
+        found = torch.zeros(self.positions, place.heard.stop, stop - start, dtype=torch.bool)
+        found[pos, writer, reader - start] = True
+        return ~found if self.rest else found  # all that is heard at a place are edges
+
+    @property
+    def mask(self) -> Bool[Tensor, "pos writer reader"]:
+        """All edges at once."""
+        found = torch.zeros(self.positions, *self.layout.exists.shape, dtype=torch.bool)
+        found[self.pos, self.writer, self.reader] = True
+        return self.layout.exists & ~found if self.rest else found
+
+
+def cut(circuit: Kept, edge: tuple[int, int, int]) -> Kept:
+    """A circuit without one edge: its position (or span), writer and reader."""
+    pos, writer, reader = edge
+
+    def without(place: Place) -> Bool[Tensor, "pos heard column"]:
+        found = circuit(place).clone()
+        if place.columns.start <= reader < place.columns.stop:
+            found[pos, writer, reader - place.columns.start] = False
+        return found
+
+    return without
+
+
+def circuit_edges(
+    sites: Sites, task: TaskLike, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]
+) -> list[Edges]:
+    """The edges of each circuit, by span (`kept_by_span`) those of the task's spans.
 
     Raises:
         TypeError, ValueError: there is no circuit, one is not of this model, one has other neurons
@@ -168,8 +261,9 @@ def circuit_masks(
     length = _places(task, graphs)
     layout = sites.layout
     exists = layout.exists.tolist()
-    masks = torch.zeros(len(graphs), length, *layout.exists.shape, dtype=torch.bool)
-    for mask, graph in zip(masks, graphs, strict=True):
+    listed = []
+    for graph in graphs:
+        positions = length if graph.graph["positions"] else 1
         found = []
         for u, _, _, data in real_edges(graph):
             pos, reader = data["pos"], layout.column.get(data["reader"])
@@ -180,11 +274,19 @@ def circuit_masks(
                     f"{data['reader']!r} is not one of {sites.model_name!r}; evaluate the circuit "
                     "on the model and the prompts it was found with"
                 )
-            found.append((pos, writer, reader))
-        if found:
-            pos, writer, reader = torch.tensor(found).T
-            mask[pos if graph.graph["positions"] else slice(None), writer, reader] = True
-    return masks
+            found.append((reader, max(pos, 0), writer))
+        reader, pos, writer = torch.tensor(sorted(found), dtype=torch.long).view(-1, 3).T
+        listed.append(Edges(layout, positions, pos, writer, reader.contiguous()))
+    return listed
+
+
+def circuit_masks(
+    sites: Sites, task: TaskLike, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]
+) -> Bool[Tensor, "circuit pos writer reader"]:
+    """`circuit_edges` as one table each; the position axis has length 1 where all are alike."""
+    masks = [edges.mask for edges in circuit_edges(sites, task, circuits)]
+    length = max(map(len, masks))
+    return torch.stack([mask.expand(length, -1, -1) for mask in masks])
 
 
 def _listed(circuits: object) -> list[nx.MultiDiGraph]:
@@ -234,45 +336,127 @@ def _places(task: TaskLike, graphs: Sequence[nx.MultiDiGraph]) -> int:
 def circuit_metrics(
     sites: Sites,
     task: TaskLike,
-    masks: Bool[Tensor, "circuit pos writer reader"],
+    circuits: Sequence[Kept] | Bool[Tensor, "circuit pos writer reader"],
     *,
     by_span: bool = False,
     progress: bool = False,
+    runs: Runs | None = None,
 ) -> Float[Tensor, "circuit pair"]:
-    """The task's metric of each circuit alone; `by_span`: positions of the masks are its spans.
+    """The task's metric of each circuit alone; `by_span`: positions of the circuits are its spans.
 
     Each batch of pairs takes one corrupt run, however many circuits there are, and blocks before
-    the first one in which circuits differ are run for one of them.
+    the first one in which circuits differ are run for one of them. Where memory runs out, batches
+    become smaller, and what is finished is not run again.
+
+    Args:
+        sites: of the model.
+        task: the pairs.
+        circuits: each as a function of places, or as a mask of its edges.
+        by_span: see above.
+        progress: show a bar.
+        runs: corrupt runs that are known, and are used up.
     """
-    rows = circuit_runs(sites, task)
-    found = torch.zeros(len(masks), len(task))
+    if isinstance(circuits, Tensor):
+        circuits = [partial(_part_of, mask) for mask in circuits]
+    known = {} if runs is None else runs
+    found = torch.zeros(len(circuits), len(task))
+    done = torch.zeros_like(found, dtype=torch.bool)
     with tqdm(total=found.numel(), desc="circuits", unit="run", disable=not progress,
               leave=False) as bar:  # fmt: skip
-        for index, batch, places in _batches(task, rows, by_span):
-            with output_shapes(sites) as outputs:
-                base, _ = observe(sites, batch, stream_sites(sites), side="corrupt")
-            together = max(1, rows // len(batch))
-            for at in range(0, len(masks), together):
-                some = masks[at : at + together]
-                run = _Run.of(sites, base, some if places is None else some[:, places])
-                found[at : at + together, index] = run.metric(batch, outputs).float().cpu()
-                bar.update(len(run.masks) * len(batch))
+
+        def run(rows: int) -> None:
+            for index, pairs in task.buckets(rows):
+                left = (~done[:, index]).any(1).nonzero().flatten()
+                if not len(left):
+                    continue
+                base = known.pop(tuple(index.tolist()), None) or Corrupt.of(sites, pairs)
+                for chosen, places in _alike(pairs, by_span=by_span):
+                    some = base.select(chosen)
+                    for numbers in left.split(max(1, rows // len(chosen))):
+                        cells = numbers[:, None], index[chosen]
+                        listed = [circuits[i] for i in numbers.tolist()]
+                        found[cells] = _metrics(sites, some, listed, places).float().cpu()
+                        done[cells] = True
+                        bar.update(int(done.sum()) - bar.n)
+
+        as_fits(run, circuit_runs(sites, task), emptied=known.clear)
     return found
 
 
-def _batches(
-    task: TaskLike, rows: int, by_span: bool
-) -> Iterator[tuple[Tensor, TaskLike, Int[Tensor, " pos"] | None]]:
-    """Which pairs, and the task of these, which have one length; `by_span`: and their spans at the
-    same positions, with the number of the span at each."""
-    for index, batch in task.buckets(rows):
-        if not by_span:
-            yield index, batch, None
-            continue
-        places = span_index(batch.spans, len(batch), batch.clean.shape[1])
-        for found in places.unique(dim=0):
-            chosen = (places == found).all(1).nonzero().flatten()
-            yield index[chosen], batch.select(chosen.tolist()), found
+def _part_of(
+    mask: Bool[Tensor, "pos writer reader"], place: Place
+) -> Bool[Tensor, "pos heard column"]:
+    return mask[:, place.heard, place.columns]
+
+
+def _alike(
+    pairs: TaskLike, *, by_span: bool
+) -> Iterator[tuple[Int[Tensor, " pair"], Int[Tensor, " pos"] | None]]:
+    """The numbers of pairs that share a run; `by_span`: those whose spans are at the same
+    positions, with the number of the span at each."""
+    if not by_span:
+        yield torch.arange(len(pairs)), None
+        return
+    index = span_index(pairs.spans, len(pairs), pairs.clean.shape[1])
+    for places in index.unique(dim=0):
+        yield (index == places).all(1).nonzero().flatten(), places
+
+
+def _metrics(
+    sites: Sites,
+    corrupt: Corrupt,
+    circuits: Sequence[Kept],
+    places: Int[Tensor, " pos"] | None = None,
+) -> Float[Tensor, "circuit pair"]:
+    """The metric of circuits that share a batch."""
+    first = _first_difference(sites, circuits)
+    if first:
+        once = _Run.of(sites, corrupt, circuits[:1], places)
+        once.run(range(first))
+        run = once.followed_by(circuits, 0)
+    else:
+        run = _Run.of(sites, corrupt, circuits, places)
+    return run.metric(range(first, len(sites.blocks)))
+
+
+def _first_difference(sites: Sites, circuits: Sequence[Kept]) -> int:
+    """The first block in which readers of two circuits hear different writers; 0 for one alone."""
+    if len(circuits) == 1:
+        return 0
+    for place in stream_places(sites):
+        one, *others = (circuit(place) for circuit in circuits)
+        if any(bool((one != other).any()) for other in others):
+            return place.layer
+    return len(sites.blocks)
+
+
+def _must_rebuild(sites: Sites, corrupt: Corrupt, clean: Float[Tensor, " pair"]) -> None:
+    """Tries on a pair that all edges together give the clean run.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    layout, every = sites.layout, sites.layout.exists[None]
+    late = {*sites.blocks[-1].readers, "logits.in"}
+    beside = every & torch.tensor([reader not in late for reader in layout.readers])
+    none, whole, most = (partial(_part_of, m) for m in (torch.zeros_like(every), every, beside))
+    found: list[Tensor] = []
+
+    def run(rows: int) -> None:
+        # Behind a circuit that differs everywhere: a hook that acts on the first row of a batch
+        # misses it. And beside one that differs at the end only, the blocks before being skipped.
+        blocks = range(len(sites.blocks))
+        run = _Run.of(sites, corrupt, [none, whole][-rows:])
+        found[:] = [run.metric(blocks)[-1]]
+        found.append(run.followed_by([whole, most][:rows], rows - 1).metric(blocks[-1:])[0])
+
+    as_fits(run, 2, emptied=found.clear)
+    error = max(float((metric.float().cpu() - clean).abs().max()) for metric in found)
+    if error > 1e-2 * max(1.0, float(clean.abs().max())):
+        raise RuntimeError(
+            "all edges together must give the clean run; the rebuilt run's metric misses it by "
+            f"{error:.2g}; remove hooks that change activations, or run the model in float32"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,11 +464,12 @@ class _Run:
     """A few circuits on the clean prompts of a few pairs of one length: the rows of one batch."""
 
     sites: Sites
-    base: Mapping[str, Tensor]
+    corrupt: Corrupt
     """The corrupt run of the pairs."""
-    masks: Bool[Tensor, "circuit pos writer reader"]
-    change: Float[Tensor, "writer row length d_model"]
-    """What each writer adds now, minus what it added in the corrupt run."""
+    circuits: Sequence[Kept]
+    places: Int[Tensor, " pos"] | None
+    """The span at each position, for circuits by span."""
+    written: _Written
     projected: dict[str, Tensor] = field(default_factory=dict)
     """What a place's readers hold behind their matrices, until the model comes to these."""
 
@@ -292,57 +477,47 @@ class _Run:
     def of(
         cls,
         sites: Sites,
-        base: Mapping[str, Tensor],
-        masks: Bool[Tensor, "circuit pos writer reader"],
+        corrupt: Corrupt,
+        circuits: Sequence[Kept],
+        places: Int[Tensor, " pos"] | None = None,
     ) -> _Run:
-        pairs, *shape = base["final"].shape
-        return cls(
-            sites,
-            base,
-            masks.to(sites.device),
-            torch.zeros(len(sites.layout.writers), len(masks) * pairs, *shape, device=sites.device),
-        )
+        """Before any block has run."""
+        written = _Written.of(sites, corrupt.values, len(circuits))
+        return cls(sites, corrupt, circuits, places, written)
 
-    def metric(self, task: TaskLike, outputs: Mapping[int, int]) -> Float[Tensor, "circuit pair"]:
-        """The metric of each circuit; `outputs`: how each block returns (see `output_shapes`)."""
-        first = self.first_difference() if len(self.masks) > 1 else 0
-        if first:
-            once = replace(self, masks=self.masks[:1], change=self.change[:, : len(task)].clone())
-            once.run(task, range(first), outputs)
-            written = next(p.rows.start for p in stream_places(self.sites) if p.layer == first)
-            known = once.change[:written]
-            self.change[: len(known)] = known.repeat(1, len(self.masks), 1, 1)
-        logits = self.run(task, range(first, len(self.sites.blocks)), outputs)
-        return torch.stack([task.metric(part) for part in logits.split(len(task))])
+    def followed_by(self, circuits: Sequence[Kept], number: int) -> _Run:
+        """Others that are as one of these in all blocks that have run."""
+        pairs = len(self.corrupt.task)
+        written = self.written.repeated(slice(number * pairs, (number + 1) * pairs), len(circuits))
+        return replace(self, circuits=circuits, written=written, projected={})
 
-    def first_difference(self) -> int:
-        """The first block in which readers of two circuits hear different writers."""
-        differ = (self.masks[1:] != self.masks[0]).flatten(0, 2).any(0)
-        found = zip(self.sites.layout.targets, differ.tolist(), strict=True)
-        layers = [owner.layer for (owner, _), at in found if at and owner.kind != "logits"]
-        return min(layers, default=len(self.sites.blocks))
+    def metric(self, layers: range) -> Float[Tensor, "circuit pair"]:
+        """The metric of each circuit."""
+        pairs = self.corrupt.task
+        return torch.stack([pairs.metric(part) for part in self.run(layers).split(len(pairs))])
 
-    def run(self, task: TaskLike, layers: range, outputs: Mapping[int, int]) -> Tensor:
+    def run(self, layers: range) -> Float[Tensor, "row read d_vocab"]:
         """The logits at the end of a run in which only some blocks take part."""
-        edits: dict[str, Edit] = answers_only(self.sites, task, len(self.masks))
+        pairs, copies = self.corrupt.task, len(self.circuits)
+        edits: dict[str, Edit] = answers_only(self.sites, pairs, copies)
         if 0 in layers:
-            edits[ROOT] = self.note_embedding
+            edits[ROOT] = partial(self.written.note, EMBEDDING, ROOT)
         for place in stream_places(self.sites):
             if place.layer in layers or place.entry == "final":
                 edits |= self.edits(place)
-        tokens = task.clean.to(self.sites.device).repeat(len(self.masks), 1)
+        tokens = pairs.clean.to(self.sites.device).repeat(copies, 1)
         others = [b.layer for b in self.sites.blocks if b.layer not in layers]
         with (
             torch.no_grad(),
             precise_logits(self.sites),
-            skipping(self.sites, others, outputs),
+            skipping(self.sites, others, self.corrupt.outputs),
             editing(self.sites, edits),
         ):
             logits: Tensor = self.sites.model(tokens)
         return logits
 
     def edits(self, place: Place) -> dict[str, Edit]:
-        """What readers of a place get is put in, and what its writers add is noted."""
+        """What readers of a place get is put in, and what its writers hold is noted."""
         basis = place.basis
         found: dict[str, Edit] = {}
         for slot in basis.slots:
@@ -350,47 +525,19 @@ class _Run:
                 found |= {m.site: partial(self.project, place, m) for m in slot.through}
         if basis.entry:
             found[basis.entry] = partial(self.read, place)
-        if basis.out and basis.parts:
-            found[basis.out.site] = partial(self.note_parts, place)
-        if basis.entry and basis.entry != place.entry:  # the logits write nothing
-            found[basis.component] = partial(self.note_whole, place)
+        if place.rows.start < place.rows.stop:  # the logits write nothing
+            found |= {site: partial(self.written.note, place, site) for site in basis.holding}
         return found
-
-    # what writers add
-
-    def note_embedding(self, value: Tensor) -> Tensor:
-        """Notes what the embedding adds differently; the model goes on with it."""
-        self.change[0] = self.step(ROOT, value)
-        return value
-
-    def note_parts(self, place: Place, value: Tensor) -> Tensor:
-        """Notes what each head, or neuron that is split off, adds differently."""
-        basis, behind = place.basis, None
-        assert basis.out is not None
-        if basis.post is not None:
-            behind = self.base[basis.behind].repeat(len(self.masks), 1, 1)
-        parts = self.change[place.rows][: len(basis.parts)]
-        parts[:] = exact_changes(basis, self.step(basis.out.site, value), behind)
-        return value
-
-    def note_whole(self, place: Place, value: Tensor) -> Tensor:
-        """Notes what a module, less the parts that are split off, adds differently."""
-        change = self.change[place.rows]
-        change[-1] = self.step(place.basis.component, value)
-        if place.basis.parts:
-            change[-1] -= change[:-1].sum(0)
-        return value
-
-    def step(self, site: str, value: Tensor) -> Tensor:
-        """A site's value minus that of the corrupt run."""
-        return value.float() - self.base[site].float().repeat(len(self.masks), 1, 1)
 
     # what readers get
 
     def read(self, place: Place, _: Tensor) -> Tensor:
         """What a module as a whole, or the rest of it, gets in every circuit."""
-        last = slice(place.columns.stop - 1, place.columns.stop)
-        return torch.cat([self.inputs(c, place, last)[0][0] for c in range(len(self.masks))])
+        found = []
+        for circuit in range(len(self.circuits)):
+            parts = self.inputs(circuit, place, slice(-1, None))
+            found.append(torch.cat([x[0] for x, _ in parts], 1))
+        return torch.cat(found)
 
     def project(self, place: Place, matrix: Matrix, value: Tensor) -> Tensor:
         """A site at which each part holds what follows from its own input; all sites of a place
@@ -398,30 +545,142 @@ class _Run:
         slots = [slot for slot in place.basis.slots if slot.readers]
         if not self.projected:
             sizes = [len(slot.readers) for slot in slots]
-            columns = slice(place.columns.start, place.columns.start + sum(sizes))
             found: dict[str, list[Tensor]] = defaultdict(list)
-            for circuit in range(len(self.masks)):
-                x, row = self.inputs(circuit, place, columns)
-                for slot, rows in zip(slots, row.split(sizes), strict=True):
-                    for site, part in slot.project(x[rows], range(len(rows))).items():
-                        found[site].append(part)
+            for circuit in range(len(self.circuits)):
+                held: dict[str, list[Tensor]] = defaultdict(list)
+                for x, row in self.inputs(circuit, place, slice(sum(sizes))):
+                    for slot, rows in zip(slots, row.split(sizes), strict=True):
+                        for site, part in slot.project(x[rows], range(len(rows))).items():
+                            held[site].append(part)
+                for site, parts in held.items():
+                    found[site].append(torch.cat(parts, 2))
             self.projected.update({site: torch.cat(parts, 1) for site, parts in found.items()})
         (numbers,) = (slot.numbers for slot in slots if matrix in slot.through)
         return matrix.replaced(value, numbers, self.projected.pop(matrix.site))
 
     def inputs(
         self, circuit: int, place: Place, columns: slice
-    ) -> tuple[Float[Tensor, "row pair pos d_model"], Int[Tensor, " reader"]]:
-        """What readers of one place get in one circuit, behind their norm, and each reader's row:
-        those who hear the same share it."""
-        keep = self.masks[circuit, :, place.heard, columns]
+    ) -> Iterator[tuple[Float[Tensor, "row pair pos d_model"], Int[Tensor, " reader"]]]:
+        """What some readers of one place get in one circuit, behind their norm, and each reader's
+        row: those who hear the same share it. A few positions at a time."""
+        residual = self.corrupt.values[place.entry]
+        keep = self.circuits[circuit](place)[:, :, columns].to(self.sites.device)
+        keep = keep if self.places is None else keep[self.places.to(keep.device)]
         keep, row = torch.unique(keep, dim=2, return_inverse=True)
-        residual = self.base[place.entry]
-        mine = slice(circuit * len(residual), (circuit + 1) * len(residual))
-        change = self.change[place.heard, mine]
-        if len(keep) == 1:
-            heard = einsum(keep[0].float(), change, "w r, w p t d -> r p t d")
-        else:
-            heard = einsum(keep.float(), change, "t w r, w p t d -> r p t d")
-        x = (residual.float() + heard.to(residual.device)).to(residual.dtype)
-        return normed(place.basis, x), row
+        pairs, length, d_model = residual.shape
+        rows = slice(circuit * pairs, (circuit + 1) * pairs)
+        values = max(keep.shape[2], self.written.together) * pairs * d_model
+        for some in torch.arange(length).split(max(1, READ_BYTES // (4 * values))):
+            at = slice(int(some[0]), int(some[-1]) + 1)
+            heard = self.written.heard(keep if len(keep) == 1 else keep[at], rows, at)
+            x = heard.to(residual.device).add_(residual[:, at]).to(residual.dtype)
+            yield normed(place.basis, x), row
+
+
+EMBEDDING = Place(Basis(ROOT, None, entry=ROOT), -1, ROOT, slice(0), slice(0, 1), slice(0))
+"""Where the embedding is written, as a place at which nothing is read."""
+
+
+@dataclass(eq=False)
+class _Written:
+    """What each writer adds now, minus what it added in the corrupt run.
+
+    Of long prompts that is many times the activations of a run. Then only what the modules hold
+    differently is kept (heads their `d_head` values), and multiplied out whenever it is heard.
+    """
+
+    places: tuple[Place, ...]
+    """All at which something is written."""
+    base: Mapping[str, Tensor]
+    """The corrupt run."""
+    wide: Float[Tensor, "writer row pos d_model"] | None
+    """What the writers so far add; None where that is too much."""
+    steps: dict[str, Float[Tensor, "row pos d"]] = field(default_factory=dict)
+    """What modules hold differently at each site, if what they add is not kept."""
+    filled: int = 0
+    """How many writers have written."""
+    aside: bool = False
+    """A norm is asked what it would give: what passes its site then is not the run's."""
+
+    @classmethod
+    def of(cls, sites: Sites, base: Mapping[str, Tensor], circuits: int) -> _Written:
+        """Before anything is written."""
+        places = (EMBEDDING, *(p for p in stream_places(sites) if p.rows.start < p.rows.stop))
+        pairs, *shape = base["final"].shape
+        wide = (len(sites.layout.writers), circuits * pairs, *shape)
+        if 4 * math.prod(wide) > ROW_BYTES * circuits * pairs:
+            return cls(places, base, None)
+        return cls(places, base, torch.empty(wide, device=sites.device))
+
+    @property
+    def together(self) -> int:
+        """How many writers are multiplied out at a time."""
+        return 0 if self.wide is not None else max(p.rows.stop - p.rows.start for p in self.places)
+
+    def repeated(self, rows: slice, times: int) -> _Written:
+        """What some of the rows hold, several times."""
+        steps = {site: step[rows].repeat(times, 1, 1) for site, step in self.steps.items()}
+        if self.wide is None:
+            return replace(self, steps=steps)
+        known = self.wide[: self.filled, rows]
+        wide = known.new_empty(len(self.wide), times * known.shape[1], *known.shape[2:])
+        wide[: self.filled] = known.repeat(1, times, 1, 1)
+        return replace(self, wide=wide, steps=steps)
+
+    def note(self, place: Place, site: str, value: Tensor) -> Tensor:
+        """Notes what a site holds; the model goes on with it."""
+        if self.aside:
+            return value
+        base = self.base[site].float()
+        self.steps[site] = (value.float().unflatten(0, (-1, len(base))) - base).flatten(0, 1)
+        if site == place.basis.holding[-1]:
+            if self.wide is not None:
+                self.wide[place.rows] = self.added(place, slice(None), slice(None))
+                self.steps.clear()
+            self.filled = place.rows.stop
+        return value
+
+    def added(
+        self, place: Place, rows: slice, at: slice
+    ) -> Float[Tensor, "writer row pos d_model"]:
+        """What the writers of a place add: the last, what its other parts do not."""
+        basis, behind = place.basis, None
+        steps = [self.steps[site][rows, at] for site in basis.holding]
+        if not basis.parts:
+            return steps[0][None]
+        if basis.post is not None:
+            behind = self.base[basis.behind][:, at]
+            behind = behind.repeat(len(steps[0]) // len(behind), 1, 1)
+        self.aside = True
+        parts = exact_changes(basis, steps[0], behind)
+        self.aside = False
+        return torch.cat([parts, *(whole[None] - parts.sum(0) for whole in steps[1:])])
+
+    def changes(
+        self, wanted: Bool[Tensor, " heard"], rows: slice, at: slice
+    ) -> Iterator[tuple[slice, Float[Tensor, "writer row pos d_model"]]]:
+        """What the first writers add: all of them, or place by place, where some are wanted."""
+        if self.wide is not None:
+            yield slice(len(wanted)), self.wide[: len(wanted), rows, at]
+            return
+        for place in self.places:
+            if place is EMBEDDING or bool(wanted[place.rows].any()):
+                yield place.rows, self.added(place, rows, at)
+
+    def heard(
+        self, keep: Bool[Tensor, "place heard reader"], rows: slice, at: slice
+    ) -> Float[Tensor, "reader row pos d_model"]:
+        """The sum over the writers whom each reader hears."""
+        wanted = keep.any(2).any(0)
+        found: Tensor | None = None
+        for writers, change in self.changes(wanted, rows, at):
+            some, which = keep[:, writers], wanted[writers].nonzero().flatten()
+            if 4 * len(which) < len(change):  # reading all takes longer than copying these
+                some, change = some[:, which], change[which]
+            if len(some) == 1:
+                more = (some[0].T.float() @ change.flatten(1)).unflatten(1, change.shape[1:])
+            else:
+                more = einsum(some.float(), change, "t w r, w p t d -> r p t d")
+            found = more if found is None else found.add_(more)
+        assert found is not None
+        return found

@@ -30,10 +30,10 @@ from circuits import (
     top,
 )
 from circuits.graph import real_edges, size
-from circuits.masked import circuit_masks, circuit_metrics, endpoints
+from circuits.masked import Edges, circuit_masks, circuit_metrics, cut, endpoints
 from circuits.masked import doubt as doubt_of
-from relp import RELP, Component, attribute
-from relp.bridge import span_index
+from relp import RELP, Component, Layout, attribute
+from relp.bridge import Basis, Place, span_index
 from relp.bridge.run import OURS
 from relp.bridge.sites import Sites
 from tasks import Task
@@ -234,6 +234,58 @@ def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
     monkeypatch.setattr("relp.bridge.memory.CIRCUIT_BYTES", 1)
     torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
+    monkeypatch.setattr("circuits.masked.ROW_BYTES", 0)
+    monkeypatch.setattr("circuits.masked.READ_BYTES", 1)
+    torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
+    torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
+
+
+def test_where_memory_runs_out_batches_become_smaller(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, sites = able_task(tiny, pairs=3, length=4), Sites.of(tiny)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(4, 1, len(sites.writers), len(sites.readers), generator=generator) < 0.5
+    expected, ends = circuit_metrics(sites, task, masks), endpoints(sites, task)
+    monkeypatch.setattr("circuits.masked.circuit_runs", lambda *_: 12)
+    rows: list[int] = []
+
+    def note(_: Any, __: Any, output: Tensor) -> None:
+        rows.append(len(output))
+        if len(output) > (5 if len(rows) <= 6 else 2):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    handle = sites.points["final"].register_forward_hook(note)
+    try:
+        torch.testing.assert_close(circuit_metrics(sites, task, masks), expected)
+        # 12 rows do not fit, nor 6; then one circuit is done, the next one must run pair by pair
+        assert rows == [3, 12, 3, 6, 3, 3, 3] + 3 * [1, 1, 1, 1]
+        torch.testing.assert_close(torch.stack(endpoints(sites, task)), torch.stack(ends))
+    finally:
+        handle.remove()
+
+
+def test_a_circuit_takes_no_more_than_its_edges() -> None:
+    """In the shape of Llama-3.1-8B, by position: a mask for each cut would be 683 GB."""
+    layers, heads = range(32), range(32)
+    writers = [f"L{i}{part}" for i in layers for part in (*(f"H{h}" for h in heads), ".mlp")]
+    read = [f"L{i}{part}" for i in layers for part in (
+        *(f"H{h}.q" for h in heads), *(f"KV{h}.{s}" for s in "kv" for h in range(8)), ".mlp.in"
+    )]  # fmt: skip
+    layout = Layout.of(("embed", *writers), (*read, "logits.in"), False)
+    assert layout.exists.shape == (1057, 1569)
+    n = torch.arange(200)
+    edges = Edges(layout, 2048, 10 * n, 5 * n, torch.full_like(n, 1568))
+    last = Place(Basis("logits", None, entry="final"), 32, "final", slice(1057), slice(0),
+                 slice(1568, 1569))  # fmt: skip
+    whole = edges(last)
+    assert whole.shape == (2048, 1057, 1) and int(whole.sum()) == 200
+    assert int(replace(edges, rest=True)(last).sum()) == 2048 * 1057 - 200
+    for i in (0, 7, 199):
+        lost = whole & ~cut(edges, (10 * i, 5 * i, 1568))(last)
+        assert lost.nonzero().tolist() == [[10 * i, 5 * i, 0]]
+    before = replace(last, heard=slice(1024), columns=slice(1519, 1551))
+    assert not edges(before).any() and not cut(edges, (0, 0, 1568))(before).any()
 
 
 def test_many_circuits_take_one_corrupt_run_and_one_batch(tiny: Any) -> None:
@@ -382,13 +434,17 @@ def alone(reference: Any, kept: set[tuple[str, str]], sites: Sites) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["GPTNeoX", "Gemma2", "Olmo2", "DeepseekV3", "Mamba"])
-def test_equals_a_slow_run_on_other_blocks(name: str, tmp_path: Path) -> None:
+def test_equals_a_slow_run_on_other_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(name, tmp_path, MODELS)
     task, sites = random_task(model, pairs=2, length=4), Sites.of(model)
     generator = torch.Generator().manual_seed(0)
     every = sites.layout.exists
     masks = (torch.rand(3, *every.shape, generator=generator) < 0.5) & every
     found = circuit_metrics(sites, task, masks[:, None])
+    monkeypatch.setattr("circuits.masked.ROW_BYTES", 0)  # multiplied out when it is heard
+    torch.testing.assert_close(circuit_metrics(sites, task, masks[:, None]), found)
     reference = Reference(model, task)
     for mask, metric in zip(masks, found, strict=True):
         kept = {(sites.writers[w], sites.readers[r]) for w, r in mask.nonzero().tolist()}

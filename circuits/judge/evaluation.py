@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -27,7 +28,9 @@ from torch import Tensor
 
 from circuits.judge.resampling import interval, p_value, random_swaps, resamples, swaps
 from circuits.masked import (
-    circuit_masks,
+    Kept,
+    Runs,
+    circuit_edges,
     circuit_metrics,
     circuit_sites,
     endpoints,
@@ -35,7 +38,7 @@ from circuits.masked import (
 )
 from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
-from relp.bridge import Sites, span_places, undisturbed
+from relp.bridge import Place, Sites, span_places, undisturbed
 
 __all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
 
@@ -219,18 +222,17 @@ def evaluate(
         name = "random" if random == 1 else f"random {i + 1}"
         source = replace(many[0].provenance, rules=name, direction=Direction.DENOISE)
         many.append(replace(many[0], provenance=source, edges=drawn))
-    masks = [_best(s, sizes, signed) for s in many]
-    length = max(m.shape[1] for m in masks)
-    clean, corrupt = endpoints(sites, task)
-    together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
+    runs: Runs = {}
+    clean, corrupt = endpoints(sites, task, runs=runs)
+    best = [circuit for s in many for circuit in _best(s, sizes, signed)]
     by_span = bool(many[0].places)
-    metric = circuit_metrics(sites, task, together, by_span=by_span, progress=progress)
+    metric = circuit_metrics(sites, task, best, by_span=by_span, progress=progress, runs=runs)
     return Evaluation(
         model=sites.model_name,
         task=task.name,
         rules=tuple(s.rules for s in many),
         sizes=tuple(float(s) for s in sizes),
-        edges=torch.stack([m.flatten(1).sum(1) for m in masks]),
+        edges=torch.tensor([[_number(s, size) for size in sizes] for s in many]),
         metric=metric.unflatten(0, (len(many), len(sizes))),
         clean=clean,
         corrupt=corrupt,
@@ -255,10 +257,11 @@ def compare(
     `faithfulness`.
     """
     sites = circuit_sites(model, [one, other])
-    masks = circuit_masks(sites, task, [one, other])
-    clean, corrupt = endpoints(sites, task)
+    runs: Runs = {}
+    both = circuit_edges(sites, task, [one, other])
+    clean, corrupt = endpoints(sites, task, runs=runs)
     by_span = kept_by_span([one, other])
-    metrics = [m[None] for m in circuit_metrics(sites, task, masks, by_span=by_span)]
+    metrics = [m[None] for m in circuit_metrics(sites, task, both, by_span=by_span, runs=runs)]
     return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 
 
@@ -315,13 +318,20 @@ def _check(sites: Sites, task: TaskLike, scores: Sequence[EdgeScores]) -> None:
             )
 
 
-def _best(
-    scores: EdgeScores, sizes: Sequence[float], signed: bool
-) -> Bool[Tensor, "size pos writer reader"]:
-    """Masks of the best edges, ties broken by name as by `top`."""
+def _number(scores: EdgeScores, size: float) -> int:
+    """How many edges a circuit of this size has."""
+    positions = len(scores.edges) if scores.edges.dim() == 3 else 1
+    return int(size * int(scores.layout.exists.sum()) * positions)
+
+
+def _best(scores: EdgeScores, sizes: Sequence[float], signed: bool) -> list[Kept]:
+    """Circuits of the best edges, ties broken by name as by `top`."""
     rank = edge_ranks(scores, signed=signed)
-    total = int(scores.layout.exists.sum()) * len(rank)
-    return torch.stack([rank <= int(size * total) for size in sizes])
+
+    def kept(edges: int, place: Place) -> Bool[Tensor, "pos heard column"]:
+        return rank[:, place.heard, place.columns] <= edges
+
+    return [partial(kept, _number(scores, size)) for size in sizes]
 
 
 # -- statistics over pairs -------------------------------------------------------------------------

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import networkx as nx
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph import real_edges
 from circuits.masked import (
-    circuit_masks,
+    Kept,
+    Runs,
+    circuit_edges,
     circuit_metrics,
     circuit_sites,
+    cut,
     endpoints,
     kept_by_span,
 )
@@ -78,8 +82,8 @@ def faithfulness(
         RuntimeError: all edges together do not give the clean run.
     """
     sites = circuit_sites(model, circuit)
-    masks = circuit_masks(sites, task, circuit)
-    shares = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
+    listed = circuit_edges(sites, task, circuit)
+    shares = _shares(sites, task, listed, kept_by_span(circuit), progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
 
@@ -114,8 +118,8 @@ def completeness(
     out (K = C). Arguments, return value, warnings and errors are those of `faithfulness`.
     """
     sites = circuit_sites(model, circuit)
-    masks = sites.layout.exists & ~circuit_masks(sites, task, circuit)
-    shares = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
+    listed = [replace(edges, rest=True) for edges in circuit_edges(sites, task, circuit)]
+    shares = _shares(sites, task, listed, kept_by_span(circuit), progress).tolist()
     return shares[0] if isinstance(circuit, nx.Graph) else shares
 
 
@@ -135,14 +139,12 @@ def minimality(
     Costs one circuit evaluation per edge. Errors and warnings are those of `faithfulness`.
     """
     sites = circuit_sites(model, circuit)
-    layout = sites.layout
-    (mask,) = circuit_masks(sites, task, circuit)
+    row, column = sites.layout.row, sites.layout.column
+    (found,) = circuit_edges(sites, task, circuit)
     edges = [(u, d["reader"], d["pos"], d["score"]) for u, _, _, d in real_edges(circuit)]
-    masks = mask.repeat(1 + len(edges), 1, 1, 1)
-    for cut, (writer, reader, pos, _) in zip(masks[1:], edges, strict=True):
-        at = slice(None) if pos < 0 else pos
-        cut[at, layout.row[writer], layout.column[reader]] = False
-    whole, *without = _shares(sites, task, masks, kept_by_span(circuit), progress).tolist()
+    cuts = [(max(pos, 0), row[u], column[v]) for u, v, pos, _ in edges]
+    listed: list[Kept] = [found, *(cut(found, edge) for edge in cuts)]
+    whole, *without = _shares(sites, task, listed, kept_by_span(circuit), progress).tolist()
     table = pd.DataFrame(edges, columns=["writer", "reader", "pos", "score"])
     if kept_by_span(circuit):
         places = json.loads(circuit.graph["places"])
@@ -152,13 +154,10 @@ def minimality(
 
 
 def _shares(
-    sites: Sites,
-    task: TaskLike,
-    masks: Bool[Tensor, "circuit pos writer reader"],
-    by_span: bool,
-    progress: bool,
+    sites: Sites, task: TaskLike, circuits: Sequence[Kept], by_span: bool, progress: bool
 ) -> Float[Tensor, " circuit"]:
-    clean, corrupt = endpoints(sites, task)
-    shown = progress and len(masks) > 1
-    found = circuit_metrics(sites, task, masks, by_span=by_span, progress=shown)
+    runs: Runs = {}
+    clean, corrupt = endpoints(sites, task, runs=runs)
+    shown = progress and len(circuits) > 1
+    found = circuit_metrics(sites, task, circuits, by_span=by_span, progress=shown, runs=runs)
     return (found.mean(1) - corrupt.mean()) / (clean.mean() - corrupt.mean())

@@ -5,6 +5,7 @@ from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
 from relp.bridge.capture import ROOT
 from relp.bridge.memory import (
     PAIR_BYTES,
+    ROW_BYTES,
     circuit_bytes,
     circuit_runs,
     pair_bytes,
@@ -49,6 +50,7 @@ __all__ = [
     "POINTWISE",
     "REBUILT",
     "ROOT",
+    "ROW_BYTES",
     "Basis",
     "Block",
     "Edit",

@@ -22,6 +22,7 @@ from relp.protocols import TaskLike
 
 __all__ = [
     "PAIR_BYTES",
+    "ROW_BYTES",
     "Need",
     "Plan",
     "attribution_plan",
@@ -58,6 +59,9 @@ KEPT = Call(512 << 20, 0.3)
 CIRCUITS = Call(256 << 20, 0.6)
 """What writers add differently in the circuits and pairs that share a run."""
 PAIR_BYTES = KEPT.pace
+ROW_BYTES = 1 << 30
+"""Up to this, a run of a circuit holds what each writer adds differently; beyond it what modules
+hold, of which that follows."""
 SHARE = 0.8
 """Of what is left, for one pair of long prompts; the rest is what libraries take."""
 
@@ -219,9 +223,12 @@ def circuit_runs(sites: Sites, task: TaskLike, room: Room | None = None) -> int:
 
 
 def circuit_bytes(sites: Sites, task: TaskLike) -> int:
-    """What one circuit on one pair holds: what each writer adds differently, and the run."""
-    changes = 4 * len(sites.layout.writers) * int(sites.model.cfg.d_model)
-    return int(task.lengths.max()) * changes + run_bytes(sites, task)
+    """What one circuit on one pair holds: what is added differently, and the layer at work."""
+    stream = int(task.lengths.max()) * int(sites.model.cfg.d_model)
+    held = 4 * len(sites.layout.writers) * stream
+    if held > ROW_BYTES:  # two modules of each block, and the run that theirs differ from
+        held = len(sites.blocks) * stream * (8 + 4 * _itemsize(sites))
+    return held + run_bytes(sites, task)
 
 
 def pair_bytes(sites: Sites, task: TaskLike, *, edges: bool) -> int:

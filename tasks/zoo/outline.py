@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +52,11 @@ def outline(model: str, *, dtype: str = "float32") -> TransformerBridge:
                 )
             # a bridge wants a tokenizer; nobody asks this one anything
             own = HERE / "ioi-gpt2"
-            bridge = TransformerBridge.boot_transformers(
-                str(own), hf_model=inner, device="meta", dtype=getattr(torch, dtype),
-                tokenizer=AutoTokenizer.from_pretrained(own),
-            )  # fmt: skip
+            with _numbers_may_miss():
+                bridge = TransformerBridge.boot_transformers(
+                    str(own), hf_model=inner, device="meta", dtype=getattr(torch, dtype),
+                    tokenizer=AutoTokenizer.from_pretrained(own),
+                )  # fmt: skip
         except Exception as error:  # configs and adapters each raise their own kind
             raise ValueError(
                 "the model must be one that TransformerBridge knows; the configuration of "
@@ -61,6 +64,26 @@ def outline(model: str, *, dtype: str = "float32") -> TransformerBridge:
             ) from error
     bridge.cfg.model_name = Path(model).name if model not in names() else model
     return bridge.eval()
+
+
+@contextmanager
+def _numbers_may_miss() -> Iterator[None]:
+    """TransformerLens splits joint matrices of queries, keys and values of `meta` tensors too.
+
+    It refuses to, as their numbers could not be right; here they are not asked for.
+    """
+    from transformer_lens.utilities import quantization
+
+    asked = quantization.unreadable_weight_reason
+
+    def reason(weight: Any) -> str | None:
+        return None if getattr(weight, "is_meta", False) else asked(weight)
+
+    quantization.unreadable_weight_reason = reason
+    try:
+        yield
+    finally:
+        quantization.unreadable_weight_reason = asked
 
 
 def _config(model: str) -> Any:

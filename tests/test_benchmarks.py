@@ -1,0 +1,21 @@
+"""The benchmark that runs on GPUs, on small shapes, so that it works where there is one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_house import ROOT
+
+
+@pytest.mark.long
+def test_the_benchmark_of_gpus_runs_without_one(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "tests/benchmarks/gpu.py", "--device", "cpu", "--small"]
+    subprocess.run([*command, "--rounds", "0", "--out", out], cwd=ROOT, check=True)
+    on, *tables = json.loads(out.read_text()).values()
+    assert on.startswith("cpu, torch") and len(tables) == 11
+    assert all("why" not in row for table in tables for row in table.values())
+    (cells,) = (row["differs by"] for t in tables for row in t.values() if "differs by" in row)
+    assert cells < 1e-5 and all(row["same"] for row in tables[-1].values())
