@@ -233,7 +233,7 @@ def circuit_bytes(sites: Sites, task: TaskLike) -> int:
 
 def pair_bytes(sites: Sites, task: TaskLike, *, edges: bool) -> int:
     """What is kept of one pair for exact effects: activations of both runs, keys and values."""
-    values = 20 * len(sites.blocks) * _itemsize(sites) + 4 * len(sites.writers) * edges
+    values = 11 * len(sites.blocks) * _itemsize(sites) + 4 * len(sites.writers) * edges
     return int(task.lengths.max()) * int(sites.model.cfg.d_model) * values
 
 
