@@ -22,6 +22,7 @@ from relp.bridge import Block, Sites
 from tasks.metrics import KLDivergence
 
 MODULE = import_module("circuits.search.acdc")  # the package has a function of that name
+MASKS = import_module("circuits.engines.masks")
 
 
 def toy(sites: Sites, seed: int) -> Callable[..., Tensor]:
@@ -114,11 +115,11 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
     sites, rows = Sites.of(tiny), []
     model = toy(sites, seed)
 
-    def counted(sites, task, masks):
+    def counted(sites, task, masks, **_):
         rows.append(len(masks))
         return model(sites, task, masks)
 
-    monkeypatch.setattr(MODULE, "circuit_metrics", counted)
+    monkeypatch.setattr(MASKS, "circuit_metrics", counted)
     circuit = acdc(tiny, task, tau=tau, progress=False)
     expected = slowly(model, sites, task, tau, sites.layout.exists)
     assert found(circuit) == pytest.approx(expected, abs=1e-5) and len(expected) > 2
@@ -180,13 +181,13 @@ def test_on_other_blocks(name, tmp_path):
 def test_an_interrupted_search_goes_on(tiny, task, stop, monkeypatch):
     model, calls = toy(Sites.of(tiny), 0), []
 
-    def interrupted(sites, task, masks):
+    def interrupted(sites, task, masks, **_):
         calls.append(1)
         if len(calls) == stop:
             raise KeyboardInterrupt
         return model(sites, task, masks)
 
-    monkeypatch.setattr(MODULE, "circuit_metrics", interrupted)
+    monkeypatch.setattr(MASKS, "circuit_metrics", interrupted)
     with pytest.warns(UserWarning, match="give it as `graph` to go on"):
         part = acdc(tiny, task, tau=0.05, progress=False)
     rest = acdc(tiny, task, tau=0.05, graph=part, progress=False)

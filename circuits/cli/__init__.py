@@ -16,7 +16,7 @@ from circuits.cli.bench import bench
 from circuits.cli.compare import compare
 from circuits.cli.discover import discover
 from circuits.cli.lists import coverage, models, tasks
-from circuits.cli.patch import patch, verify
+from circuits.cli.patch import merge, patch, verify
 from circuits.cli.pictures import draw, explore, export
 
 __all__ = ["COMMANDS", "app"]
@@ -26,6 +26,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     compare: "relp compare ioi --model smollm2-135m --out runs/compare",
     patch: "relp patch ioi --level node --out effects.safetensors",
     verify: "relp verify ioi --budget 200 --out sample.safetensors",
+    merge: "relp merge part*.safetensors --out effects.safetensors",
     bench: "relp bench --case saturation --out runs/bench",
     coverage: "relp coverage ioi-llama --rules RELP",
     tasks: "relp tasks --model ioi-gpt2",

@@ -61,7 +61,7 @@ class LocalEngine:
         yield lambda pieces: ((piece, answer(piece)) for piece in pieces)
 
 
-def cut(items: Sequence[Any], work: Sequence[float], parts: int) -> list[list[Any]]:
+def cut(items: Sequence[Any], work: Sequence[int], parts: int) -> list[list[Any]]:
     """A list in pieces, in its order, of about the same work each; `parts` at most, none empty.
 
     >>> from circuits.engines.local import cut

@@ -67,8 +67,8 @@ class RayEngine:
         recipe: Callable[[], Any] | None = None,
         *,
         workers: int = 2,
-        cpus: float = 1,
-        gpus: float = 0,
+        cpus: int | float = 1,
+        gpus: int | float = 0,
         threads: int | None = None,
         address: str | None = None,
     ) -> None:
@@ -166,7 +166,7 @@ class RayEngine:
 class _Worker:
     """What runs in a process of the cluster."""
 
-    def __init__(self, threads: int, share: float) -> None:
+    def __init__(self, threads: int, share: int | float) -> None:
         torch.set_num_threads(threads)
         if share and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(share)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -188,9 +189,10 @@ def _must_be_alike(one: NodeEffects | EdgeEffects, other: NodeEffects | EdgeEffe
     """Refuses effects of another model, task or options, and of another sample."""
     labels, others = (_labels(effects) for effects in (one, other))
     if name := next((name for name in labels if labels[name] != others[name]), ""):
+        was, now = (shorten(repr(of[name]), 60, placeholder=" …") for of in (labels, others))
         raise ValueError(
             "parts to merge must be of the same model, task and options; they differ in "
-            f"{name}: {labels[name]!r} and {others[name]!r}; keep them apart"
+            f"{name}: {was} and {now}; keep them apart"
         )
     eps = precision(one.provenance.dtype)
     for side in ("clean", "corrupt"):
@@ -218,12 +220,12 @@ def _labels(effects: NodeEffects | EdgeEffects) -> Mapping[str, Any]:
     )  # fmt: skip
     return source | {
         "level": str(effects.level),
+        "components": parts,
         "pairs": count,
         "lengths": pairs.lengths.tolist(),
         "spans": {name: at.tolist() for name, at in pairs.spans.items()},
         "prompts": pairs.prompt,
         "positions": list(effects.table.shape),
-        "components": parts,
     }
 
 

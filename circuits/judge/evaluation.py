@@ -25,6 +25,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
+from circuits.engines.local import Engine
+from circuits.engines.masks import metrics_by
 from circuits.judge.resampling import interval, p_value, random_swaps, resamples, swaps
 from circuits.masked import (
     circuit_masks,
@@ -179,6 +181,7 @@ def evaluate(
     signed: bool = False,
     random: int = 1,
     seed: int = 0,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """The faithfulness of the best edges of each set of scores, for circuits of several sizes.
@@ -199,6 +202,7 @@ def evaluate(
         signed: rank by how much an edge helps the clean behaviour, not by |score|.
         random: how many random rankings to add as baseline.
         seed: what the random rankings are drawn with.
+        engine: who runs the circuits, such as a `circuits.engines.RayEngine`; this process if None.
         progress: show a bar.
 
     Warns:
@@ -207,7 +211,7 @@ def evaluate(
     Raises:
         ValueError: scores are of nodes, of another model, not finite or two of one name, or by span
             and the task has other spans; sizes are not ascending in (0, 1]; or as for
-            `faithfulness`.
+            `faithfulness`. With an engine also what that refuses.
     """
     many = _edge_scores([scores] if isinstance(scores, Scores) else scores, sizes)
     neurons = [writer.name for writer in many[0].layout.sources if writer.kind == "neuron"]
@@ -224,7 +228,8 @@ def evaluate(
     clean, corrupt = endpoints(sites, task)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
     by_span = bool(many[0].places)
-    metric = circuit_metrics(sites, task, together, by_span=by_span, progress=progress)
+    with metrics_by(engine, sites, task, by_span=by_span, progress=progress) as metrics:
+        metric = metrics(together)
     return Evaluation(
         model=sites.model_name,
         task=task.name,
