@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import able_task, altered, on, ragged_task, random_task
+from conftest import able_task, altered, boot, on, ragged_task, random_task
+from torch import Tensor
 
 from circuits import acdc, evaluate, patch, verify
+from circuits.cli.cases import planted_cases
 from circuits.engines import Engine, LocalEngine, RayEngine
 from circuits.engines.local import Answers, Begin, cut
 from circuits.engines.masks import metrics_by
@@ -23,7 +30,7 @@ from circuits.engines.ray import ATTEMPTS, _halves, _must_equal, _Piece
 from circuits.exact import Cell, Runs, Sweep, measure, merge_effects
 from circuits.exact.shards import sharded
 from circuits.graph import real_edges
-from circuits.judge.bench import Case, Loaded, bench
+from circuits.judge.bench import bench
 from circuits.judge.methods import METHODS
 from circuits.masked import circuit_metrics
 from relp import GRADIENT, RELP, Scores, attribute
@@ -191,12 +198,12 @@ def edges_of(circuit: Any) -> dict[tuple[str, str], float]:
     return {(u, d["reader"]): d["score"] for u, _, _, d in real_edges(circuit)}
 
 
-def test_bench_by_an_engine(gpt2_folder: Path, tmp_path: Path) -> None:
-    benches_alike(gpt2_folder, tmp_path, Unruly())
+def test_bench_by_an_engine(tmp_path: Path) -> None:
+    benches_alike(tmp_path, Unruly())
 
 
-def benches_alike(folder: Path, home: Path, engine: Engine) -> None:
-    cases = [Case(f"case {seed}", "tiny", partial(loaded, folder, seed)) for seed in (0, 1)]
+def benches_alike(home: Path, engine: Engine) -> None:
+    cases = [*planted_cases(["parity", "balance"], 8, 0, 0.0, 0)]
     methods = {name: METHODS[name] for name in ("RELP", "GRADIENT")}
     whole = bench(cases, methods, folder=home / "whole", **QUIET)
     one = bench(cases[:1], {"RELP": METHODS["RELP"]}, folder=home / "found", **QUIET)
@@ -207,11 +214,6 @@ def benches_alike(folder: Path, home: Path, engine: Engine) -> None:
         assert repr(replace(mine, cost={})) == repr(replace(theirs, cost={}))  # NaN is no NaN
     names = [sorted(p.name for p in (home / n).rglob("*")) for n in ("whole", "found")]
     assert names[0] == names[1]
-
-
-def loaded(folder: Path, seed: int) -> Loaded:
-    model = zoo.load(str(folder))
-    return Loaded(model, *(able_task(model, pairs=2, length=4, seed=s) for s in (seed, seed + 9)))
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -455,7 +457,11 @@ def test_a_worker_that_is_killed_is_replaced(
     monkeypatch.setattr(Sweep, "take", take)
     whole, found = (patch(here, task, engine=e, **QUIET) for e in (None, cluster))
     close(found.nodes, whole.nodes)
-    assert killed and killed[0] not in alive(processes) and len(alive(processes)) == 2
+    assert killed and killed[0] not in alive(processes)
+    end = time.monotonic() + 60
+    while len(alive(processes)) < 2:  # the other may have done the rest meanwhile
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.long
@@ -474,11 +480,9 @@ def test_a_driver_that_is_stopped_goes_on(
 
 
 @pytest.mark.long
-def test_circuits_and_cases_on_a_cluster(
-    here: Any, cluster: RayEngine, gpt2_folder: Path, tmp_path: Path
-) -> None:
+def test_circuits_and_cases_on_a_cluster(here: Any, cluster: RayEngine, tmp_path: Path) -> None:
     by_an_engine_is_the_same(here, able_task(here, pairs=3, length=4), cluster)
-    benches_alike(gpt2_folder, tmp_path, RayEngine(**CLUSTER))
+    benches_alike(tmp_path, RayEngine(**CLUSTER))
 
 
 @pytest.mark.long
@@ -556,12 +560,14 @@ def test_what_cannot_be_sent_is_named(here: Any, cluster: RayEngine) -> None:
 def test_a_cluster_that_is_not_there_is_said_at_once(
     here: Any, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray = pytest.importorskip("ray")
+    import ray
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", address)
+    engine = RayEngine(partial(zoo.load, "ioi-gpt2"))
     task, begun = random_task(here, pairs=2, length=4), time.monotonic()
     with pytest.raises(ConnectionError, match=f"cluster at '{address}' must be reachable; it is "):
-        measure(here, task, [Cell("L1.mlp")], engine=RayEngine(lambda: here), **QUIET)
+        measure(here, task, [Cell("L1.mlp")], engine=engine, **QUIET)
     assert time.monotonic() - begun < 10
 
 

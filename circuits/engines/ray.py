@@ -132,7 +132,7 @@ class RayEngine:
         try:
             yield job.answers
         finally:
-            with suppress(Exception):  # workers that are gone have nothing to forget
+            if ray.is_initialized():
                 for actor in self._crew:
                     actor.rest.remote()
 
@@ -184,11 +184,7 @@ class _Worker:
             pairs, start = unpacked(task), unpacked(begin)
             standing = _standing(self._model, pairs)
         except Exception as error:
-            raise RuntimeError(
-                "every worker must be able to load the model and what it works with; one cannot "
-                f"({type(error).__name__}: {_line(error)}); install there what is installed here, "
-                "and let `recipe` load what is there"
-            ) from error
+            raise _unable(error) from error
         self._answer = start(self._model, pairs)
         return standing
 
@@ -196,11 +192,23 @@ class _Worker:
         """Does a piece of the work."""
         import ray
 
-        return self._answer(ray.cloudpickle.loads(piece))
+        try:
+            items = ray.cloudpickle.loads(piece)
+        except Exception as error:
+            raise _unable(error) from error
+        return self._answer(items)
 
     def rest(self) -> None:
         """Lets go of what the work held, but for the model."""
         self._answer = list
+
+
+def _unable(error: Exception) -> RuntimeError:
+    return RuntimeError(
+        "every worker must be able to load the model and what it works with; one cannot "
+        f"({type(error).__name__}: {_line(error)}); install there what is installed here, and let "
+        "`recipe` load what is there"
+    )
 
 
 class _Piece(NamedTuple):
@@ -363,12 +371,13 @@ def _start(ray: Any, address: str, cpus: int) -> None:
 
 def _stop(ray: Any, crew: list[Any], *, ours: bool) -> None:
     """Stops the workers, and what was started for them."""
-    with suppress(Exception):
-        for actor in crew:
-            ray.kill(actor)
+    if ray.is_initialized():  # or what is asked of it would start it again
+        with suppress(Exception):
+            for actor in crew:
+                ray.kill(actor)
+        if ours:
+            ray.shutdown()
     crew.clear()
-    if ours and ray.is_initialized():
-        ray.shutdown()
 
 
 def _must_answer(address: str) -> None:
