@@ -22,7 +22,6 @@ from conftest import able_task, altered, boot, on, ragged_task, random_task
 from torch import Tensor
 
 from circuits import acdc, evaluate, patch, verify
-from circuits.cli.cases import planted_cases
 from circuits.engines import Engine, LocalEngine, RayEngine
 from circuits.engines.local import Answers, Begin, cut
 from circuits.engines.masks import metrics_by
@@ -30,7 +29,7 @@ from circuits.engines.ray import ATTEMPTS, _halves, _must_equal, _Piece
 from circuits.exact import Cell, Runs, Sweep, measure, merge_effects
 from circuits.exact.shards import sharded
 from circuits.graph import real_edges
-from circuits.judge.bench import bench
+from circuits.judge.bench import Case, Loaded, bench
 from circuits.judge.methods import METHODS
 from circuits.masked import circuit_metrics
 from relp import GRADIENT, RELP, Scores, attribute
@@ -198,12 +197,18 @@ def edges_of(circuit: Any) -> dict[tuple[str, str], float]:
     return {(u, d["reader"]): d["score"] for u, _, _, d in real_edges(circuit)}
 
 
-def test_bench_by_an_engine(tmp_path: Path) -> None:
-    benches_alike(tmp_path, Unruly())
+def test_bench_by_an_engine(gpt2_folder: Path, tmp_path: Path) -> None:
+    benches_alike(gpt2_folder, tmp_path, Unruly())
 
 
-def benches_alike(home: Path, engine: Engine) -> None:
-    cases = [*planted_cases(["parity", "balance"], 8, 0, 0.0, 0)]
+def benches_alike(folder: Path, home: Path, engine: Engine) -> None:
+    model = boot(folder)
+    task, others = (able_task(model, pairs=2, length=4, seed=seed) for seed in (0, 9))
+
+    def load() -> Loaded:  # inside, so that it is sent as it is written
+        return Loaded(zoo.load(str(folder)), task, others)
+
+    cases = [Case(name, "tiny", load) for name in ("one", "other")]
     methods = {name: METHODS[name] for name in ("RELP", "GRADIENT")}
     whole = bench(cases, methods, folder=home / "whole", **QUIET)
     one = bench(cases[:1], {"RELP": METHODS["RELP"]}, folder=home / "found", **QUIET)
@@ -480,9 +485,11 @@ def test_a_driver_that_is_stopped_goes_on(
 
 
 @pytest.mark.long
-def test_circuits_and_cases_on_a_cluster(here: Any, cluster: RayEngine, tmp_path: Path) -> None:
+def test_circuits_and_cases_on_a_cluster(
+    here: Any, cluster: RayEngine, gpt2_folder: Path, tmp_path: Path
+) -> None:
     by_an_engine_is_the_same(here, able_task(here, pairs=3, length=4), cluster)
-    benches_alike(tmp_path, RayEngine(**CLUSTER))
+    benches_alike(gpt2_folder, tmp_path, RayEngine(**CLUSTER))
 
 
 @pytest.mark.long
