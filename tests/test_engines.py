@@ -197,6 +197,7 @@ def edges_of(circuit: Any) -> dict[tuple[str, str], float]:
     return {(u, d["reader"]): d["score"] for u, _, _, d in real_edges(circuit)}
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_bench_by_an_engine(gpt2_folder: Path, tmp_path: Path) -> None:
     benches_alike(gpt2_folder, tmp_path, Unruly())
 
