@@ -22,7 +22,6 @@ from relp.bridge import Block, Sites
 from tasks.metrics import KLDivergence
 
 MODULE = import_module("circuits.search.acdc")  # the package has a function of that name
-MASKS = import_module("circuits.engines.masks")
 
 
 def toy(sites: Sites, seed: int) -> Callable[..., Tensor]:
@@ -119,7 +118,7 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
         rows.append(len(masks))
         return model(sites, task, masks)
 
-    monkeypatch.setattr(MASKS, "circuit_metrics", counted)
+    monkeypatch.setattr(MODULE, "circuit_metrics", counted)
     circuit = acdc(tiny, task, tau=tau, progress=False)
     expected = slowly(model, sites, task, tau, sites.layout.exists)
     assert found(circuit) == pytest.approx(expected, abs=1e-5) and len(expected) > 2
@@ -187,7 +186,7 @@ def test_an_interrupted_search_goes_on(tiny, task, stop, monkeypatch):
             raise KeyboardInterrupt
         return model(sites, task, masks)
 
-    monkeypatch.setattr(MASKS, "circuit_metrics", interrupted)
+    monkeypatch.setattr(MODULE, "circuit_metrics", interrupted)
     with pytest.warns(UserWarning, match="give it as `graph` to go on"):
         part = acdc(tiny, task, tau=0.05, progress=False)
     rest = acdc(tiny, task, tau=0.05, graph=part, progress=False)

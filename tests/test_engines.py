@@ -169,11 +169,13 @@ def test_circuits_by_an_engine(tiny: Any, capsys: pytest.CaptureFixture[str]) ->
     masks &= sites.layout.exists
     whole = circuit_metrics(sites, task, masks)
     for engine in (None, LocalEngine(), Unruly()):
-        with metrics_by(engine, sites, task, progress=True) as metrics:
+        with metrics_by(engine, circuit_metrics, sites, task, progress=True) as metrics:
             close(metrics(masks), whole)
             close(metrics(masks[:1]), whole[:1])  # fewer circuits than workers
     assert "circuits" in capsys.readouterr().err
-    with metrics_by(Unruly(), sites, task.select([3])) as metrics:  # and fewer pairs
+    with metrics_by(
+        Unruly(), circuit_metrics, sites, task.select([3])
+    ) as metrics:  # and fewer pairs
         close(metrics(masks), whole[:, 3:4])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.engines.local import Answers, Engine, cut
-from circuits.masked import circuit_metrics
 from relp import ModelLike, TaskLike
 from relp.bridge import Sites, undisturbed
 
@@ -23,32 +22,37 @@ __all__ = ["metrics_by"]
 TOGETHER = 16
 """Circuits of a piece: each takes one run of the corrupt prompts, however many there are."""
 
+Run = Callable[..., Any]
+"""`circuit_metrics`: sites, task and masks -> metrics `[circuit, pair]`."""
 Metrics = Callable[[Tensor], Tensor]
 """Masks -> metrics `[circuit, pair]`."""
 
 
 @contextmanager
 def metrics_by(
-    engine: Engine | None, sites: Sites, task: TaskLike, *, by_span: bool = False,
+    engine: Engine | None, run: Run, sites: Sites, task: TaskLike, *, by_span: bool = False,
     progress: bool = False,
 ) -> Iterator[Metrics]:  # fmt: skip
-    """While it is open, `circuit_metrics` of masks `[circuit, pos, writer, reader]`, by an engine.
+    """While it is open, the metrics of masks `[circuit, pos, writer, reader]`, by an engine.
+
+    `run`: what runs them, `circuit_metrics`.
 
     >>> from circuits.engines import LocalEngine
     >>> from circuits.engines.masks import metrics_by
+    >>> from circuits.masked import circuit_metrics
     >>> from relp.bridge import Sites
     >>> sites = Sites.of(model)
-    >>> with metrics_by(LocalEngine(), sites, task) as metrics:
+    >>> with metrics_by(LocalEngine(), circuit_metrics, sites, task) as metrics:
     ...     metrics(sites.layout.exists[None, None]).shape
     torch.Size([1, 4])
     """
     if engine is None:
-        yield partial(circuit_metrics, sites, task, by_span=by_span, progress=progress)
+        yield partial(run, sites, task, by_span=by_span, progress=progress)
         return
     # of one length: pairs of several would run in more batches
     order = sorted(range(len(task)), key=task.lengths.tolist().__getitem__)
     groups = cut(order, [1] * len(order), engine.workers)
-    begin = partial(_measuring, sites.neurons, by_span)
+    begin = partial(_measuring, run, sites.neurons, by_span)
     with engine.working(begin, sites.model, task) as answers:
         yield partial(_spread, answers, groups, engine.workers, progress)
 
@@ -90,13 +94,14 @@ def _spread(
 
 
 def _measuring(
-    neurons: tuple[str, ...], by_span: bool, model: ModelLike, task: TaskLike
+    run: Run, neurons: tuple[str, ...], by_span: bool, model: ModelLike, task: TaskLike
 ) -> Callable[[list[_Block]], Float[Tensor, "circuit pair"]]:
     """What measures a block in a worker."""
 
     @undisturbed
     def measured(model: ModelLike, block: _Block) -> Tensor:
         sites, pairs = Sites.of(model).splitting(neurons), task.select(block.pairs)
-        return circuit_metrics(sites, pairs, block.masks, by_span=by_span)
+        found: Tensor = run(sites, pairs, block.masks, by_span=by_span)
+        return found
 
     return lambda piece: measured(model, *piece)

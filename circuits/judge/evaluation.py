@@ -228,7 +228,9 @@ def evaluate(
     clean, corrupt = endpoints(sites, task)
     together = torch.cat([m.expand(-1, length, -1, -1) for m in masks])
     by_span = bool(many[0].places)
-    with metrics_by(engine, sites, task, by_span=by_span, progress=progress) as metrics:
+    with metrics_by(
+        engine, circuit_metrics, sites, task, by_span=by_span, progress=progress
+    ) as metrics:
         metric = metrics(together)
     return Evaluation(
         model=sites.model_name,

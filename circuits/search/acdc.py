@@ -25,7 +25,7 @@ from circuits.choices import check_tau
 from circuits.engines.local import Engine
 from circuits.engines.masks import metrics_by
 from circuits.graph import assemble, check_circuit, real_edges
-from circuits.masked import circuit_masks, circuit_sites, endpoints
+from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from relp import Direction, EdgeScores, ModelLike, TaskLike
 from relp.bridge import Sites, pairs_of, provenance, undisturbed, warn_caller
 
@@ -100,7 +100,7 @@ def acdc(
     if graph is not None and NEXT in graph.graph:
         state = _resumed(sites, mask, graph)
     with (
-        metrics_by(engine, sites, task) as metrics,
+        metrics_by(engine, circuit_metrics, sites, task) as metrics,
         tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress, leave=False) as bar,
     ):
         try:
