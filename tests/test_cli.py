@@ -860,6 +860,9 @@ def test_shards_from_the_command_line(model: Path, tmp_path: Path) -> None:
     assert "'none.safetensors' is none" in relp("merge", "none.safetensors").output
     sample = relp("verify", *of, "--budget", 60, "--shard", "1/2", "--out", "sample1.safetensors")
     assert sample.exit_code == 0 and "agreement" not in sample.output
+    Path("part1.part.safetensors").touch()
+    left = relp("merge", "part1.part.safetensors")
+    assert left.exit_code == 1 and "'part1.part.safetensors' is what an inter" in left.output
     for command in ("patch", "verify"):
         wrong = relp(command, "ioi", "--shard", "4/3")
         assert wrong.exit_code == 1 and "… '16/16'; got '4/3'; count from 1" in wrong.output

@@ -146,6 +146,11 @@ def merge(
             raise FileNotFoundError(
                 f"every part must be a file; {str(missing)!r} is none; name those that are there"
             )
+        if left := next((p for p in parts if p.name.endswith(".part.safetensors")), None):
+            raise ValueError(
+                f"every part must be finished; {str(left)!r} is what an interrupted run keeps; run "
+                "that shard again, to its end"
+            )
         with claimed(out, overwrite=overwrite), written(out):
             from circuits.exact import merge_effects
 
