@@ -31,6 +31,7 @@ TITLE = re.compile(r"(?P<rules>.*), shard (?P<number>\d+)/(?P<count>\d+)")
 def sharded(cells: Sequence[Cell], shard: str | None, blocks: int) -> list[Cell]:
     """The cells of a shard, all if it is None; those of one block stay together where they can.
 
+    >>> from circuits.exact import Cell
     >>> from circuits.exact.shards import sharded
     >>> [str(cell) for cell in sharded([Cell("L0.mlp"), Cell("L1.mlp"), Cell("L0H0")], "1/2", 2)]
     ['L0.mlp', 'L0H0']
