@@ -33,7 +33,8 @@ def sharded(cells: Sequence[Cell], shard: str | None, blocks: int) -> list[Cell]
 
     >>> from circuits.exact import Cell
     >>> from circuits.exact.shards import sharded
-    >>> [str(cell) for cell in sharded([Cell("L0.mlp"), Cell("L1.mlp"), Cell("L0H0")], "1/2", 2)]
+    >>> cells = [Cell(name) for name in ("L0.mlp", "L1.mlp", "L0H0", "L1H0", "L1H1")]
+    >>> [str(cell) for cell in sharded(cells, "1/2", 2)]
     ['L0.mlp', 'L0H0']
 
     Raises:
