@@ -5,7 +5,10 @@ Nothing is imported here: the command refuses an option before torch is there.
 
 from __future__ import annotations
 
-__all__ = ["ABLATIONS", "FIGURES", "GRAPH", "MIB", "SUFFIXES", "check_ablation", "check_tau"]
+__all__ = [
+    "ABLATIONS", "FIGURES", "GRAPH", "MIB", "SUFFIXES", "check_ablation", "check_shard",
+    "check_tau",
+]  # fmt: skip
 
 ABLATIONS = ("patch", "zero", "mean", "mean_per_position")
 MIB = ".mib.json"
@@ -28,6 +31,22 @@ def check_ablation(ablation: str) -> None:
             f"`ablation` must be one of {ABLATIONS}; got {ablation!r}; 'patch' takes the value of "
             "the other run"
         )
+
+
+def check_shard(shard: str) -> tuple[int, int]:
+    """The numbers of `"3/16"`, the third of sixteen parts of a list of cells.
+
+    Raises:
+        ValueError: it is no such part.
+    """
+    number, _, count = str(shard).partition("/")
+    known = [int(n) if n.isascii() and n.isdigit() else 0 for n in (number, count)]
+    if not 1 <= known[0] <= known[1]:
+        raise ValueError(
+            "a shard must be one of so many, as '1/16', '2/16' … '16/16'; got "
+            f"{str(shard)!r}; count from 1"
+        )
+    return known[0], known[1]
 
 
 def check_tau(tau: float) -> None:

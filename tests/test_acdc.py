@@ -114,7 +114,7 @@ def test_the_search_is_the_published_one(tiny, task, seed, tau, monkeypatch):
     sites, rows = Sites.of(tiny), []
     model = toy(sites, seed)
 
-    def counted(sites, task, masks):
+    def counted(sites, task, masks, **_):
         rows.append(len(masks))
         return model(sites, task, masks)
 
@@ -180,7 +180,7 @@ def test_on_other_blocks(name, tmp_path):
 def test_an_interrupted_search_goes_on(tiny, task, stop, monkeypatch):
     model, calls = toy(Sites.of(tiny), 0), []
 
-    def interrupted(sites, task, masks):
+    def interrupted(sites, task, masks, **_):
         calls.append(1)
         if len(calls) == stop:
             raise KeyboardInterrupt

@@ -837,3 +837,32 @@ def test_verify_measures_a_sample(model: Path) -> None:
     assert {row["rules"] for row in found["agreement"]} >= {"GRADIENT", "RELP"}
     assert found["missed"] and len(found["strongest"]) > 5
     assert refused(*words).startswith("`--out` must be a new file")
+
+
+def test_shards_from_the_command_line(model: Path, tmp_path: Path) -> None:
+    of = ("ioi", "--model", model, "--pairs", 2)
+    for i in (1, 2, 3):
+        part = relp("patch", *of, "--shard", f"{i}/3", "--out", f"part{i}.safetensors")
+        assert part.exit_code == 0 and f"exact, shard {i}/3" in part.output, part.output
+    merged = relp("merge", *tmp_path.glob("part*"), "--out", "merged.safetensors")
+    assert merged.exit_code == 0 and "wrote merged.safetensors" in merged.output
+    assert relp("patch", *of, "--out", "whole.safetensors").exit_code == 0
+    one, other = (Scores.load(f"{name}.safetensors") for name in ("merged", "whole"))
+    torch.testing.assert_close(one.nodes, other.nodes, rtol=1e-5, atol=2e-6)
+    assert one.provenance == other.provenance and one.tokens == other.tokens
+    again = relp("merge", "part1.safetensors", "part3.safetensors")
+    assert again.exit_code == 1 and "1 are missing, with" in again.output
+    assert not (tmp_path / "effects.safetensors").exists()
+    assert (
+        "must be a new file"
+        in relp("merge", "part1.safetensors", "--out", "whole.safetensors").output
+    )
+    assert "'none.safetensors' is none" in relp("merge", "none.safetensors").output
+    sample = relp("verify", *of, "--budget", 60, "--shard", "1/2", "--out", "sample1.safetensors")
+    assert sample.exit_code == 0 and "agreement" not in sample.output
+    Path("part1.part.safetensors").touch()
+    left = relp("merge", "part1.part.safetensors")
+    assert left.exit_code == 1 and "'part1.part.safetensors' is what an inter" in left.output
+    for command in ("patch", "verify"):
+        wrong = relp(command, "ioi", "--shard", "4/3")
+        assert wrong.exit_code == 1 and "… '16/16'; got '4/3'; count from 1" in wrong.output

@@ -24,8 +24,8 @@ from transformer_lens.tools.analysis.attribution_patching import (
 from circuits import assemble, patch
 from relp import DEEPLIFT, GRADIENT, PARTWAY, RELP, Rules, Scores, attribute, edges, propagate
 from relp.bridge import rerun
-from relp.bridge.room import available
 from relp.bridge.norms import NormMap
+from relp.bridge.room import available
 from relp.bridge.sites import Sites
 from relp.layout import Component
 from relp.rulebook import PRESETS

@@ -16,7 +16,7 @@ from circuits.cli.bench import bench
 from circuits.cli.compare import compare
 from circuits.cli.discover import discover
 from circuits.cli.lists import coverage, models, tasks
-from circuits.cli.patch import patch, verify
+from circuits.cli.patch import merge, patch, verify
 from circuits.cli.pictures import draw, explore, export
 from circuits.cli.plan import plan
 
@@ -27,6 +27,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     compare: "relp compare ioi --model smollm2-135m --out runs/compare",
     patch: "relp patch ioi --level node --out effects.safetensors",
     verify: "relp verify ioi --budget 200 --out sample.safetensors",
+    merge: "relp merge part*.safetensors --out effects.safetensors",
     bench: "relp bench --case saturation --out runs/bench",
     plan: "relp plan discover --model smollm2-135m --pairs 32 --tokens 15",
     coverage: "relp coverage ioi-llama --rules RELP",

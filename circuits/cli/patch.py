@@ -1,4 +1,4 @@
-"""`relp patch` and `relp verify`: exact effects, of all cells or within a budget."""
+"""`relp patch`, `relp verify`: exact effects, of all cells or within a budget; `relp merge`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from circuits.choices import check_ablation
+from circuits.choices import check_ablation, check_shard
 from circuits.cli.estimates import SHOWN, print_agreement, print_missed, ready
 from circuits.cli.options import (
     FilterCorrect,
@@ -20,20 +20,24 @@ from circuits.cli.options import (
     TaskName,
     pairs_for,
 )
-from circuits.cli.outputs import claimed, going_on
+from circuits.cli.outputs import claimed, going_on, written
 from circuits.cli.screen import answering, print_table, records, say
 from circuits.cli.source import source_of
 from relp import Direction, Level
 from tasks import zoo
 from tasks.zoo.boot import check_model
 
-__all__ = ["patch", "verify"]
+__all__ = ["merge", "patch", "verify"]
 
 LevelName = Annotated[str, typer.Option(help="node or edge.")]
 Way = Annotated[str, typer.Option(help="denoise or noise.")]
 Out = Annotated[Path, typer.Option(help="File to write, .safetensors.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Measure anew, and replace a file that is there.")
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="3/16: the third of sixteen parts of the cells; `relp merge` joins all."),
 ]
 
 
@@ -47,6 +51,7 @@ def patch(
     ] = "patch",
     pairs: Pairs = 32,
     seed: Seed = 0,
+    shard: Shard = None,
     out: Out = Path("effects.safetensors"),
     overwrite: Overwrite = False,
     filter_correct: FilterCorrect = False,
@@ -57,6 +62,7 @@ def patch(
         Level(level)
         Direction(direction)
         check_ablation(ablation)
+        _check(shard)
         source = source_of(task)
         check_model(model)
         with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
@@ -65,7 +71,7 @@ def patch(
             bridge = zoo.load(model)
             prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
-                           resume=finished)  # fmt: skip
+                           shard=shard, resume=finished)  # fmt: skip
             effect.save(out)
             finished.unlink()
         _tell(answer, effect, out)
@@ -81,6 +87,7 @@ def verify(
     direction: Way = "denoise",
     pairs: PairsBySize = None,
     seed: Seed = 0,
+    shard: Shard = None,
     out: Out = Path("sample.safetensors"),
     overwrite: Overwrite = False,
     filter_correct: FilterCorrect = False,
@@ -95,6 +102,7 @@ def verify(
     with answering(as_json) as answer:
         Level(level)
         Direction(direction)
+        _check(shard)
         source = source_of(task)
         check_model(model)
         with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
@@ -110,14 +118,50 @@ def verify(
                 for r in SHOWN
             ]
             effect = verify(bridge, prompts, scores, budget=budget or BUDGET, seed=seed,
-                            resume=finished)  # fmt: skip
+                            shard=shard, resume=finished)  # fmt: skip
             effect.save(out)
             finished.unlink()
-        answer["agreement"] = records(print_agreement(scores, effect))
-        if effect.strata is not None:
+        if shard is None:  # a part stands for nothing by itself
+            answer["agreement"] = records(print_agreement(scores, effect))
+        if shard is None and effect.strata is not None:
             print_missed(effect)
             answer["missed"] = records(missed(effect))
         _tell(answer, effect, out)
+
+
+def merge(
+    parts: Annotated[
+        list[Path],
+        typer.Argument(help="What `relp patch --shard` or `relp verify --shard` wrote: all parts."),
+    ],
+    out: Out = Path("effects.safetensors"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Join the effects of all shards into the file that one machine would have written."""
+    with answering(as_json) as answer:
+        if missing := next((part for part in parts if not part.is_file()), None):
+            raise FileNotFoundError(
+                f"every part must be a file; {str(missing)!r} is none; name those that are there"
+            )
+        if left := next((p for p in parts if p.name.endswith(".part.safetensors")), None):
+            raise ValueError(
+                f"every part must be finished; {str(left)!r} is what an interrupted run keeps; run "
+                "that shard again, to its end"
+            )
+        with claimed(out, overwrite=overwrite), written(out):
+            from circuits.exact import merge_effects
+
+            effect = merge_effects(*parts, into=out)
+        _tell(answer, effect, out)
+
+
+def _check(shard: str | None) -> None:
+    """Refuses what is no shard, before anything is imported."""
+    if shard is not None:
+        check_shard(shard)
 
 
 def _tell(answer: dict[str, Any], effect: Any, out: Path) -> None:

@@ -44,7 +44,7 @@ from relp.bridge import (
     writer_changes,
 )
 
-__all__ = ["Bucket", "Spot", "needed_sites", "written_spot"]
+__all__ = ["Bucket", "Job", "Spot", "needed_sites", "written_spot"]
 
 IDLE = 1 / 8
 """Share of a batch that may run for nothing, because some of its cells start later than others."""
@@ -104,7 +104,7 @@ def _changed(
     return tuple(differs.nonzero().flatten().tolist())
 
 
-_Job = tuple[int, int, int]
+Job = tuple[int, int, int]
 """First block that must run, minus the first position that changes, and number of a cell."""
 
 
@@ -188,14 +188,14 @@ class Bucket:
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
         return sum(storages.values())
 
-    def plan(self, numbers: Sequence[int]) -> tuple[list[int], list[_Job]]:
+    def plan(self, numbers: Sequence[int]) -> tuple[list[int], list[Job]]:
         """Of the cells with these numbers, those that change nothing, and the others as jobs."""
         places = {i: self._places(i) for i in numbers}
         idle = [i for i, at in places.items() if not at]
         # late positions first: those that run in one batch then start near each other
         return idle, sorted((self._first_block(i), -at[0], i) for i, at in places.items() if at)
 
-    def work(self, job: _Job) -> int:
+    def work(self, job: Job) -> int:
         """How much there is to run, in positions times blocks."""
         layer, earliest, _ = job
         pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
@@ -203,8 +203,8 @@ class Bucket:
         return pairs * (length - self.rerun.start(-earliest)) * blocks
 
     def run(
-        self, todo: Sequence[_Job], prompts: int
-    ) -> Iterator[tuple[list[_Job], Float[Tensor, "pair cell"]]]:
+        self, todo: Sequence[Job], prompts: int
+    ) -> Iterator[tuple[list[Job], Float[Tensor, "pair cell"]]]:
         """Effects of the cells, some at a time, in batches of that size."""
         places = {i: self._places(i) for *_, i in todo}
         for batch in self._batches(todo, prompts):
@@ -242,10 +242,10 @@ class Bucket:
         """The first block that runs at later positions too."""
         return self.spots[number].layer + self._is_pointwise(number)
 
-    def _batches(self, todo: Sequence[_Job], prompts: int) -> Iterator[list[_Job]]:
+    def _batches(self, todo: Sequence[Job], prompts: int) -> Iterator[list[Job]]:
         """Cells of one block, as many as fit."""
         pairs, length = len(self.metric), int(self.rerun.task.lengths[0])
-        batch: list[_Job] = []
+        batch: list[Job] = []
         for cell in todo:
             starts = [self.rerun.start(-pos) for _, pos, _ in (*batch, cell)]
             runs = len(starts) * (length - starts[-1]) * pairs

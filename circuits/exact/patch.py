@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from circuits.engines.local import Engine
 from circuits.exact.cells import EVERYWHERE, Cell
 from circuits.exact.runs import Runs
+from circuits.exact.shards import shard_title, sharded
 from circuits.exact.tables import edge_effects, node_effects
 from relp import Direction, EdgeEffects, Level, ModelLike, NodeEffects, TaskLike
 from relp.bridge import Sites, provenance, undisturbed
@@ -28,6 +30,8 @@ def patch(
     ablation: str = "patch",
     resume: str | Path | None = None,
     batch_size: int | None = None,
+    engine: Engine | None = None,
+    shard: str | None = None,
     progress: bool = True,
 ) -> NodeEffects | EdgeEffects:
     """Measures what patching each component or edge does to the metric.
@@ -59,6 +63,9 @@ def patch(
             from there; it must be of the same sweep.
         batch_size: prompts of full length per forward pass at most, or as many tokens of runs that
             start later; by default as many as fit the memory, and fewer if it runs out.
+        engine: who measures, such as a `circuits.engines.RayEngine`; this process if None.
+        shard: `"3/16"`: the third of sixteen parts of the cells alone; what is in the others is NaN
+            in the result. `circuits.exact.merge_effects` puts all together.
         progress: show a bar.
 
     Returns:
@@ -67,7 +74,7 @@ def patch(
 
     Raises:
         ValueError: an argument is wrong, the model is in train mode, or `resume` is the file of
-            another sweep.
+            another sweep. With an engine also what that refuses.
         RuntimeError: edges were asked for, and what heads and MLPs add is not all that the
             residual stream gets.
     """
@@ -83,9 +90,10 @@ def patch(
     named = _edges(sites, edges) if level == "edge" else [(n, "") for n in sites.chosen(components)]
     cells = [Cell(name, reader, pos) for name, reader in named for pos in places]
     runs = Runs(model, task, direction, ablation, neurons=tuple(neurons), kept_bytes=0)
-    sweep = runs.measure(cells, resume=resume, batch_size=batch_size, progress=progress)
+    sweep = runs.measure(sharded(cells, shard, len(sites.blocks)), resume=resume,
+                         batch_size=batch_size, engine=engine, progress=progress)  # fmt: skip
     rules = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
-    source = provenance(sites, task, Direction(direction), rules)
+    source = provenance(sites, task, Direction(direction), shard_title(rules, shard))
     if level == "edge":
         return edge_effects(sites, task, source, sweep, by_position=by_position)
     names = tuple(name for name, _ in named)

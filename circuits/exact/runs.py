@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.choices import check_ablation
-from circuits.exact.bucket import Bucket, Spot, needed_sites, written_spot
+from circuits.engines.local import Engine, cut
+from circuits.exact.bucket import Bucket, Job, Spot, needed_sites, written_spot
 from circuits.exact.cells import Cell
 from circuits.exact.progress import Progress
 from circuits.exact.sweep import Sweep, identity, safetensors_path
@@ -35,6 +37,12 @@ from relp.bridge import (
 
 __all__ = ["Runs", "measure"]
 
+RUNS = 64
+"""How many runs of all pairs a piece of a sweep is worth that an engine gets: what it takes to get
+ready for it, some runs, is little beside them."""
+PIECES = 4
+"""How many of them a worker gets at least: they do not end at the same time."""
+
 
 def measure(
     model: ModelLike,
@@ -45,11 +53,14 @@ def measure(
     ablation: str = "patch",
     resume: str | Path | None = None,
     batch_size: int | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> Sweep:
     """The effect of each cell on each pair; arguments and errors as for `patch` and `Runs`."""
     runs = Runs(model, task, direction, ablation, kept_bytes=0)
-    return runs.measure(cells, resume=resume, batch_size=batch_size, progress=progress)
+    return runs.measure(
+        cells, resume=resume, batch_size=batch_size, engine=engine, progress=progress
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,6 +107,7 @@ class Runs:
         *,
         resume: str | Path | None = None,
         batch_size: int | None = None,
+        engine: Engine | None = None,
         progress: bool = True,
     ) -> Sweep:
         """The effect of each cell on each pair; arguments as for `patch`.
@@ -120,20 +132,49 @@ class Runs:
             _must_exist(made.sites, self.task, cells)
             sweep = Sweep.begun(path, made.identity, cells, len(self.task))
             with sweep.kept(path) as keep, Progress(len(self.task), shown=progress) as bar:
+                todo: dict[Cell, _Work] = {}
 
                 def run(prompts: int) -> None:
                     bar.begin()
+                    todo.clear()
                     for index, part in made.divided(cells, prompts):
-                        _fill(sweep, index, part, prompts, bar, keep)
+                        jobs = _begun(sweep, index, part, bar)
+                        if engine is None:
+                            _fill(sweep, index, part, jobs, prompts, bar, keep)
+                        else:
+                            _note(todo, part, jobs)
 
                 size = batch_size or prompts_per_run(made.sites, self.task)
                 try:
                     as_fits(run, size, emptied=made.parts.clear)
+                    if engine is not None and todo:
+                        self._spread(engine, todo, sweep, batch_size, bar, keep)
                 except KeyboardInterrupt as stop:
                     raise KeyboardInterrupt(sweep.interrupted(path)) from stop
             return sweep.of(cells)
 
         return swept(self.model)
+
+    def _spread(
+        self,
+        engine: Engine,
+        todo: Mapping[Cell, _Work],
+        sweep: Sweep,
+        batch_size: int | None,
+        bar: Progress,
+        keep: Callable[[], None],
+    ) -> None:
+        """Has an engine measure cells, in pieces of those that start near each other."""
+        order = sorted(todo, key=lambda cell: todo[cell].start)
+        amounts = [todo[cell].amount for cell in order]
+        whole = sum(amounts)
+        parts = max(whole // (RUNS * _run_work(self.model, self.task)), PIECES * engine.workers)
+        begin = partial(_measuring, self.direction, self.ablation, self.neurons, batch_size)
+        with engine.working(begin, self.model, self.task) as answers:
+            for piece, found in answers(cut(order, amounts, parts)):
+                sweep.take(found)
+                bar.advance(sum(todo[cell].amount for cell in piece), found.effects.numel())
+                keep()
 
     def idle(self, cells: Sequence[Cell]) -> list[bool]:
         """Which cells change nothing, in any pair: their effect is 0, and to measure them is free.
@@ -228,15 +269,48 @@ class _Made:
             yield index, part
 
 
-def _fill(
-    sweep: Sweep,
-    index: Int[Tensor, " pair"],
-    part: Bucket,
-    prompts: int,
-    bar: Progress,
-    keep: Callable[[], None],
-) -> None:
-    """Runs what a sweep does not know of the cells of a part, which are its first ones."""
+class _Work(NamedTuple):
+    """What a cell takes, in all pairs."""
+
+    start: tuple[int, int]
+    """The first block that must run, and minus the first position that changes."""
+    amount: int
+    """In positions times blocks."""
+
+
+def _note(todo: dict[Cell, _Work], part: Bucket, jobs: Sequence[Job]) -> None:
+    """Adds up what cells take in some more pairs."""
+    for job in jobs:
+        *start, number = job
+        cell, known = part.cells[number], todo.get(part.cells[number])
+        now = _Work((start[0], start[1]), part.work(job))
+        todo[cell] = now if known is None else _Work(min(known.start, now.start),
+                                                     known.amount + now.amount)  # fmt: skip
+
+
+def _run_work(model: ModelLike, task: TaskLike) -> int:
+    """What a whole run of all pairs takes."""
+    return int(task.lengths.sum()) * (len(model.blocks) + 1)
+
+
+def _measuring(
+    direction: str,
+    ablation: str,
+    neurons: tuple[str, ...],
+    batch_size: int | None,
+    model: ModelLike,
+    task: TaskLike,
+) -> Callable[[list[Cell]], Sweep]:
+    """What measures lists of cells in a worker, on runs that it keeps."""
+    runs = Runs(model, task, direction, ablation, neurons=neurons)
+    return lambda cells: runs.measure(cells, batch_size=batch_size, progress=False)
+
+
+def _begun(sweep: Sweep, index: Int[Tensor, " pair"], part: Bucket, bar: Progress) -> list[Job]:
+    """What is to run of the cells of a part, which are a sweep's first ones.
+
+    Not what is known, and not what changes nothing.
+    """
     if not part.rerun.past:
         bar.say_slow(part.rerun.sites, part.rerun.task)
     eps = torch.finfo(part.rerun.values["final"].dtype).eps
@@ -247,7 +321,20 @@ def _fill(
     idle, todo = part.plan(unknown.nonzero().flatten().tolist())
     bar.expect(sum(map(part.work, todo)), len(index))
     sweep.effects[index[:, None], torch.tensor(idle, dtype=torch.long)] = 0.0
-    for batch, effects in part.run(todo, prompts):
+    return todo
+
+
+def _fill(
+    sweep: Sweep,
+    index: Int[Tensor, " pair"],
+    part: Bucket,
+    jobs: Sequence[Job],
+    prompts: int,
+    bar: Progress,
+    keep: Callable[[], None],
+) -> None:
+    """Runs some of the cells of a part."""
+    for batch, effects in part.run(jobs, prompts):
         numbers = torch.tensor([number for *_, number in batch])
         sweep.effects[index[:, None], numbers] = effects
         bar.advance(sum(map(part.work, batch)), effects.numel())

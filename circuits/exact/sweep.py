@@ -25,7 +25,7 @@ from circuits.exact.cells import Cell
 from relp import TaskLike, written_whole
 from relp.bridge import Sites, fingerprint, versions
 
-__all__ = ["Sweep", "identity", "merge", "safetensors_path"]
+__all__ = ["Sweep", "differ", "identity", "merge", "precision", "safetensors_path"]
 
 SECONDS = 5.0
 """How much work an interrupted sweep may lose."""
@@ -186,6 +186,24 @@ class Sweep:
             "call again, with this `resume`, to go on"
         )
 
+    def take(self, part: Sweep) -> None:
+        """Takes over what another process has measured of some of the cells, on all pairs.
+
+        Raises:
+            ValueError: its runs have given other metrics.
+        """
+        eps = precision(self.identity["dtype"])
+        for side in ("clean", "corrupt"):
+            here, there = getattr(self, side), getattr(part, side)
+            if differ(here, there, eps, scale=here):
+                raise ValueError(
+                    f"a worker's model must do what the one of this process does; its {side} "
+                    f"metrics differ by up to {float((here - there).abs().max()):.2g}; let the "
+                    "recipe set the hooks that the model has here"
+                )
+        self.effects[:, [self.column[cell] for cell in part.cells]] = part.effects
+        torch.maximum(self.resolution, part.resolution, out=self.resolution)
+
     def note(
         self,
         side: str,
@@ -204,7 +222,7 @@ class Sweep:
         """
         metric: Tensor = getattr(self, side)
         now = found.float().cpu()
-        if _differs(metric[index], now, eps, scale=now):
+        if differ(metric[index], now, eps, scale=now):
             raise ValueError(
                 "`resume` must be the file of a sweep of this very model; the metric of its runs "
                 "is another now; choose another name, or load the weights of then"
@@ -214,13 +232,19 @@ class Sweep:
         self.resolution[index] = finest.clamp(min=noise)
 
 
-def _differs(
+def differ(
     one: Float[Tensor, "*row"], other: Float[Tensor, "*row"], eps: float, *, scale: Tensor
 ) -> bool:
     """Whether runs with metrics up to `scale` cannot have given both, as far as both are known."""
     # batches of another size, as after memory ran out, round differently
     tolerance = max(1e-3, 8 * eps) * (1 + scale.nan_to_num().abs().max())
     return bool(((one - other).abs() > tolerance).any())
+
+
+def precision(dtype: str) -> float:
+    """Of the coarsest of a model's dtypes, `float32+bfloat16`; 0 if it has none."""
+    dtypes = [getattr(torch, name) for name in dtype.split("+") if name]
+    return max((torch.finfo(d).eps for d in dtypes), default=0.0)
 
 
 def safetensors_path(path: str | Path, argument: str) -> Path:
@@ -282,11 +306,10 @@ def _both(one: Sweep, other: Sweep) -> Sweep:
         )
     one = one.of((*one.cells, *other.cells))
     other = other.of(one.cells)
-    eps = max((torch.finfo(getattr(torch, d)).eps for d in one.identity["dtype"].split("+") if d),
-              default=0.0)  # fmt: skip
+    eps = precision(one.identity["dtype"])
     for name in ("clean", "corrupt", "effects"):
         mine, theirs = getattr(one, name), getattr(other, name)
-        if _differs(mine, theirs, eps, scale=torch.stack([one.clean, one.corrupt])):
+        if differ(mine, theirs, eps, scale=torch.stack([one.clean, one.corrupt])):
             raise ValueError(
                 f"sweeps to merge must be of one and the same model; their {name} differ by up to "
                 f"{float((mine - theirs).nan_to_num().abs().max()):.2g}; measure one of them anew, "

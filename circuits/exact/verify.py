@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.engines.local import Engine
 from circuits.exact.cells import EVERYWHERE, Cell
 from circuits.exact.runs import Runs
 from circuits.exact.sample import CERTAIN, LEAST, Sample, drawn
+from circuits.exact.shards import shard_title, sharded
 from circuits.exact.tables import edge_effects, node_effects
 from relp import (
     Component,
@@ -43,6 +45,8 @@ def verify(
     seed: int = 0,
     resume: str | Path | None = None,
     batch_size: int | None = None,
+    engine: Engine | None = None,
+    shard: str | None = None,
     progress: bool = True,
 ) -> NodeEffects | EdgeEffects:
     """Measures what `patch` would, but only of `budget` cells: enough to judge scores by.
@@ -65,7 +69,8 @@ def verify(
             direction, the components and the neurons.
         budget: cells to measure, each on every pair; at least four of each kind.
         seed: what the rest is drawn with.
-        resume: as for `patch`; also `batch_size` and `progress`.
+        resume: as for `patch`; also `batch_size`, `engine`, `shard` and `progress`. Shards are of
+            what was drawn.
 
     Returns:
         Effects as `patch` gives them, NaN where a cell was not measured, with `strata` and
@@ -85,8 +90,9 @@ def verify(
     table = _Table.of(many)
     sample = table.sample(runs, budget, seed)
     cells = [table.cell(i) for i in np.flatnonzero(sample.measured).tolist()]
-    sweep = runs.measure(cells, resume=resume, batch_size=batch_size, progress=progress)
-    source = provenance(sites, task, many[0].direction, sample.title)
+    sweep = runs.measure(sharded(cells, shard, len(sites.blocks)), resume=resume,
+                         batch_size=batch_size, engine=engine, progress=progress)  # fmt: skip
+    source = provenance(sites, task, many[0].direction, shard_title(sample.title, shard))
     found: NodeEffects | EdgeEffects
     if isinstance(many[0], NodeScores):
         found = node_effects(sites, task, source, sweep, many[0].components,

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from circuits.engines.local import Engine
 from circuits.judge.agreement import by_pair
 from circuits.judge.cost import floor, seconds
 from circuits.judge.entries import AGREEMENT, Bench, Entry
@@ -68,6 +69,7 @@ def bench(
     *,
     folder: str | Path,
     options: Mapping[str, object] | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> Bench:
     """Judges every method on every case, and keeps what is done.
@@ -83,27 +85,30 @@ def bench(
         folder: where each entry is kept as a file; what is there is not done again. A method of
             one's own is, when its file has changed.
         options: what the cases were made with; a folder holds entries of one set of options.
+        engine: who does the cases, such as a `circuits.engines.RayEngine` without a recipe: each
+            worker does a case at a time, whose entries are kept when all of them are done. Costs
+            are ratios of its own times. This process if None.
         progress: show a bar over the entries that are to do.
 
     Raises:
         ValueError: the folder holds entries of other options, or a method gives other scores than
-            it was asked for.
+            it was asked for. With an engine also what that refuses.
         OSError: the folder cannot be written.
     """
     home = Path(folder)
     _must_be_ours(home, dict(options or {}))
-    todo = {
-        case.name: [
-            m for m in methods.values()
-            if not (m.measures and case.large) and not _file(home, case, m).exists()
-        ]
-        for case in cases
-    }  # fmt: skip
-    with tqdm(total=sum(map(len, todo.values())), unit="entry", disable=not progress) as bar:
-        for case in cases:
-            if todo[case.name]:
-                bar.set_description(case.name)
-                _fill(home, case, todo[case.name], bar)
+    todo = [one for case in cases if (one := _Todo.of(home, case, methods)).methods]
+    total = sum(len(one.methods) for one in todo)
+    with tqdm(total=total, unit="entry", disable=not progress) as bar:
+        if engine is None:
+            for one in todo:
+                bar.set_description(str(one))
+                _keep(home, one, _judged(one), bar)
+        else:
+            with engine.working(_judging) as answers:
+                for (one,), found in answers([one] for one in todo):
+                    bar.set_description(str(one))
+                    _keep(home, one, found, bar)
     entries = [
         Entry(**json.loads(_file(home, case, method).read_text(encoding="utf-8")))
         for case in cases
@@ -113,14 +118,60 @@ def bench(
     return Bench(tuple(entries))
 
 
-def _fill(home: Path, case: Case, methods: Sequence[Method], bar: Any) -> None:
-    """The entries of one case: all scores first, as the sample of effects depends on them."""
+class _Todo(NamedTuple):
+    """What is to do of a case."""
+
+    case: Case
+    methods: tuple[Method, ...]
+    effect: Scores | None
+    """The exact effects of its nodes, if they are known."""
+
+    @classmethod
+    def of(cls, home: Path, case: Case, methods: Mapping[str, Method]) -> _Todo:
+        """What the folder does not hold."""
+        missing = tuple(
+            m
+            for m in methods.values()
+            if not (m.measures and case.large) and not _file(home, case, m).exists()
+        )
+        known = _folder(home, case) / EFFECTS
+        return cls(case, missing, Scores.load(known) if missing and known.exists() else None)
+
+    def __str__(self) -> str:
+        return self.case.name
+
+
+def _keep(home: Path, one: _Todo, found: Iterable[Scores | Entry], bar: Any) -> None:
+    """Writes what comes of a case, as it comes."""
+    _folder(home, one.case).mkdir(parents=True, exist_ok=True)
+    for what in found:
+        if isinstance(what, Scores):
+            what.save(_folder(home, one.case) / EFFECTS)
+            continue
+        file = _file(home, one.case, next(m for m in one.methods if m.name == what.method))
+        with written_whole(file) as temporary:
+            temporary.write_text(json.dumps(asdict(what)), encoding="utf-8")
+        bar.update()
+
+
+def _judging(_: object, __: object) -> Callable[[list[_Todo]], list[Scores | Entry]]:
+    """What judges the methods on a case in a worker."""
+    return lambda piece: list(_judged(*piece))
+
+
+def _judged(todo: _Todo) -> Iterator[Scores | Entry]:
+    """The exact effects of nodes, if they are new, and the entries of one case.
+
+    All scores come first, as the sample of effects depends on them.
+    """
+    case, methods, effect = todo
     it = case.load()
-    _folder(home, case).mkdir(parents=True, exist_ok=True)
     it.model(it.task.select([0]).clean)  # the first run of a model sets it up
     least = floor(it.model, it.task)
     nodes = {m.name: _scored(m, it, "node") for m in methods if m.nodes}
-    effect = _effects(_folder(home, case) / EFFECTS, case, it, [s for s, _ in nodes.values()])
+    if effect is None and nodes:
+        effect = _effects(case, it, [scores for scores, _ in nodes.values()])
+        yield effect
     for method in methods:
         edges, took = _scored(method, it, "edge")
         cost = {"edge cost": took / least}
@@ -130,14 +181,11 @@ def _fill(home: Path, case: Case, methods: Sequence[Method], bar: Any) -> None:
             cost["node cost"] = of_nodes / least
             agreement = _agreement(scores, effect)
         found = evaluate(it.model, it.others, edges, random=0, progress=False)
-        entry = Entry(
+        yield Entry(
             case.name, case.group, method.name, cost, *_known(method, it, edges), agreement,
             list(found.sizes), found.metric[0].tolist(), found.clean.tolist(),
             found.corrupt.tolist(),
         )  # fmt: skip
-        with written_whole(_file(home, case, method)) as temporary:
-            temporary.write_text(json.dumps(asdict(entry)), encoding="utf-8")
-        bar.update()
 
 
 def _scored(method: Method, it: Loaded, level: str) -> tuple[Scores, float]:
@@ -151,21 +199,14 @@ def _scored(method: Method, it: Loaded, level: str) -> tuple[Scores, float]:
     return found, took
 
 
-def _effects(path: Path, case: Case, it: Loaded, scores: Sequence[Scores]) -> Scores | None:
-    """The exact effects of nodes, of a sample of them in a large model; kept in a file."""
-    if not scores:
-        return None
-    if path.exists():
-        return Scores.load(path)
+def _effects(case: Case, it: Loaded, scores: Sequence[Scores]) -> Scores:
+    """The exact effects of nodes, of a sample of them in a large model."""
     from circuits.exact.patch import patch
     from circuits.exact.verify import verify
 
     if case.large:
-        effect: Scores = verify(it.model, it.task, scores, progress=False)
-    else:
-        effect = patch(it.model, it.task, direction=it.direction, progress=False)
-    effect.save(path)
-    return effect
+        return verify(it.model, it.task, scores, progress=False)
+    return patch(it.model, it.task, direction=it.direction, progress=False)
 
 
 def _agreement(scores: Scores, effect: Scores | None) -> dict[str, list[float]]:

@@ -26,6 +26,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.integrate import trapezoid
 from torch import Tensor
 
+from circuits.engines.local import Engine
+from circuits.engines.masks import metrics_by
 from circuits.judge.resampling import interval, p_value, random_swaps, resamples, swaps
 from circuits.masked import (
     Kept,
@@ -182,6 +184,7 @@ def evaluate(
     signed: bool = False,
     random: int = 1,
     seed: int = 0,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """The faithfulness of the best edges of each set of scores, for circuits of several sizes.
@@ -202,6 +205,7 @@ def evaluate(
         signed: rank by how much an edge helps the clean behaviour, not by |score|.
         random: how many random rankings to add as baseline.
         seed: what the random rankings are drawn with.
+        engine: who runs the circuits, such as a `circuits.engines.RayEngine`; this process if None.
         progress: show a bar.
 
     Warns:
@@ -210,7 +214,7 @@ def evaluate(
     Raises:
         ValueError: scores are of nodes, of another model, not finite or two of one name, or by span
             and the task has other spans; sizes are not ascending in (0, 1]; or as for
-            `faithfulness`.
+            `faithfulness`. With an engine also what that refuses.
     """
     many = _edge_scores([scores] if isinstance(scores, Scores) else scores, sizes)
     neurons = [writer.name for writer in many[0].layout.sources if writer.kind == "neuron"]
@@ -226,7 +230,11 @@ def evaluate(
     clean, corrupt = endpoints(sites, task, runs=runs)
     best = [circuit for s in many for circuit in _best(s, sizes, signed)]
     by_span = bool(many[0].places)
-    metric = circuit_metrics(sites, task, best, by_span=by_span, progress=progress, runs=runs)
+    with metrics_by(
+        engine, partial(circuit_metrics, runs=runs), sites, task, by_span=by_span,
+        progress=progress,
+    ) as metrics:  # fmt: skip
+        metric = metrics(best)
     return Evaluation(
         model=sites.model_name,
         task=task.name,

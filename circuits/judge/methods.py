@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,15 @@ class Method:
 
 
 def _rules(rules: Rules, steps: int = 1) -> Function:
-    def scores(model: ModelLike, task: TaskLike, level: str, direction: str) -> Scores:
-        return attribute(
-            model, task, rules=rules, level=level, direction=direction, steps=steps, progress=False
-        )
+    return partial(_attributed, rules, steps)  # not a function within, which no process is sent
 
-    return scores
+
+def _attributed(
+    rules: Rules, steps: int, model: ModelLike, task: TaskLike, level: str, direction: str
+) -> Scores:
+    return attribute(
+        model, task, rules=rules, level=level, direction=direction, steps=steps, progress=False
+    )
 
 
 def _exact(model: ModelLike, task: TaskLike, level: str, direction: str) -> Scores:

@@ -12,7 +12,7 @@ paper's edges within a component (a head's output and its q) do not exist here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -22,6 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.choices import check_tau
+from circuits.engines.local import Engine
+from circuits.engines.masks import metrics_by
 from circuits.graph import assemble, check_circuit, real_edges
 from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
 from relp import Direction, EdgeScores, ModelLike, TaskLike
@@ -43,6 +45,7 @@ def acdc(
     *,
     tau: float,
     graph: nx.MultiDiGraph | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> nx.MultiDiGraph:
     """The edges whose cut costs at least `tau` of the task's metric, after the cuts before it.
@@ -65,6 +68,8 @@ def acdc(
         tau: the least cost of an edge that stays, in units of the metric.
         graph: the circuit to search in, such as `top(assemble(edges), edges=2000)`, with neurons if
             it has some; all edges of the model if None.
+        engine: who runs the circuits, such as a `circuits.engines.RayEngine`: each worker has some
+            of the pairs, so that no more of them help than there are pairs. This process if None.
         progress: show a bar over edges.
 
     Returns:
@@ -78,7 +83,8 @@ def acdc(
     Raises:
         TypeError: `graph` is no circuit, or `model` no TransformerBridge.
         ValueError: `tau` is not above 0, `graph` is by position or not of this model, or the
-            metric has no gap between clean and corrupt prompts.
+            metric has no gap between clean and corrupt prompts. With an engine also what that
+            refuses.
     """
     check_tau(tau)
     if graph is not None and check_circuit(graph).graph["positions"]:
@@ -93,10 +99,12 @@ def acdc(
     state = _State(0, mask, torch.zeros(mask.shape))
     if graph is not None and NEXT in graph.graph:
         state = _resumed(sites, mask, graph)
-    search = _search(sites, task, tau, order, state)
-    with tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress,
-              leave=False) as bar:  # fmt: skip
+    with (
+        metrics_by(engine, circuit_metrics, sites, task) as metrics,
+        tqdm(total=len(order), desc="ACDC", unit="edge", disable=not progress, leave=False) as bar,
+    ):
         try:
+            search = _search(metrics, _heard(sites), tau, order, state)
             for state in search:
                 bar.update(state.at - bar.n)
         except KeyboardInterrupt:
@@ -164,16 +172,19 @@ def _order(sites: Sites, mask: Bool[Tensor, "writer reader"]) -> list[Edge]:
 
 
 def _search(
-    sites: Sites, task: TaskLike, tau: float, order: list[Edge], state: _State
+    metrics: Callable[[Tensor], Tensor],
+    heard: dict[int, list[int]],
+    tau: float,
+    order: list[Edge],
+    state: _State,
 ) -> Iterator[_State]:
     """Decides the edges of `order` from `state` on, a few at a time."""
-    heard = _heard(sites)
 
-    def metrics(masks: list[Tensor]) -> list[float]:
-        runs = circuit_metrics(sites, task, torch.stack(masks)[:, None])
-        return runs.double().mean(1).tolist()
+    def means(masks: list[Tensor]) -> list[float]:
+        found: list[float] = metrics(torch.stack(masks)[:, None]).double().mean(1).tolist()
+        return found
 
-    (now,) = metrics([state.mask])
+    (now,) = means([state.mask])
     verdicts, refused = 1, 0
     while state.at < len(order):
         # Cuts behind a refused one are measured in vain, and a call costs about two cuts by itself:
@@ -191,7 +202,7 @@ def _search(
                 masks.append(mask.clone())
             at += 1
         changes = state.changes.clone()
-        for cut, after, value in zip(cuts, masks, metrics(masks) if masks else [], strict=True):
+        for cut, after, value in zip(cuts, masks, means(masks) if masks else [], strict=True):
             changes[order[cut]] = value - now
             verdicts += 1
             if now - value >= tau:  # put it back; what was measured behind it does not hold
