@@ -123,14 +123,16 @@ def _read(
     for slot in basis.slots:
         if slot.readers:
             part = into[at : (at := at + len(slot.readers))]
-            norm.pull_through(slot.read_in().flatten(0, 1), slot.values(seen.coefficients), part)
+            behind = slot.values(seen.coefficients)
+            norm.pull_through(slot.read_in().flatten(0, 1).to(behind), behind, part)
     if not basis.entry:
         return
     behind = seen.coefficients[basis.entry]
     into[at] = norm.pull(behind.float())
     if at:
         matrices = [m for slot in basis.slots for m in slot.through]
-        found = [seen.coefficients[m.site].float() @ weight(m.module).float() for m in matrices]
+        found = [seen.coefficients[m.site].float() @ weight(m.module).to(behind.device).float()
+                 for m in matrices]  # fmt: skip
         where = f"{NEURONS_READ}; at block {place.layer} it"
         must_match(torch.stack(found).sum(0), behind, where, NO_NEURONS)
         into[at] -= into[:at].sum(0)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relp.bridge.basis import at_hand, inner
+from relp.bridge.basis import at_hand, device_of, inner
 from relp.rulebook import Rules
 from relp.rules import STATISTIC_SLOPES
 
@@ -46,11 +46,11 @@ class NormMap:
         if norm is None:
             ones = torch.ones_like(x)
             return cls(ones[0, 0], False, ones[..., :1], ones, None)
-        parameters = norm_parameters(norm)
+        parameters = norm_parameters(norm).on(x.device)
         weight = torch.ones_like(x[0, 0]) if parameters.weight is None else parameters.weight
         c, r = _centred(x, parameters.eps, parameters.centres)
         with torch.no_grad():
-            y = norm(own).float()
+            y = norm(own.to(device_of(norm))).to(x)
         expected = c * r * weight + (0 if parameters.bias is None else parameters.bias)
         error, size = float((y - expected).abs().max()), float(y.abs().max())
         if error > max(1e-4, 4 * torch.finfo(own.dtype).eps) * max(size, 1e-6):
@@ -118,6 +118,11 @@ class Norm:
     eps: float
     centres: bool
     """True for a layer norm: the mean is taken off first."""
+
+    def on(self, device: torch.device) -> Norm:
+        """The same on a device."""
+        there = (None if p is None else p.to(device) for p in (self.weight, self.bias))
+        return Norm(*there, self.eps, self.centres)
 
 
 def norm_parameters(norm: Any) -> Norm:

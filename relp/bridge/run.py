@@ -96,7 +96,7 @@ def observe(
     ):
         metric = task.metric(sites.model(tokens))
     # a hook may make what it returns require grad, also here (gradient checkpointing has one)
-    return {n: v.detach() for n, v in values.items()}, metric.detach()
+    return sites.gathered(values), metric.detach().to(sites.device)
 
 
 def answers_only(sites: Sites, task: TaskLike, copies: int = 1, start: int = 0) -> dict[str, Edit]:
@@ -133,7 +133,8 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
     def forward(x: Tensor) -> Tensor:
         # in parts: the matrix of a large vocabulary is not there twice
-        parts = [nn.functional.linear(x.to(wider), m.to(wider)) for m in matrix.split(ROWS)]
+        x = x.to(matrix.device, wider)  # accelerate's own forward would move it
+        parts = [nn.functional.linear(x, m.to(wider)) for m in matrix.split(ROWS)]
         found = torch.cat(parts, -1)
         found = found if offset is None else found + offset
         if tokens is None:
@@ -188,13 +189,13 @@ def capture(
     slopes: dict[str, Tensor] = {}
     if rules.partway:  # before there is a reference run: the less is kept for it
         with report.with_itself():
-            slopes = _coefficients(metric, values, rules, again=True)
+            slopes = sites.gathered(_coefficients(metric, values, rules, again=True))
     with ExitStack() as stack:
         if rules.needs_reference:
             stack.enter_context(report.reference())
         others, other_metric = observe(sites, task, names, side=other)
-    coefficients = _coefficients(metric, values, rules)
-    values = {n: v.detach() for n, v in values.items()}
+    coefficients = sites.gathered(_coefficients(metric, values, rules))
+    values = sites.gathered(values)
     unexplained = {
         f"{row.module}: {row.operation}": float(row.remainder)
         for row in report.remainder().itertuples()
@@ -248,7 +249,7 @@ def captures(
                     sites, task, names, own, rules, report, {site: between}
                 )
             coefficients = _coefficients(middle, at, rules, cut=path == "activations")
-            at = {n: v.detach() for n, v in at.items()}
+            coefficients, at = sites.gathered(coefficients), sites.gathered(at)
             yield Capture(
                 values, others, at, others, coefficients, metric, other_metric, share,
                 rules=report.name,

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp.bridge.basis import Basis, Slot, bias
+from relp.bridge.basis import Basis, Slot, bias, device_of
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
 from relp.rulebook import DEEPLIFT
@@ -197,7 +197,7 @@ def what_is_added(basis: Basis, own: Mapping[str, Tensor]) -> Float[Tensor, "pai
         return own[basis.component]
     values = own[basis.out.site]
     found, offset = basis.together(values, basis.added(values)), bias(basis.out.module)
-    found = found if offset is None else found + offset
+    found = found if offset is None else found + offset.to(found.device)
     if not basis.entry and basis.post is None:
         return found
     must_match(found, own[basis.behind], REBUILT.format(f"what the parts of {basis.component} add"))
@@ -214,8 +214,8 @@ def normed(
     if basis.norm is None:
         return streams
     with torch.no_grad():
-        found: Tensor = basis.norm(streams.flatten(0, 1))
-    return found.view_as(streams)
+        found: Tensor = basis.norm(streams.flatten(0, 1).to(device_of(basis.norm)))
+    return found.to(streams.device).view_as(streams)
 
 
 def received(
