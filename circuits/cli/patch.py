@@ -11,6 +11,9 @@ from rich.markup import escape
 from circuits.choices import check_ablation
 from circuits.cli.estimates import SHOWN, print_agreement, print_missed, ready
 from circuits.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
     FilterCorrect,
     Json,
     Model,
@@ -26,6 +29,7 @@ from circuits.cli.source import source_of
 from relp import Direction, Level
 from tasks import zoo
 from tasks.zoo.boot import check_model
+from tasks.zoo.placement import Placement
 
 __all__ = ["patch", "verify"]
 
@@ -50,6 +54,9 @@ def patch(
     out: Out = Path("effects.safetensors"),
     overwrite: Overwrite = False,
     filter_correct: FilterCorrect = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
@@ -58,11 +65,12 @@ def patch(
         Direction(direction)
         check_ablation(ablation)
         source = source_of(task)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
         with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
             from circuits import patch
 
-            bridge = zoo.load(model)
+            bridge = zoo.load(model, **vars(placement))
             prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            resume=finished)  # fmt: skip
@@ -84,6 +92,9 @@ def verify(
     out: Out = Path("sample.safetensors"),
     overwrite: Overwrite = False,
     filter_correct: FilterCorrect = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Measure the exact effects of the strongest nodes or edges, and of a sample of the rest.
@@ -96,13 +107,14 @@ def verify(
         Level(level)
         Direction(direction)
         source = source_of(task)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
         with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
             from circuits import missed, verify
             from circuits.exact.verify import BUDGET
             from relp import PRESETS, attribute
 
-            bridge = zoo.load(model)
+            bridge = zoo.load(model, **vars(placement))
             pairs = pairs or pairs_for(bridge, 16)
             prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             scores = [

@@ -121,8 +121,8 @@ class Norm:
 
     def on(self, device: torch.device) -> Norm:
         """The same on a device."""
-        there = (None if p is None else p.to(device) for p in (self.weight, self.bias))
-        return Norm(*there, self.eps, self.centres)
+        weight, bias = (None if p is None else p.to(device) for p in (self.weight, self.bias))
+        return Norm(weight, bias, self.eps, self.centres)
 
 
 def norm_parameters(norm: Any) -> Norm:
