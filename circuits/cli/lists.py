@@ -55,9 +55,10 @@ def coverage(
         import torch
 
         from relp import PRESETS, coverage
+        from tasks.metrics import where_taken
 
         bridge = zoo.load(model, **vars(placement))
-        tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
+        tokens = where_taken(bridge, torch.randint(0, int(bridge.cfg.d_vocab), (1, 8)))
         frame = coverage(bridge, tokens, rules=PRESETS[chosen])
         groups = frame.groupby(["operation", "kind", "rule"], sort=False)
         print_table(

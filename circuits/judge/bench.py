@@ -29,6 +29,7 @@ from circuits.judge.evaluation import evaluate
 from circuits.judge.known import edge_labels
 from circuits.judge.methods import METHODS, Method
 from relp import EdgeScores, ModelLike, Scores, TaskLike, written_whole
+from relp.bridge import Sites
 
 __all__ = ["Case", "Loaded", "bench"]
 
@@ -117,7 +118,9 @@ def _fill(home: Path, case: Case, methods: Sequence[Method], bar: Any) -> None:
     """The entries of one case: all scores first, as the sample of effects depends on them."""
     it = case.load()
     _folder(home, case).mkdir(parents=True, exist_ok=True)
-    it.model(it.task.select([0]).clean)  # the first run of a model sets it up
+    it.model(
+        it.task.select([0]).clean.to(Sites.of(it.model).device)
+    )  # the first run of a model sets it up
     least = floor(it.model, it.task)
     nodes = {m.name: _scored(m, it, "node") for m in methods if m.nodes}
     effect = _effects(_folder(home, case) / EFFECTS, case, it, [s for s, _ in nodes.values()])

@@ -26,6 +26,7 @@ __all__ = [
     "Place",
     "Reading",
     "changes",
+    "difference",
     "exact_changes",
     "must_match",
     "normed",
@@ -172,17 +173,23 @@ def exact_changes(
     return changes(basis, step, norm)
 
 
+def difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor], site: str) -> Tensor:
+    """Other minus own at a site; half precision is widened before, not behind."""
+    wider = torch.promote_types(own[site].dtype, torch.float32)
+    return other[site].to(wider) - own[site].to(wider)
+
+
 def writer_changes(
     basis: Basis, own: Mapping[str, Tensor], other: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, "pair pos d_model"]]:
     """What each writer of a module would add to the stream with the other values at its sites."""
     found: dict[str, Tensor] = {}
     if basis.out and basis.parts:
-        step = other[basis.out.site] - own[basis.out.site]
+        step = difference(own, other, basis.out.site)
         parts = exact_changes(basis, step, own.get(basis.behind))
         found = dict(zip(basis.parts, parts, strict=True))
     if basis.entry:
-        whole = other[basis.component] - own[basis.component]
+        whole = difference(own, other, basis.component)
         found[basis.component] = whole - sum(found.values()) if found else whole
     return found
 
