@@ -9,8 +9,7 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from tasks.zoo import boot
-from tasks.zoo.placement import Placement
+from tasks.zoo import boot, placement
 from tasks.zoo.shelf import names
 
 if TYPE_CHECKING:
@@ -57,9 +56,9 @@ def load(
             placed.
         OSError: it must be fetched, and the package index or the cache cannot be used.
     """
-    placement = Placement(device, dtype, device_map)
+    asked = placement.Placement(device, dtype, device_map)
     if isinstance(model, str | PathLike):
-        return boot.boot(fspath(model), tokenizer, placement)
+        return boot.boot(fspath(model), tokenizer, asked)
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -72,9 +71,9 @@ def load(
             f"`tokenizer` must be given with a loaded model; got none with a {type(model).__name__}"
             "; give AutoTokenizer.from_pretrained(...) of the same model"
         )
-    if placement != Placement():
+    if asked != placement.Placement():
         raise TypeError(
             "a loaded model must be where and as precise as it is wanted; got "
-            f"{placement} with a {type(model).__name__}; call its `to` before, or give its name"
+            f"{asked} with a {type(model).__name__}; call its `to` before, or give its name"
         )
     return boot.wrapped(model, tokenizer)
