@@ -92,17 +92,17 @@ def edge_scores(
     """
     # tokens of one group are next to each other; all are where there is but one
     numbers, order = group.flatten().sort(stable=True)
-    done, total, like = 0, len(order), tables[0][0].own[ROOT]
+    done, total = 0, len(order)
     several = bool(numbers[0] < numbers[-1])
 
     def go_on(size: int) -> None:
         nonlocal done
-        buffer = _Buffer.of(sites, like, min(size, total - done))
+        buffer = _Buffer.of(sites, min(size, total - done))
         while done < total:
             chunk = slice(done, min(done + size, total))
-            chosen, first = order[chunk].to(like.device) if several else chunk, int(numbers[done])
+            chosen, first = order[chunk] if several else chunk, int(numbers[done])
             counts = (numbers[chunk] - first).bincount().tolist()
-            found = [_scores(sites, _at(seen, chosen), rules, counts, buffer).to(into.device)
+            found = [_scores(sites, _at(seen, chosen, sites.device), rules, counts, buffer).to(into.device)
                      for seen, into in tables]  # fmt: skip
             for (_, into), scores in zip(tables, found, strict=True):
                 into[first : first + len(counts)].add_(scores, alpha=share)
@@ -136,13 +136,16 @@ def _readers_at_once(sites: Sites) -> int:
 
 
 class _At(Mapping[str, Tensor]):
-    """Activations at some tokens of a batch, as if they were one pair."""
+    """Activations at some tokens of a batch, as if they were one pair, on one device."""
 
-    def __init__(self, whole: Mapping[str, Tensor], chosen: Any) -> None:
-        self._whole, self._chosen = whole, chosen
+    def __init__(self, whole: Mapping[str, Tensor], chosen: Any, device: torch.device) -> None:
+        self._whole, self._chosen, self._device = whole, chosen, device
 
     def __getitem__(self, site: str) -> Float[Tensor, "1 token d"]:
-        return self._whole[site].flatten(0, 1)[self._chosen][None]
+        value, chosen = self._whole[site], self._chosen
+        if isinstance(chosen, Tensor):
+            chosen = chosen.to(value.device)
+        return value.flatten(0, 1)[chosen][None].to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._whole)
@@ -151,13 +154,14 @@ class _At(Mapping[str, Tensor]):
         return len(self._whole)
 
 
-def _at(seen: Capture, chosen: Any) -> Capture:
-    """What was seen of some tokens; a slice of them is no copy."""
-    own, other = _At(seen.own, chosen), _At(seen.other, chosen)
-    values, reference = _At(seen.values, chosen), _At(seen.reference, chosen)
-    coefficients = _At(seen.coefficients, chosen)
-    return replace(seen, own=own, other=other, values=values, reference=reference,
-                   coefficients=coefficients)  # fmt: skip
+def _at(seen: Capture, chosen: Any, device: torch.device) -> Capture:
+    """What was seen of some tokens; a slice of them is no copy, unless it is elsewhere."""
+
+    def those(whole: Mapping[str, Tensor]) -> _At:
+        return _At(whole, chosen, device)
+
+    return replace(seen, own=those(seen.own), other=those(seen.other), values=those(seen.values),
+                   reference=those(seen.reference), coefficients=those(seen.coefficients))  # fmt: skip
 
 
 class _Buffer(NamedTuple):
@@ -167,10 +171,10 @@ class _Buffer(NamedTuple):
     coefficients: Float[Tensor, "reader token d_model"]
 
     @classmethod
-    def of(cls, sites: Sites, like: Float[Tensor, "pair pos d_model"], tokens: int) -> _Buffer:
-        """For chunks of so many tokens, where the stream is."""
-        rows = len(sites.writers), _readers_at_once(sites)
-        return cls(*(like.new_empty(n, tokens, like.shape[-1], dtype=torch.float32) for n in rows))
+    def of(cls, sites: Sites, tokens: int) -> _Buffer:
+        """For chunks of so many tokens."""
+        rows, width = (len(sites.writers), _readers_at_once(sites)), int(sites.model.cfg.d_model)
+        return cls(*(torch.empty(n, tokens, width, device=sites.device) for n in rows))
 
 
 def _scores(
@@ -248,7 +252,8 @@ def _read(
     for slot in basis.slots:
         if slot.readers:
             part = into[at : (at := at + len(slot.readers))]
-            norm.pull_through(slot.read_in().flatten(0, 1), slot.values(seen.coefficients), part)
+            behind = slot.values(seen.coefficients)
+            norm.pull_through(slot.read_in().flatten(0, 1).to(behind), behind, part)
     if not basis.entry:
         return
     behind = seen.coefficients[basis.entry]

@@ -209,6 +209,15 @@ def _at(
     return values.gather(-1, ids[..., None])[..., 0]
 
 
+def where_taken(model: Any, tokens: Int[Tensor, "*row pos"]) -> Int[Tensor, "*row pos"]:
+    """Token ids on the device of a model's first weights, which a bridge does not see to.
+
+    Where those are offloaded, accelerate does.
+    """
+    first = next(model.parameters(), tokens) if isinstance(model, nn.Module) else tokens
+    return tokens if first.is_meta else tokens.to(first.device)
+
+
 def clean_answers(
     model: Any, task: Task
 ) -> Iterator[tuple[Int[Tensor, " row"], Task, Float[Tensor, "row d_vocab"]]]:
@@ -227,7 +236,7 @@ def clean_answers(
         )
     for index, bucket in task.buckets():
         with torch.no_grad():  # not around the loop: what a generator sets holds for its caller
-            logits = model(bucket.clean)
+            logits = model(where_taken(model, bucket.clean))
         yield index, bucket, bucket.answer_logits(logits)
 
 

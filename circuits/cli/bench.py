@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from circuits.cli.options import FEW, Json, Seed
+from circuits.cli.options import FEW, Device, DeviceMap, Dtype, Json, Seed
 from circuits.cli.outputs import check_folder, written
 from circuits.cli.screen import answering, print_table, records, say
 from tasks import planted
 from tasks.registry import TASKS
 from tasks.zoo import shelf
 from tasks.zoo.boot import check_model
+from tasks.zoo.placement import Placement
 
 __all__ = ["bench"]
 
@@ -59,6 +60,9 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Folder of the results; what is done there is not done again.")
     ] = Path("runs/bench"),
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Judge all methods by planted circuits, exact effects and circuits; tables and a figure.
@@ -68,6 +72,7 @@ def bench(
     """
     started = perf_counter()
     with answering(as_json) as answer:
+        placement = Placement(device, dtype, device_map)
         for name in model or ():
             check_model(name)
         for name in case or ():
@@ -88,8 +93,12 @@ def bench(
         chosen = _methods(method or [])
         models = dict.fromkeys([*shelf.shipped(), *(model or [])])
         cases = [*planted_cases(case, pairs, seed, noise, distractors)]
-        cases += [of for name in models for of in trained_cases(name, case, pairs, seed)]
-        options = {"pairs": pairs, "seed": seed, "noise": noise, "distractors": distractors}
+        cases += [of for name in models for of in trained_cases(name, case, pairs, seed, placement)]
+        options: dict[str, Any] = {
+            "pairs": pairs, "seed": seed, "noise": noise, "distractors": distractors
+        }  # fmt: skip
+        if dtype is not None:  # or folders of before would be of other options
+            options["dtype"] = dtype
         try:
             with written(out), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", UNABLE)  # the cases are those that it can do

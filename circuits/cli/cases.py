@@ -11,6 +11,7 @@ from circuits.judge.bench import Case, Loaded
 from circuits.masked import ABLE
 from tasks import able, planted, zoo
 from tasks.registry import builder
+from tasks.zoo.placement import Placement
 
 __all__ = ["is_large", "planted_cases", "trained_cases"]
 
@@ -39,19 +40,21 @@ def _planted(name: str, pairs: int, seed: int, noise: float, distractors: int) -
     return Loaded(made.model, made.task, others.task, made.direction, made.edges, made.hidden)
 
 
-def trained_cases(model: str, only: Sequence[str] | None, pairs: int, seed: int) -> Iterator[Case]:
+def trained_cases(
+    model: str, only: Sequence[str] | None, pairs: int, seed: int, placement: Placement
+) -> Iterator[Case]:
     """A model on each task that it does on enough of the clean prompts; `only` those tasks."""
     group = Path(model).name or model
     known = able.recorded()
-    shares = known[model] if model in known else able.measured(_loaded(model))
+    shares = known[model] if model in known else able.measured(_loaded(model, placement))
     for name, share in shares.items():
         if share >= ABLE and (not only or name in only):  # NaN is not enough
-            load = partial(_trained, model, name, pairs, seed)
-            yield Case(f"{name} · {group}", group, load, is_large(_loaded(model)))
+            load = partial(_trained, model, name, pairs, seed, placement)
+            yield Case(f"{name} · {group}", group, load, is_large(_loaded(model, placement)))
 
 
-def _trained(model: str, name: str, pairs: int, seed: int) -> Loaded:
-    bridge = _loaded(model)
+def _trained(model: str, name: str, pairs: int, seed: int, placement: Placement) -> Loaded:
+    bridge = _loaded(model, placement)
     task: Any
     others: Any
     task, others = (builder(name)(bridge.tokenizer, pairs=pairs, seed=s) for s in (seed, seed + 1))
@@ -64,5 +67,5 @@ def is_large(model: Any) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: str) -> Any:
-    return zoo.load(model)
+def _loaded(model: str, placement: Placement) -> Any:
+    return zoo.load(model, **vars(placement))

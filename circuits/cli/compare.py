@@ -12,6 +12,9 @@ from rich.markup import escape
 
 from circuits.cli.estimates import every_estimate, measured, print_agreement, ready
 from circuits.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
     Exact,
     FilterCorrect,
     Json,
@@ -27,6 +30,7 @@ from circuits.cli.screen import answering, print_table, records, say
 from circuits.cli.source import source_of
 from tasks import zoo
 from tasks.zoo.boot import check_model
+from tasks.zoo.placement import Placement
 
 __all__ = ["compare"]
 
@@ -52,19 +56,23 @@ def compare(
             "compare.md and compare.tex."
         ),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Compare rules: agreement with exact patching, and faithfulness of circuits by size."""
     started = perf_counter()
     with answering(as_json) as answer:
         source = source_of(task)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
         if out is not None:
             check_folder(out)
 
         from circuits.cli.cases import is_large
 
-        bridge = zoo.load(model)
+        bridge = zoo.load(model, **vars(placement))
         pairs = pairs or pairs_for(bridge, 16)
         prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
         scores, seconds = every_estimate(bridge, prompts)

@@ -14,6 +14,9 @@ from rich.markup import escape
 from circuits.choices import check_tau
 from circuits.cli.estimates import SHOWN, measured, print_agreement, ready
 from circuits.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
     Exact,
     FilterCorrect,
     Json,
@@ -32,6 +35,7 @@ from circuits.cli.source import source_of
 from relp import Preset
 from tasks import zoo
 from tasks.zoo.boot import check_model
+from tasks.zoo.placement import Placement
 
 __all__ = ["discover"]
 
@@ -75,6 +79,9 @@ def discover(
     ] = None,
     exact: Exact = False,
     filter_correct: FilterCorrect = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Find the circuit of a task, check it against exact patching, draw it.
@@ -93,8 +100,10 @@ def discover(
         source = source_of(task)
         many = "" if pairs is None else f" --pairs {pairs}"
         kept = " --filter-correct" * filter_correct
-        asked = f"{source.identity} --model {model}{many} --seed {seed}{kept}"
+        precise = "" if dtype is None else f" --dtype {dtype}"
+        asked = f"{source.identity} --model {model}{precise}{many} --seed {seed}{kept}"
         find = _search(search, edges, tau, folder / f"{source.name}.part.json", asked)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
         check_folder(folder)
 
@@ -102,7 +111,7 @@ def discover(
         from circuits.graph import size
         from relp import PRESETS, attribute
 
-        bridge = zoo.load(model)
+        bridge = zoo.load(model, **vars(placement))
         pairs = pairs or pairs_for(bridge, 32)
         prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
         with written(folder):

@@ -9,13 +9,23 @@ import typer
 from rich.markup import escape
 
 from circuits.cli import screen
-from circuits.cli.options import Json, label, model_names, result_name, rule_names
+from circuits.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    label,
+    model_names,
+    result_name,
+    rule_names,
+)
 from circuits.cli.screen import answering, or_dash, or_none, print_table, records, say
 from relp import Preset
 from tasks import able, zoo
 from tasks.registry import TASKS, about
 from tasks.zoo import shelf
 from tasks.zoo.boot import check_model
+from tasks.zoo.placement import Placement
 
 __all__ = ["coverage", "models", "tasks"]
 
@@ -31,19 +41,24 @@ def coverage(
     rules: Annotated[
         str, typer.Option(autocompletion=rule_names, help="Rules to look at.")
     ] = "RELP",
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """List the operations of a model that carry relevance, and the rule that each gets."""
     with answering(as_json) as answer:
         chosen = Preset(rules)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
 
         import torch
 
         from relp import PRESETS, coverage
+        from tasks.metrics import where_taken
 
-        bridge = zoo.load(model)
-        tokens = torch.randint(0, int(bridge.cfg.d_vocab), (1, 8))
+        bridge = zoo.load(model, **vars(placement))
+        tokens = where_taken(bridge, torch.randint(0, int(bridge.cfg.d_vocab), (1, 8)))
         frame = coverage(bridge, tokens, rules=PRESETS[chosen])
         groups = frame.groupby(["operation", "kind", "rule"], sort=False)
         print_table(
@@ -65,16 +80,25 @@ def tasks(
         str | None,
         typer.Option(help="Ask this model now, any that `--model` takes elsewhere."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """List the tasks, and how often models prefer the right answer."""
     with answering(as_json) as answer:
+        placement = Placement(device, dtype, device_map)
+        if model is None and placement != Placement():
+            raise ValueError(
+                "`--device`, `--dtype` and `--device-map` must go with a model that is asked now; "
+                "got no `--model`; give one"
+            )
         if model is None:
             shares = able.recorded()
             said = "as measured before (--model NAME: now)"
         else:
             check_model(model)
-            shares = {result_name(model): able.measured(zoo.load(model))}
+            shares = {result_name(model): able.measured(zoo.load(model, **vars(placement)))}
             said = "measured now"
         told = screen.console.width >= WIDE
         rows = [

@@ -10,10 +10,11 @@ import typer
 from relp import Preset
 from tasks.registry import TASKS
 from tasks.zoo import shelf
+from tasks.zoo.placement import DTYPES, MAPS
 
 __all__ = [
-    "FEW", "Exact", "FilterCorrect", "Json", "Model", "Pairs", "PairsBySize", "Seed", "TaskName",
-    "label",
+    "FEW", "Device", "DeviceMap", "Dtype", "Exact", "FilterCorrect", "Json", "Model", "Pairs",
+    "PairsBySize", "Seed", "TaskName", "label",
     "model_names", "pairs_for", "result_name", "rule_names",
 ]  # fmt: skip
 
@@ -45,6 +46,30 @@ Model = Annotated[
         autocompletion=model_names,
         help="A model that `relp models` lists, a folder or GGUF file, or a name on the Hugging "
         "Face hub.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        autocompletion=lambda: ["auto", "cpu", "cuda"],
+        help="Where the model is: cpu, cuda, cuda:1, …, or auto, the best there is. If not given, "
+        "the CPU for models by name and GGUF files, auto for others.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        autocompletion=lambda: list(DTYPES),
+        help="Precision of the weights: float32, bfloat16, float16 or float64; float32 if not "
+        "given.",
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        autocompletion=lambda: [*MAPS, "disk"],
+        help="Weights over several devices: auto, balanced, …; disk, to fetch them from there; or "
+        "a JSON file of names of modules and their devices.",
     ),
 ]
 Pairs = Annotated[

@@ -11,6 +11,9 @@ from rich.markup import escape
 from circuits.choices import check_ablation, check_shard
 from circuits.cli.estimates import SHOWN, print_agreement, print_missed, ready
 from circuits.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
     FilterCorrect,
     Json,
     Model,
@@ -26,6 +29,7 @@ from circuits.cli.source import source_of
 from relp import Direction, Level
 from tasks import zoo
 from tasks.zoo.boot import check_model
+from tasks.zoo.placement import Placement
 
 __all__ = ["merge", "patch", "verify"]
 
@@ -55,6 +59,9 @@ def patch(
     out: Out = Path("effects.safetensors"),
     overwrite: Overwrite = False,
     filter_correct: FilterCorrect = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Measure the exact effect of every node or edge. Interrupted, it goes on when run again."""
@@ -64,11 +71,12 @@ def patch(
         check_ablation(ablation)
         _check(shard)
         source = source_of(task)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
         with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
             from circuits import patch
 
-            bridge = zoo.load(model)
+            bridge = zoo.load(model, **vars(placement))
             prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             effect = patch(bridge, prompts, level=level, direction=direction, ablation=ablation,
                            shard=shard, resume=finished)  # fmt: skip
@@ -91,6 +99,9 @@ def verify(
     out: Out = Path("sample.safetensors"),
     overwrite: Overwrite = False,
     filter_correct: FilterCorrect = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Measure the exact effects of the strongest nodes or edges, and of a sample of the rest.
@@ -104,13 +115,14 @@ def verify(
         Direction(direction)
         _check(shard)
         source = source_of(task)
+        placement = Placement(device, dtype, device_map)
         check_model(model)
         with claimed(out, overwrite=overwrite) as finished, going_on(out, finished):
             from circuits import missed, verify
             from circuits.exact.verify import BUDGET
             from relp import PRESETS, attribute
 
-            bridge = zoo.load(model)
+            bridge = zoo.load(model, **vars(placement))
             pairs = pairs or pairs_for(bridge, 16)
             prompts = ready(bridge, source, pairs, seed, filter_correct=filter_correct)
             scores = [

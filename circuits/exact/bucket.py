@@ -31,6 +31,7 @@ from relp.bridge import (
     Reading,
     Rerun,
     Sites,
+    difference,
     entries,
     must_match,
     observe,
@@ -300,7 +301,7 @@ class Bucket:
         readers = [self.readings[c.reader] for c in cells]
         stream = own[readers[0].place.entry]
         heard = torch.stack([self.changes[c.component] for c in cells])
-        found = received(readers, stream + heard.to(stream))
+        found = received(readers, (stream + heard).to(stream.dtype))
         # the rest of a module reads by itself: what its parts get stays as it was
         kept = [] if readers[0].slot else _part_values(readers[0].place.basis, own)
         for i, reader in enumerate(readers):
@@ -351,7 +352,7 @@ def _writer_changes(
     sites: Sites, own: Mapping[str, Tensor], instead: Mapping[str, Tensor], writers: Container[str]
 ) -> dict[str, Float[Tensor, "pair pos d_model"]]:
     """What writers would add to the residual stream, less what they add."""
-    found = {"embed": instead[ROOT] - own[ROOT]} if "embed" in writers else {}
+    found = {"embed": difference(own, instead, ROOT)} if "embed" in writers else {}
     for place in stream_places(sites):
         if any(writer in writers for writer in place.basis.writers):
             found |= writer_changes(place.basis, own, instead)

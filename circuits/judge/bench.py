@@ -30,6 +30,7 @@ from circuits.judge.evaluation import evaluate
 from circuits.judge.known import edge_labels
 from circuits.judge.methods import METHODS, Method
 from relp import EdgeScores, ModelLike, Scores, TaskLike, written_whole
+from relp.bridge import Sites
 
 __all__ = ["Case", "Loaded", "bench"]
 
@@ -166,7 +167,7 @@ def _judged(todo: _Todo) -> Iterator[Scores | Entry]:
     """
     case, methods, effect = todo
     it = case.load()
-    it.model(it.task.select([0]).clean)  # the first run of a model sets it up
+    it.model(it.task.select([0]).clean.to(Sites.of(it.model).device))  # the first sets it up
     least = floor(it.model, it.task)
     nodes = {m.name: _scored(m, it, "node") for m in methods if m.nodes}
     if effect is None and nodes:

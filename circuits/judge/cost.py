@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from relp import ModelLike, TaskLike
+from relp.bridge import Sites
 
 __all__ = ["floor", "seconds"]
 
@@ -41,16 +42,16 @@ def floor(model: ModelLike, task: TaskLike) -> float:
     for p in needed:
         p.requires_grad_(False)
     try:
-        return seconds(lambda: _two_runs(inner, task))[1]
+        device = Sites.of(model).device
+        return seconds(lambda: _two_runs(inner, task, device))[1]
     finally:
         for p in needed:
             p.requires_grad_(True)
 
 
-def _two_runs(inner: Any, task: TaskLike) -> None:
+def _two_runs(inner: Any, task: TaskLike, device: torch.device) -> None:
     embed = inner.get_input_embeddings()
     for _, batch in task.buckets():
-        device = embed.weight.device
         with torch.no_grad():
             inner(batch.clean.to(device))
         with torch.enable_grad():

@@ -23,6 +23,7 @@ __all__ = [
     "Slot",
     "at_hand",
     "bias",
+    "device_of",
     "inner",
     "is_plain",
     "shape",
@@ -119,8 +120,8 @@ class Slot:
         numbers, found = [self.numbers[i] for i in places], {}
         for m in self.through:
             w, offset = m.read_in(numbers), m.offset(numbers)
-            y = torch.einsum("rptm,rdm->rptd", x, w.to(x.dtype))
-            found[m.site] = y if offset is None else y + offset
+            y = torch.einsum("rptm,rdm->rptd", x, w.to(x))
+            found[m.site] = y if offset is None else y + offset.to(y)
         return found
 
 
@@ -256,6 +257,18 @@ def at_hand(module: Any, parameter: str) -> Any:
         return getattr(module, parameter, None)
 
 
+def device_of(module: Any) -> torch.device | None:
+    """Where a module computes, also if its weights are offloaded; None if it has none."""
+    for part in inner(module).modules():
+        # accelerate's hook knows, where a parameter may be on `meta` between two runs
+        hook = getattr(part, "_hf_hook", None)
+        if (device := getattr(hook, "execution_device", None)) is not None:
+            return torch.device(device)
+        for parameter in part.parameters(recurse=False):
+            return parameter.device
+    return None
+
+
 def inner(projection: Any) -> Any:
     """The module of the model itself: a bridge wraps it."""
     return getattr(projection, "original_component", None) or projection
@@ -269,9 +282,8 @@ def _is_transposed(module: Any) -> bool:
 def _measured(module: Any) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
     """Matrix and bias of a module that gives them away by what it computes only."""
     _, d_in = shape(module)
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    units = torch.eye(d_in, dtype=like.dtype, device=like.device if device is None else device)
+    units = torch.eye(d_in, dtype=like.dtype, device=device_of(module))
     probe = torch.linspace(-1, 1, d_in).cos().to(units) * units.new_tensor([[1.0], [-2.0]])
     with torch.no_grad():
         offset, *rows = module(torch.cat([torch.zeros_like(units[:1]), units, probe])[None])[0]

@@ -207,10 +207,12 @@ class _Way:
         with self._propagated(part=False) as report:
             values, metric = self._differentiable(report, moved)
         at = {n: values[n] for n in self.coefficients}
-        found = _Found({n: values[n].detach() for n in self.names}, metric.detach())
+        seen = self.sites.gathered({n: values[n] for n in self.names})
+        found = _Found(seen, metric.detach().to(self.sites.device))
         if self.rules.partway:  # before there is a reference run: the less is kept for it
             with report.with_itself():
-                found.slopes = self._slopes(metric, at, None, cut=cut, again=True)
+                slopes = self._slopes(metric, at, None, cut=cut, again=True)
+            found.slopes = self.sites.gathered(slopes)
         if not moved:
             with ExitStack() as stack:
                 if self.rules.needs_reference:
@@ -218,7 +220,7 @@ class _Way:
                 found.others, found.other_metric = observe(
                     self.sites, self.task, self.names, side=self.other
                 )
-        found.coefficients = self._slopes(metric, at, None, cut=cut)
+        found.coefficients = self.sites.gathered(self._slopes(metric, at, None, cut=cut))
         found.note(report)
         return found
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relp.bridge.basis import at_hand, inner
+from relp.bridge.basis import at_hand, device_of, inner
 from relp.rulebook import Rules
 from relp.rules import STATISTIC_SLOPES
 
@@ -46,15 +46,12 @@ class NormMap:
         if norm is None:
             ones = torch.ones_like(x)
             return cls(ones[0, 0], False, ones[..., :1], ones, None)
-        parameters = norm_parameters(norm)
-        weight, bias, there = parameters.weight, parameters.bias, x.device
-        if weight is not None:  # the block may be on another device than what was seen of it
-            weight, there = weight.to(x.device), weight.device
-        weight = torch.ones_like(x[0, 0]) if weight is None else weight
+        parameters = norm_parameters(norm).on(x.device)
+        weight = torch.ones_like(x[0, 0]) if parameters.weight is None else parameters.weight
         c, r = _centred(x, parameters.eps, parameters.centres)
         with torch.no_grad():
-            y = norm(own.to(there)).to(x.device).float()
-        expected = c * r * weight + (0 if bias is None else bias.to(x.device))
+            y = norm(own.to(device_of(norm))).to(x)
+        expected = c * r * weight + (0 if parameters.bias is None else parameters.bias)
         error, size = float((y - expected).abs().max()), float(y.abs().max())
         if error > max(1e-4, 4 * torch.finfo(own.dtype).eps) * max(size, 1e-6):
             raise RuntimeError(
@@ -123,6 +120,11 @@ class Norm:
     eps: float
     centres: bool
     """True for a layer norm: the mean is taken off first."""
+
+    def on(self, device: torch.device) -> Norm:
+        """The same on a device."""
+        weight, bias = (None if p is None else p.to(device) for p in (self.weight, self.bias))
+        return Norm(weight, bias, self.eps, self.centres)
 
 
 def norm_parameters(norm: Any) -> Norm:

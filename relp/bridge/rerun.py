@@ -113,7 +113,8 @@ class Rerun:
             read = _tokens_read(self.task) if self.sparse else None
             with precise_logits(self.sites, read), editing(self.sites, every):
                 logits = _run(self.sites, tokens.repeat(copies, 1), self.past, start)
-            metric = [self.task.metric(part) for part in logits.split(len(tokens))]
+            metric = [self.task.metric(part).to(tokens.device)
+                      for part in logits.split(len(tokens))]  # fmt: skip
             # a pair that was read out before `start` is as it was
             seen = (self.task.spans["end"] >= start).to(self.metric.device)
             return torch.stack(metric).sub(self.metric) * seen
@@ -149,7 +150,8 @@ class Rerun:
             reading(self.sites, ("final",)) as values,
         ):
             self.sites.model(tokens.T.reshape(-1, 1))
-        return values["final"].squeeze(1).unflatten(0, (len(places), -1))
+        streams = self.sites.gathered(values)["final"]
+        return streams.squeeze(1).unflatten(0, (len(places), -1))
 
 
 def _mixed(block: Block) -> str:
@@ -278,6 +280,7 @@ def _keys_values(
 
 
 def _same(found: Float[Tensor, "*row d"], expected: Float[Tensor, "*row d"]) -> bool:
+    found = found.to(expected.device)
     # row by row: the first token's stream may be thousands of times that of the others
     tolerance = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.abs().amax(-1)
     return bool(((found - expected).abs().amax(-1) <= tolerance).all())
@@ -320,7 +323,7 @@ def _is_sparse(rerun: Rerun) -> bool:
         precise_logits(sites, _tokens_read(task)),
         editing(sites, edits),
     ):
-        return _same(task.metric(sites.model(tokens)), rerun.metric)
+        return _same(task.metric(sites.model(tokens)).to(tokens.device), rerun.metric)
 
 
 def _noise(rerun: Rerun) -> float:
@@ -335,8 +338,8 @@ def _noise(rerun: Rerun) -> float:
     edits = answers_only(sites, task, copies)
     with torch.no_grad(), precise_logits(sites, read), editing(sites, edits):
         logits = sites.model(tokens.repeat(copies, 1))
-    differences = [task.metric(part) - rerun.metric for part in logits.split(len(tokens))]
-    noise = float(torch.stack(differences).abs().max())
+    metric = torch.stack([task.metric(part) for part in logits.split(len(tokens))])
+    noise = float((metric.to(tokens.device) - rerun.metric).abs().max())
     precision = torch.finfo(rerun.values["final"].dtype).eps
     if noise > max(1e-3, 8 * precision) * (1 + float(rerun.metric.abs().max())):
         raise RuntimeError(

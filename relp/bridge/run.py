@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relp.bridge.basis import bias, is_plain, shape, weight
+from relp.bridge.basis import bias, device_of, is_plain, shape, weight
 from relp.bridge.sites import Edit, Sites, editing, reading
 from relp.protocols import TaskLike
 
@@ -104,7 +104,7 @@ def observe(
     ):
         metric = task.metric(sites.model(tokens))
     # a hook may make what it returns require grad, also here (gradient checkpointing has one)
-    return {n: v.detach() for n, v in values.items()}, metric.detach()
+    return sites.gathered(values), metric.detach().to(sites.device)
 
 
 def _instead(value: Tensor, _: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
     def forward(x: Tensor) -> Tensor:
         # in parts: the matrix of a large vocabulary is not there twice
-        parts = [_linear(x.to(wider), m) for m in matrix.split(ROWS)]
+        x = x.to(matrix.device, wider)  # accelerate's own forward would move it
+        parts = [_linear(x, m) for m in matrix.split(ROWS)]
         found = torch.cat(parts, -1)
         found = found if offset is None else found + offset
         if tokens is None:
@@ -225,11 +226,14 @@ def output_shapes(sites: Sites) -> Iterator[dict[int, int]]:
 
 @contextmanager
 def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -> Iterator[None]:
-    """Blocks of these layers hand their input on, in the form of their `output_shapes`."""
+    """Blocks of these layers hand their input on, in the form of their `output_shapes`.
 
-    def hand_on(size: int) -> Callable[..., Any]:
+    It goes to the block's device, where what comes next may expect it.
+    """
+
+    def hand_on(size: int, device: torch.device | None) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = (args[0] if args else kwargs["hidden_states"]).to(device)
             return (hidden, *[None] * (size - 1)) if size else hidden
 
         return forward
@@ -238,5 +242,6 @@ def skipping(sites: Sites, layers: Container[int], outputs: Mapping[int, int]) -
         for block in sites.blocks:
             if block.layer in layers:
                 module = sites.model.blocks[block.layer]
-                stack.enter_context(own_forward(module, hand_on(outputs[block.layer])))
+                forward = hand_on(outputs[block.layer], device_of(module))
+                stack.enter_context(own_forward(module, forward))
         yield

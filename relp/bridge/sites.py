@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relp.bridge.basis import Basis, Matrix, Slot, inner, shape
+from relp.bridge.basis import Basis, Matrix, Slot, device_of, shape
 from relp.bridge.quantized import check_unpacked
 from relp.layout import Component, Layout
 from relp.protocols import ModelLike
@@ -278,14 +278,16 @@ class Sites:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """Where token ids go in, and where what was seen of all blocks is put together."""
         first = next(self.model.parameters())
         if not first.is_meta:
             return first.device
-        embedding = inner(self.model.original_model.get_input_embeddings())
-        if not hasattr(embedding, "_hf_hook"):  # an outline: no weights at all
-            return first.device
-        return torch.device(embedding._hf_hook.execution_device)  # its weights are offloaded
+        device = device_of(self.model.original_model.get_input_embeddings())
+        return first.device if device is None else device  # `meta`: an outline without weights
+
+    def gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of any blocks, detached, on the one `device`."""
+        return {name: value.detach().to(self.device) for name, value in values.items()}
 
 
 def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Module]]:
@@ -455,14 +457,17 @@ def reading(sites: Sites, names: Iterator[str] | tuple[str, ...]) -> Iterator[di
 def editing(sites: Sites, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Replaces the tensor at each named site by what its function returns.
 
+    It gets the tensor on the sites' `device`; what it returns goes back to where the block is.
+
     Raises:
         RuntimeError: at the end, if an edit never took place.
     """
     done: set[str] = set()
+    device = sites.device
 
     def change(name: str, value: Tensor) -> Tensor:
         done.add(name)
-        return edits[name](value)
+        return edits[name](value.to(device)).to(value.device)
 
     with _visiting(sites, {n: partial(change, n) for n in edits}):
         yield

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp.bridge.basis import Basis, Slot, bias
+from relp.bridge.basis import Basis, Slot, bias, device_of
 from relp.bridge.norms import NormMap
 from relp.bridge.sites import Sites
 from relp.rulebook import DEEPLIFT
@@ -26,6 +26,7 @@ __all__ = [
     "Place",
     "Reading",
     "changes",
+    "difference",
     "exact_changes",
     "must_match",
     "normed",
@@ -182,17 +183,23 @@ def exact_changes(
     return changes(basis, step, norm)
 
 
+def difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor], site: str) -> Tensor:
+    """Other minus own at a site; half precision is widened before, not behind."""
+    wider = torch.promote_types(own[site].dtype, torch.float32)
+    return other[site].to(wider) - own[site].to(wider)
+
+
 def writer_changes(
     basis: Basis, own: Mapping[str, Tensor], other: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, "pair pos d_model"]]:
     """What each writer of a module would add to the stream with the other values at its sites."""
     found: dict[str, Tensor] = {}
     if basis.out and basis.parts:
-        step = other[basis.out.site] - own[basis.out.site]
+        step = difference(own, other, basis.out.site)
         parts = exact_changes(basis, step, own.get(basis.behind))
         found = dict(zip(basis.parts, parts, strict=True))
     if basis.entry:
-        whole = other[basis.component] - own[basis.component]
+        whole = difference(own, other, basis.component)
         found[basis.component] = whole - sum(found.values()) if found else whole
     return found
 
@@ -207,7 +214,7 @@ def what_is_added(basis: Basis, own: Mapping[str, Tensor]) -> Float[Tensor, "pai
         return own[basis.component]
     values = own[basis.out.site]
     found, offset = basis.together(values, basis.added(values)), bias(basis.out.module)
-    found = found if offset is None else found + offset
+    found = found if offset is None else found + offset.to(found.device)
     if not basis.entry and basis.post is None:
         return found
     must_match(found, own[basis.behind], REBUILT.format(f"what the parts of {basis.component} add"))
@@ -224,8 +231,8 @@ def normed(
     if basis.norm is None:
         return streams
     with torch.no_grad():
-        found: Tensor = basis.norm(streams.flatten(0, 1))
-    return found.view_as(streams)
+        found: Tensor = basis.norm(streams.flatten(0, 1).to(device_of(basis.norm)))
+    return found.to(streams.device).view_as(streams)
 
 
 def received(

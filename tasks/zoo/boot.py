@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.zoo.downloads import DOWNLOADS, check_fetchable, fetched, kept
 from tasks.zoo.gguf import check_gguf, dequantised, is_gguf, quiet
+from tasks.zoo.placement import Placement, mixed
 from tasks.zoo.shelf import HERE, names, shipped
 
 if TYPE_CHECKING:
@@ -51,19 +52,38 @@ def check_model(name: str) -> None:
         raise ValueError(f"{_wanted()}; there is no folder {name!r}; check the path")
 
 
-def boot(name: str, tokenizer: Any = None) -> TransformerBridge:
+def boot(name: str, tokenizer: Any, placement: Placement) -> TransformerBridge:
     """The model of a name, a folder or a GGUF file; errors are those of `zoo.load`."""
     check_model(name)
     if name in names():
         folder = fetched(DOWNLOADS[name]) if name in DOWNLOADS else HERE / name
+        unasked = placement.device is None and placement.device_map is None
+        options = placement.options() | ({"device": "cpu"} if unasked else {})
         with quiet():
-            model = _booted(name, str(folder), tokenizer, {"device": "cpu"})
+            model = _booted(name, str(folder), tokenizer, options)
         return _named(model, name)  # results should name it, not a folder of this machine
     path = Path(name).expanduser()
     if (gguf := _gguf(path)) is not None:
-        loaded, own = dequantised(gguf)
-        return wrapped(loaded, own if tokenizer is None else tokenizer, name=gguf.stem)
-    return _booted(name, str(path) if path.is_dir() else name, tokenizer, {})
+        return _unpacked(gguf, tokenizer, placement)
+    return _booted(name, str(path) if path.is_dir() else name, tokenizer, placement.options())
+
+
+def _unpacked(gguf: Path, tokenizer: Any, placement: Placement) -> TransformerBridge:
+    """The model of a GGUF file, which is dequantised on the CPU and goes from there."""
+    if placement.device_map is not None:
+        raise ValueError(
+            "`device_map` must go with a saved model; a GGUF file is dequantised whole, on the "
+            f"CPU; got {placement.device_map!r} with {gguf.name!r}; give `device`, or load a "
+            "folder that model.original_model.save_pretrained has written"
+        )
+    loaded, own = dequantised(gguf)
+    options = placement.options()
+    if placement.device == "auto":
+        from transformer_lens.utilities import get_device
+
+        options["device"] = get_device()
+    loaded.to(**options)
+    return wrapped(loaded, own if tokenizer is None else tokenizer, name=gguf.stem)
 
 
 def wrapped(model: Any, tokenizer: Any, *, name: str | None = None) -> TransformerBridge:
@@ -81,6 +101,8 @@ def _booted(name: str, source: str, tokenizer: Any, options: dict[str, Any]) -> 
             warnings.simplefilter("ignore")
             model = TransformerBridge.boot_transformers(source, **options, **taken)
     except Exception as error:  # the hub, configs and adapters each raise their own kind
+        if "mixes CPU/disk offload" in str(error):  # accelerate's own map turned out so
+            raise ValueError(mixed(f"{options.get('device_map')!r} for {name!r}")) from error
         raise _not_booted(name, error, here="hf_model" in options or source != name
                           or Path(source).exists()) from error  # fmt: skip
     if model.tokenizer is None:
