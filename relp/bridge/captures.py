@@ -276,8 +276,10 @@ class _Way:
     def needed(self, live: Live) -> Need:
         """The bytes of one pair, of parts that are run one by one."""
         sites, end = self.sites, len(self.sites.blocks) - 1
+        before = live.begin()
         with output_shapes(sites) as outputs:
             stream = observe(sites, self.task, (ROOT,), side=self.own)[0][ROOT]
+        forward = live.peak - before  # as of the other run, beside the graph of the own one
         kinds = [_kind(sites, b.layer) for b in sites.blocks[:-1]]
         found = {kind: self._part_needs(live, stream, kinds.index(kind), outputs)
                  for kind in dict.fromkeys(kinds)}  # fmt: skip
@@ -286,13 +288,14 @@ class _Way:
         graph, values, coefficients = (
             sum(getattr(p, n) for p in parts) for n in ("graph", "values", "coefficients")
         )
-        coefficients *= 2 if self.rules.partway else 1
+        first = coefficients if self.rules.partway else 0  # there before the last backward
+        coefficients += first
         kept = 2 * values + coefficients
         starts = stream.nbytes * sum(name not in self.names for name in entries(sites)[:-1])
         # the coefficients come one by one, from the last block on
         most = max(last.peak, *(coefficients + p.peak for p in parts[:-1]))
         return Need(
-            whole=max(graph + values + max(p.peak - p.graph for p in parts), kept),
+            whole=graph + values + first + max(forward, *(p.peak - p.graph for p in parts)),
             block=2 * (values + starts) + most,
             away=values + starts + max(p.peak for p in parts),
             more=max(p.graph for p in parts),

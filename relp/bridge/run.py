@@ -161,18 +161,18 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
 def _linear(x: Tensor, matrix: Float[Tensor, "d_out d_in"]) -> Tensor:
     """As of a matrix of the precision of `x`; its graph keeps the matrix as it is."""
-    wider = matrix.to(x.dtype)
+    wider, dtype = matrix.to(x.dtype), x.dtype
+    # (the graph keeps both functions, and what they refer to)
+    copied, place, order = wider is not matrix, wider.data_ptr(), wider.stride()
 
     def pack(saved: Tensor) -> Tensor | bool:
         """Which way round the wider matrix would be kept, or what else is."""
-        if wider is matrix or saved.data_ptr() != wider.data_ptr():
-            return saved
-        return saved.stride() == wider.stride()
+        return saved.stride() == order if copied and saved.data_ptr() == place else saved
 
     def unpack(packed: Tensor | bool) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        again = matrix.to(x.dtype)
+        again = matrix.to(dtype)
         return again if packed else again.T
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
