@@ -102,10 +102,12 @@ def edge_scores(
             chunk = slice(done, min(done + size, total))
             chosen, first = order[chunk] if several else chunk, int(numbers[done])
             counts = (numbers[chunk] - first).bincount().tolist()
-            found = [_scores(sites, _at(seen, chosen, sites.device), rules, counts, buffer).to(into.device)
-                     for seen, into in tables]  # fmt: skip
+            found = [
+                _scores(sites, _at(seen, chosen, sites.device), rules, counts, buffer)
+                for seen, _ in tables
+            ]
             for (_, into), scores in zip(tables, found, strict=True):
-                into[first : first + len(counts)].add_(scores, alpha=share)
+                into[first : first + len(counts)].add_(scores.to(into.device), alpha=share)
             done = chunk.stop
 
     if tokens is None:
@@ -160,8 +162,14 @@ def _at(seen: Capture, chosen: Any, device: torch.device) -> Capture:
     def those(whole: Mapping[str, Tensor]) -> _At:
         return _At(whole, chosen, device)
 
-    return replace(seen, own=those(seen.own), other=those(seen.other), values=those(seen.values),
-                   reference=those(seen.reference), coefficients=those(seen.coefficients))  # fmt: skip
+    return replace(
+        seen,
+        own=those(seen.own),
+        other=those(seen.other),
+        values=those(seen.values),
+        reference=those(seen.reference),
+        coefficients=those(seen.coefficients),
+    )
 
 
 class _Buffer(NamedTuple):
