@@ -17,7 +17,8 @@ class Progress:
 
     def __init__(self, pairs: int, *, shown: bool) -> None:
         self._pairs = self._left = pairs
-        self._runs, self._told = 0, False
+        self._runs = self._all = self._held = 0
+        self._told = False
         # an average rate: cells are of all sizes
         self._bar = tqdm(
             total=0, desc="exact effects", disable=not shown, leave=False, smoothing=0,
@@ -34,17 +35,27 @@ class Progress:
         """All pairs are (again) to come."""
         self._left = self._pairs
 
-    def expect(self, work: int, pairs: int) -> None:
-        """What the next pairs take; those after them are expected to take as much each."""
+    def expect(self, work: int, pairs: int, *, runs: int, held: int) -> None:
+        """What the next pairs take; those after them are expected to take as much each.
+
+        `runs`: changed runs; `held`: bytes of activations that they begin from.
+        """
         self._bar.total = self._bar.n + work * self._left // pairs
+        self._all = self._runs + runs * self._left // pairs
+        self._held = max(self._held, held)
         self._left -= pairs
+        self._say()
         self._bar.refresh()
 
     def advance(self, work: int, runs: int) -> None:
         """Some of it is done."""
         self._runs += runs
-        self._bar.set_postfix_str(f"{self._runs:,} runs", refresh=False)
+        self._say()
         self._bar.update(work)
+
+    def _say(self) -> None:
+        said = f"{self._runs:,} of {self._all:,} runs, {self._held / 1e9:.2g} GB kept"
+        self._bar.set_postfix_str(said, refresh=False)
 
     def say_slow(self, sites: Sites, task: Any) -> None:
         """Once: that, and why, a run cannot begin at the position of its change."""

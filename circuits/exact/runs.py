@@ -319,7 +319,8 @@ def _begun(sweep: Sweep, index: Int[Tensor, " pair"], part: Bucket, bar: Progres
         sweep.note(side, index, metric, eps=eps, noise=part.rerun.noise)
     unknown = sweep.effects[index, : len(part.cells)].isnan().any(0)
     idle, todo = part.plan(unknown.nonzero().flatten().tolist())
-    bar.expect(sum(map(part.work, todo)), len(index))
+    work, runs = sum(map(part.work, todo)), len(todo) * len(index)
+    bar.expect(work, len(index), runs=runs, held=part.held)
     sweep.effects[index[:, None], torch.tensor(idle, dtype=torch.long)] = 0.0
     return todo
 
