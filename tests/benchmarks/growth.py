@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from time import process_time
@@ -44,6 +45,7 @@ MACHINE = Room(16 * 10**9, paced=True)
 RIGHT = 0.2
 """Predictions within this are right."""
 MB = 1e6
+LIBC = CDLL("libc.so.6")
 TRIM, MMAP = -1, -3
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: up to what it keeps freed memory for itself."""
 
@@ -67,11 +69,13 @@ class Run:
                 "pairs x positions x layers x heads":
                 f"{self.pairs} x {self.positions} x {layers} x {heads}"}  # fmt: skip
 
-    def at(self, parameters: float) -> float:
+    def at(self, size: float) -> float:
         """Where it is on its axis."""
         config = self.shape.config
-        return {"pairs": self.pairs, "positions": self.positions, "size": parameters,
-                "layers": config.num_hidden_layers, "heads": config.num_attention_heads}[self.axis]  # fmt: skip
+        places = {"pairs": self.pairs, "positions": self.positions, "size": size,
+                  "layers": config.num_hidden_layers,
+                  "heads": config.num_attention_heads}  # fmt: skip
+        return places[self.axis]
 
 
 def smollm2(layers: int = 8, heads: int = 9) -> Shape:
@@ -156,7 +160,7 @@ def measured(asked: tuple[Run, list[Plan]]) -> list[dict[str, Any]]:
     """Time and memory of each call, beside what was predicted; for a process of its own."""
     run, plans = asked
     model = run.shape.bridge(run.shape.plain("cpu"), "cpu")
-    weights = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+    weights = sum(p.numel() for p in model.original_model.parameters())
     task, tiny = run.shape.task(run.pairs, run.positions), run.shape.task(2, 4)
 
     def call(number: int, *, some: Any = task) -> None:
@@ -167,7 +171,7 @@ def measured(asked: tuple[Run, list[Plan]]) -> list[dict[str, Any]]:
     for number in range(len(plans)):
         call(number, some=tiny)  # what comes with the first call is there then
     keep_freed(0, 1 << 16)
-    peaks = [risen(lambda number=number: call(number)) for number in range(len(plans))]
+    peaks = [risen(partial(call, number)) for number in range(len(plans))]
     keep_freed(1 << 26, 1 << 25)  # what a process comes to that has run for a while
     rows = []
     for number, (name, how, peak) in enumerate(zip(CALLS, plans, peaks, strict=True)):
@@ -185,13 +189,13 @@ def measured(asked: tuple[Run, list[Plan]]) -> list[dict[str, Any]]:
 
 def keep_freed(trim: int, mmap: int) -> None:
     """Freed memory of up to this many bytes is kept, of pieces smaller than `mmap`."""
-    libc = CDLL("libc.so.6")
-    assert libc.mallopt(TRIM, trim) and libc.mallopt(MMAP, mmap)
+    assert LIBC.mallopt(TRIM, trim) and LIBC.mallopt(MMAP, mmap)
 
 
-def risen(work: Any) -> int:
+def risen(work: Callable[[], None]) -> int:
     """By how many bytes the memory of this process rises in a call."""
     gc.collect()
+    LIBC.malloc_trim(0)  # or the call would fill gaps that are counted already
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is there now
     before = held("VmRSS")
     work()
@@ -210,7 +214,8 @@ def held(name: str) -> int:
 AXES = {"pairs": "pairs", "positions": "positions", "layers": "layers",
         "heads": "heads in a layer", "size": "million parameters"}  # fmt: skip
 FIXED = {"pairs": "16 positions, 8 layers", "positions": "2 pairs, 8 layers",
-         "layers": "8 pairs of 16", "heads": "8 pairs of 16, 8 layers", "size": "2 pairs of 16"}  # fmt: skip
+         "layers": "8 pairs of 16", "heads": "8 pairs of 16, 8 layers",
+         "size": "2 pairs of 16"}  # fmt: skip
 
 
 def drawn(table: pd.DataFrame) -> go.Figure:
@@ -226,19 +231,14 @@ def drawn(table: pd.DataFrame) -> go.Figure:
     for column, axis in enumerate(axes, 1):
         figure.update_xaxes(title=AXES[axis], row=2, col=column)
         figure.update_xaxes(rangemode="tozero", col=column)
-        if axis in ("positions", "size"):
-            figure.update_xaxes(type="log", tickvals=sorted(set(ticks(table, axis))), col=column,
-                                ticktext=None)  # fmt: skip
+        if axis == "size":  # up to a billion
+            figure.update_xaxes(type="log", dtick=1, col=column)
     figure.update_yaxes(rangemode="tozero")
     return framed(
         figure, "Time and memory of attribute, and the memory that was predicted",
         "Beside the weights, one thread. Lines: predicted. Marks: measured.",
         plot=plot, above=above, below=84,
     ).update_layout(legend={**BENEATH, "entrywidth": 0.33})  # fmt: skip
-
-
-def ticks(table: pd.DataFrame, axis: str) -> Iterator[float]:
-    yield from table.loc[table["varies"] == axis, "at"].round()
 
 
 def traces(rows: pd.DataFrame, number: int, *, named: bool) -> list[tuple[go.Scatter, int]]:
