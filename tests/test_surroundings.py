@@ -3,6 +3,7 @@ precision, hooks, compiled modules, adapters, and weights that are elsewhere."""
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCau
 from circuits import assemble, faithfulness, patch, top
 from relp import GRADIENT, RELP, attribute
 from relp.bridge import Sites, bias, editing, reading, weight
+from relp.bridge.live import Live
 from relp.bridge.norms import norm_parameters
 from relp.bridge.rerun import Rerun, _same
-from relp.bridge.run import own_forward
+from relp.bridge.run import _linear, own_forward
 from relp.bridge.source import fingerprint
 from tasks import Task
 from tasks.zoo.shelf import HERE
@@ -283,6 +285,19 @@ def test_the_last_product_is_in_single_precision(halved: tuple[Any, Any]) -> Non
         torch.testing.assert_close(metric, expected, rtol=1e-5, atol=1e-6)
     assert (task.metric(rounded).float() - expected).abs().max() > 1e-4
     assert half(task.clean).dtype == rounded.dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_its_graph_does_not_keep_the_matrix_in_single_precision(device: str) -> None:
+    """With a large vocabulary that would be more than all else."""
+    matrix = torch.ones(50, 8, dtype=torch.bfloat16, device=device)
+    x = torch.ones(2, 8, device=device, requires_grad=True)
+    with Live((matrix, x)) as live:
+        logits = _linear(x, matrix)
+        gc.collect()
+        assert live.now == logits.nbytes
+    (slope,) = torch.autograd.grad(logits.sum(), x)
+    assert slope.shape == x.shape and (device == "meta" or bool((slope == 50).all()))
 
 
 def difference_of_all(logits: Tensor, task: Task) -> Tensor:

@@ -161,13 +161,14 @@ def precise_logits(sites: Sites, tokens: Int[Tensor, " token"] | None = None) ->
 
 def _linear(x: Tensor, matrix: Float[Tensor, "d_out d_in"]) -> Tensor:
     """As of a matrix of the precision of `x`; its graph keeps the matrix as it is."""
-    wider, dtype = matrix.to(x.dtype), x.dtype
-    # (the graph keeps both functions, and what they refer to)
-    copied, place, order = wider is not matrix, wider.data_ptr(), wider.stride()
+    dtype = x.dtype
+    wider = matrix.to(dtype)
+    # a graph keeps its hooks and what they hold, so that they hold nothing of the wider matrix
+    plain, place, strides = wider is matrix, _place(wider), wider.stride()
 
     def pack(saved: Tensor) -> Tensor | bool:
         """Which way round the wider matrix would be kept, or what else is."""
-        return saved.stride() == order if copied and saved.data_ptr() == place else saved
+        return saved if plain or _place(saved) != place else saved.stride() == strides
 
     def unpack(packed: Tensor | bool) -> Tensor:
         if isinstance(packed, Tensor):
@@ -177,6 +178,11 @@ def _linear(x: Tensor, matrix: Float[Tensor, "d_out d_in"]) -> Tensor:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return nn.functional.linear(x, wider)
+
+
+def _place(tensor: Tensor) -> int:
+    """Whose memory a tensor is in; also of one on `meta`, which has none."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 python tests/benchmarks/budget.py            # what each call costs, and its budget
 python tests/benchmarks/budget.py --shape smollm2
 python tests/benchmarks/budget.py --peers    # and what TransformerLens takes for the same
-python tests/benchmarks/budget.py --growth   # time and memory by pairs, positions and layers
 """
 
 from __future__ import annotations
@@ -38,9 +37,6 @@ from circuits.judge.evaluation import SIZES
 from relp import DEEPLIFT, GRADIENT, PRESETS, RELP, Rules, attribute, preset, propagate
 from tasks import Task
 
-SIZE = {"pairs": 8, "positions": 16}
-GROWTH = {"pairs": (16, 32), "positions": (32, 64)}
-LAYERS = {"gpt2": (6, 24), "smollm2": (15, 60)}
 BUDGETS = {"node": (1.0, 1.15, 1.7), "edge": (1.3, 1.6, 4.5)}
 """Rules of one run, of two, and PARTWAY; for its edges half of what EAP-IG takes with five steps.
 """
@@ -51,20 +47,18 @@ PER_LAYER = 2
 """Heads of a layer in the patching sweep."""
 
 
-def main(shape: str = "", rounds: int = 3, peers: bool = False, growth: bool = False) -> None:
+def main(shape: str = "", rounds: int = 3, peers: bool = False) -> None:
     """Prints the tables.
 
     `shape`: `gpt2` or `smollm2`, both if empty; `rounds`: how often each time is taken.
     """
     shapes = [shape] if shape else list(SHAPES)
     # first, while this process is small: a child's peak starts at what its parent held
-    runs = [(r.name, level, s, size) for s in shapes for size in sizes(s, growth=growth)
-            for r in (RELP, DEEPLIFT) for level in ("node", "edge")
-            if growth or level == "edge"]  # fmt: skip
+    runs = [(rules.name, name) for name in shapes for rules in (RELP, DEEPLIFT)]
     with get_context("fork").Pool(1, maxtasksperchild=1) as processes:
         cells = pd.DataFrame(processes.starmap(cell, runs, 1))
     show(f"first run in a process of its own; budget of edges: {PEAK_GB} GB", cells)
-    for name in shapes if not growth else ():
+    for name in shapes:
         model, plain, task = bridge(name), plain_model(name), random_task(name)
         base = floor(plain, task)
         tables = [attribution(model, task, base, rounds), exact(model, task, base, rounds)]
@@ -77,29 +71,18 @@ def main(shape: str = "", rounds: int = 3, peers: bool = False, growth: bool = F
             show(f"{name}: patching heads by position", sweep(model, task))
 
 
-def sizes(shape: str, *, growth: bool) -> list[dict[str, int]]:
-    """What is run in processes of their own: one size, and larger ones."""
-    found: list[dict[str, int]] = [{**SIZE}]
-    if growth:
-        found += [SIZE | {k: v} for k, vs in GROWTH.items() for v in vs]
-        found += [SIZE | {"layers": v} for v in LAYERS[shape]]
-    return found
-
-
 def show(title: str, table: pd.DataFrame) -> None:
     """One table on the terminal."""
     print(f"\n{title}\n{table.to_string(float_format='{:.2f}'.format)}", flush=True)
 
 
-def cell(rules: str, level: str, shape: str, size: dict[str, int]) -> dict[str, Any]:
-    """Time and peak memory of one attribution; for a process of its own."""
-    model = bridge(shape, layers=size.get("layers"))
-    task = random_task(shape, pairs=size["pairs"], positions=size["positions"])
+def cell(rules: str, shape: str) -> dict[str, Any]:
+    """Time and peak memory of edge scores; for a process of its own."""
+    model, task = bridge(shape), random_task(shape)
     weights = sum(p.numel() * p.element_size() for p in model.original_model.parameters())
-    cpu, _ = seconds(attribution_of(model, task, preset(rules), level))
+    cpu, _ = seconds(attribution_of(model, task, preset(rules), "edge"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-    about = {"shape": shape, "rules": rules, "level": level, "layers": len(model.blocks)}
-    return {**about, **size, "CPU s": cpu, "peak GB": peak,
+    return {"shape": shape, "rules": rules, "CPU s": cpu, "peak GB": peak,
             "weights GB": weights / 2**30}  # fmt: skip
 
 

@@ -42,22 +42,21 @@ SHAPES: dict[str, tuple[str, Any]] = {
 """GPT-2 small, and SmolLM2-135M."""
 
 
-def plain_model(shape: str = "gpt2", *, layers: int | None = None) -> PreTrainedModel:
+def plain_model(shape: str = "gpt2") -> PreTrainedModel:
     """transformers' own model in one of the shapes, with random weights.
 
     Attention is computed as a bridge does it.
     """
     torch.manual_seed(0)
     config = deepcopy(SHAPES[shape][1])
-    config.num_hidden_layers = layers or config.num_hidden_layers
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return model.eval().requires_grad_(False)
 
 
-def bridge(shape: str = "gpt2", *, layers: int | None = None) -> Any:
+def bridge(shape: str = "gpt2") -> Any:
     """The same model as a bridge."""
     folder = str(Path(zoo.__file__).parent / SHAPES[shape][0])
-    inner = plain_model(shape, layers=layers).requires_grad_()  # as users have it
+    inner = plain_model(shape).requires_grad_()  # as users have it
     model = TransformerBridge.boot_transformers(folder, device="cpu", hf_model=inner)
     with torch.no_grad():
         model(torch.tensor([[1, 2]]))  # a bridge installs hooks of its own at the first run
