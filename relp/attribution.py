@@ -149,8 +149,8 @@ def plan(
 ) -> Plan:
     """How `attribute` would run these pairs, and how much memory it would take.
 
-    >>> plan(model, task, rules=RELP, level="edge").note
-    '32 at a time, 0.034 GB'
+    >>> plan(model, task, rules=RELP, level="edge").pairs     # at a time; see `note` and `bytes`
+    4
 
     Single blocks are run on one pair of the greatest length, and what is alive is counted. `model`
     may be an outline without weights (`tasks.zoo.outline`).

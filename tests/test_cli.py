@@ -306,11 +306,11 @@ def test_an_interrupted_search_goes_on(model: Path, monkeypatch: Any) -> None:
     module = importlib.import_module("circuits.search.acdc")
     metrics, calls = module.circuit_metrics, []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return metrics(*args)
+        return metrics(*args, **options)
 
     monkeypatch.setattr(module, "circuit_metrics", interrupted)
     common = ("discover", "--model", model, "--pairs", 2, "--search", "acdc", "--out", "a", "--tau")

@@ -2,6 +2,7 @@
 
 from itertools import product
 from random import Random
+from types import SimpleNamespace
 
 import networkx as nx
 import pytest
@@ -246,7 +247,10 @@ def test_evaluation_breaks_ties_by_name(case, signed) -> None:
         return -(sign * worth if signed else abs(worth)), layout.writers[at[1]], owner.name, name
 
     order = sorted(places, key=key)
-    for size_, mask in zip((0.01, 0.3, 1.0), _best(scores, (0.01, 0.3, 1.0), signed), strict=True):
+    writers, readers = layout.exists.shape
+    every = SimpleNamespace(heard=slice(0, writers), columns=slice(0, readers))  # as of one place
+    for size_, kept in zip((0.01, 0.3, 1.0), _best(scores, (0.01, 0.3, 1.0), signed), strict=True):
+        mask = kept(every) & layout.exists
         assert mask.nonzero().tolist() == sorted(order[: int(size_ * len(order))])
 
 

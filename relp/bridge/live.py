@@ -21,6 +21,7 @@ __all__ = ["Live"]
 class Live(TorchDispatchMode):
     """Counts while it is active; what is `known` is there anyway.
 
+    >>> from relp.bridge.live import Live
     >>> with Live() as live:
     ...     a = torch.zeros(10) + 1
     ...     b = a * a
