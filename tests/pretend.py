@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pytest import MonkeyPatch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -70,7 +71,15 @@ class Pretend(Tensor):
 @contextmanager
 def devices() -> Iterator[None]:
     """Makes the two devices; what is on them can only be used inside."""
-    with _Devices():
+    made = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        # torch's own would fill it where there are no kernels
+        found = made(data, **options)
+        return found if device is None else found.to(device)
+
+    with _Devices(), MonkeyPatch.context() as patched:
+        patched.setattr(torch, "tensor", tensor)
         yield
 
 
