@@ -228,7 +228,7 @@ def test_the_command_line_has_every_option() -> None:
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         for parameter in command.params:
             for option in (*parameter.opts, *parameter.secondary_opts):
-                shared = option in ("--help", "--json")
+                shared = option in ("--help", "--json", "--device", "--dtype", "--device-map")
                 assert not option.startswith("--") or shared or option in sections[name], option
 
 

@@ -34,6 +34,7 @@ from circuits.masked import Edges, circuit_masks, circuit_metrics, cut, endpoint
 from circuits.masked import doubt as doubt_of
 from relp import RELP, Component, Layout, attribute
 from relp.bridge import Basis, Place, span_index
+from relp.bridge.memory import Call
 from relp.bridge.run import OURS
 from relp.bridge.sites import Sites
 from tasks import Task
@@ -232,7 +233,7 @@ def test_batches_of_one_run_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(circuit_metrics(sites, task, masks & sites.layout.exists), together)
     by_position, short = masks.expand(-1, 4, -1, -1), task.select([0, 1])
     torch.testing.assert_close(circuit_metrics(sites, short, by_position), together[:, :2])
-    monkeypatch.setattr("relp.bridge.memory.CIRCUIT_BYTES", 1)
+    monkeypatch.setattr("relp.bridge.memory.CIRCUITS", Call(pace=1, share=0.6))
     torch.testing.assert_close(circuit_metrics(sites, task, masks), together)
     monkeypatch.setattr("circuits.masked.ROW_BYTES", 0)
     monkeypatch.setattr("circuits.masked.READ_BYTES", 1)
