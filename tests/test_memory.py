@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import random_task
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import relp.attribution
@@ -90,6 +92,14 @@ def test_an_outline_takes_what_the_model_takes(name: str) -> None:
         one, other = (plan(m, task, level=level, room=room) for m in (model, shapes))
         assert (one.pairs, one.blocks) == (other.pairs, other.blocks)
         assert one.bytes == pytest.approx(other.bytes, rel=0.2)
+
+
+def test_a_model_of_one_block_has_needs_too(llama_folder: Path) -> None:
+    config = LlamaConfig.from_pretrained(llama_folder, num_hidden_layers=1)
+    inner = LlamaForCausalLM(config).eval()
+    model = TransformerBridge.boot_transformers(str(llama_folder), device="cpu", hf_model=inner)
+    room = Room(GB, paced=True)
+    assert plan(model.eval(), random_task(model, pairs=2), room=room).bytes > 0
 
 
 # -- block by block --------------------------------------------------------------------------------

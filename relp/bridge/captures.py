@@ -293,7 +293,7 @@ class _Way:
         kept = 2 * values + coefficients
         starts = stream.nbytes * sum(name not in self.names for name in entries(sites)[:-1])
         # the coefficients come one by one, from the last block on
-        most = max(last.peak, *(coefficients + p.peak for p in parts[:-1]))
+        most = max([last.peak, *(coefficients + p.peak for p in parts[:-1])])
         return Need(
             whole=graph + values + first + max(forward, *(p.peak - p.graph for p in parts)),
             block=2 * (values + starts) + most,
