@@ -2,7 +2,6 @@
 
 from itertools import product
 from random import Random
-from types import SimpleNamespace
 
 import networkx as nx
 import pytest
@@ -14,6 +13,8 @@ from circuits.graph import assemble, real_edges, size
 from circuits.judge.evaluation import _best
 from circuits.search.prune import connect, greedy, random, threshold, top
 from circuits.search.rank import edge_ranks
+from relp.bridge.basis import Basis
+from relp.bridge.stream import Place
 from relp.layout import Component
 from relp.scores import Scores
 
@@ -248,7 +249,8 @@ def test_evaluation_breaks_ties_by_name(case, signed) -> None:
 
     order = sorted(places, key=key)
     writers, readers = layout.exists.shape
-    every = SimpleNamespace(heard=slice(0, writers), columns=slice(0, readers))  # as of one place
+    heard, columns = slice(0, writers), slice(0, readers)
+    every = Place(Basis("all", None), 2, "final", heard, slice(writers, writers), columns)
     for size_, kept in zip((0.01, 0.3, 1.0), _best(scores, (0.01, 0.3, 1.0), signed), strict=True):
         mask = kept(every) & layout.exists
         assert mask.nonzero().tolist() == sorted(order[: int(size_ * len(order))])
