@@ -1,0 +1,92 @@
+"""Sparse dictionaries (autoencoders and transcoders) as frozen values, from files on disk.
+
+`load_dictionary` knows a format by the files that lie there; nothing is fetched, no code in a file
+is run, and SAELens need not be installed. Own ones are written in SAELens' layout.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from relp.dictionaries import circuit_tracer, dictionary_learning, gemma_scope, saelens
+from relp.dictionaries.activations import Activation, Gated, JumpRelu, Relu, TopK
+from relp.dictionaries.dictionary import Dictionary
+from relp.dictionaries.normalizations import LayerNorm, Normalization, Scaled, UnitNorm
+from relp.dictionaries.saelens import save_dictionary
+
+__all__ = [
+    "Activation",
+    "Dictionary",
+    "Gated",
+    "JumpRelu",
+    "LayerNorm",
+    "Normalization",
+    "Relu",
+    "Scaled",
+    "TopK",
+    "UnitNorm",
+    "load_dictionary",
+    "save_dictionary",
+]
+
+FORMATS = {
+    saelens.WEIGHTS: ("SAELens", lambda file: saelens.load(file.parent)),
+    saelens.CONFIG: ("SAELens", lambda file: saelens.load(file.parent)),
+    "params.npz": ("Gemma Scope", gemma_scope.load_first),
+    "params.safetensors": ("Gemma Scope 2", gemma_scope.load_second),
+    dictionary_learning.WEIGHTS: (
+        "dictionary_learning", lambda file: dictionary_learning.load(file.parent)
+    ),
+    "layer_*.safetensors": ("circuit-tracer", circuit_tracer.load),
+}  # fmt: skip
+"""What a format is known by: the name of a file; which format; how it is read from that file."""
+
+
+def load_dictionary(path: str | os.PathLike[str], *, scale: float | None = None) -> Dictionary:
+    """A dictionary from a file or folder of one of the known formats.
+
+    SAELens (`cfg.json`, `sae_weights.safetensors`), Gemma Scope (`params.npz`), Gemma Scope 2
+    (`params.safetensors`), dictionary_learning (`config.json`, `ae.pt`) and circuit-tracer
+    (`layer_3.safetensors`).
+
+    >>> import torch
+    >>> from relp.dictionaries import Dictionary, Relu, load_dictionary, save_dictionary
+    >>> own = Dictionary(torch.eye(2), torch.eye(2), torch.zeros(2), torch.zeros(2), Relu())
+    >>> save_dictionary(own, "own")
+    >>> load_dictionary("own").fingerprint == own.fingerprint
+    True
+
+    Args:
+        path: the file, or the folder that holds it.
+        scale: what vectors are multiplied by before encoding, where a config of SAELens says
+            `expected_average_only_in` and leaves the number out.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a part is missing.
+        ValueError: the files are of no known format, or broken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`path` must be a file or folder of a dictionary; {str(path)!r} does not exist; fetch "
+            "it first: nothing is downloaded here"
+        )
+    for pattern, (name, read) in FORMATS.items():
+        if path.is_file():
+            found = [path] if path.match(pattern) else []
+        else:
+            found = sorted(path.glob(pattern))
+        if found and name == "SAELens":
+            return saelens.load(found[0].parent, scale)
+        if found and scale is not None:
+            raise ValueError(
+                f"`scale` must be for a folder of SAELens; got one for {name}; leave it out"
+            )
+        if found:  # a folder of many layers is refused by its reader
+            return read(path if len(found) > 1 else found[0])
+    lies = path.name if path.is_file() else ", ".join(sorted(p.name for p in path.iterdir())[:8])
+    raise ValueError(
+        f"{str(path)!r} must hold one of {', '.join(FORMATS)}; got {lies or 'an empty folder'}; "
+        "name the folder of one dictionary, or build a relp.Dictionary from tensors"
+    )
