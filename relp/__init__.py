@@ -7,6 +7,7 @@ from relp import bars, lazy, neighbours  # noqa: F401  # the bars before anybody
 if TYPE_CHECKING:
     from relp.attribution import attribute, plan
     from relp.choices import Direction, Level, Preset
+    from relp.dictionaries import Dictionary, load_dictionary
     from relp.files import check_texts, written_whole
     from relp.layout import Component, Layout
     from relp.operations import register
@@ -45,6 +46,7 @@ __all__ = [
     "PRESETS",
     "RELP",
     "Component",
+    "Dictionary",
     "Direction",
     "EdgeEffects",
     "EdgeScores",
@@ -64,6 +66,7 @@ __all__ = [
     "attribute",
     "check_texts",
     "coverage",
+    "load_dictionary",
     "plan",
     "preset",
     "propagate",
@@ -77,6 +80,7 @@ lazy.lazily(
     {
         "attribution": "attribute plan",
         "choices": "Direction Level Preset",
+        "dictionaries": "Dictionary load_dictionary",
         "files": "check_texts written_whole",
         "layout": "Component Layout",
         "operations": "register",

@@ -75,8 +75,8 @@ def test_the_import_reader_sees_every_form() -> None:
 
 
 ORDER = {
-    "relp": "bars lazy neighbours choices files protocols layout scores rules operations rulebook "
-    "partway propagation bridge nodes edges attribution __init__ __main__",
+    "relp": "bars lazy neighbours choices files protocols layout dictionaries scores rules "
+    "operations rulebook partway propagation bridge nodes edges attribution __init__ __main__",
     "circuits": "choices graph masked engines exact search judge draw explorer files __init__ cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than "
     "gendered_pronoun subject_verb induction docstring colored_objects capital_country arithmetic "
@@ -161,7 +161,11 @@ def defined_in(node: ast.ImportFrom, name: str) -> str:
     return str(node.module)
 
 
-@pytest.mark.parametrize("source", sorted(set(SOURCES) - {"relp/bridge/sites.py"}))
+NAMING = {"relp/bridge/sites.py", "relp/dictionaries/hook_names.py"}
+"""Ours are used in the one; those that stand in files of others are read in the other."""
+
+
+@pytest.mark.parametrize("source", sorted(set(SOURCES) - NAMING))
 def test_only_sites_spells_hook_names(source: str) -> None:
     assert [c for c in code(ast.parse(SOURCES[source].read_text())) if HOOK.search(c)] == []
 
@@ -175,7 +179,11 @@ def test_the_hook_reader_sees_names_and_strings_but_no_prose() -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_nothing_is_pickled(source: str) -> None:
-    assert not re.search(r"torch\.load\(|\b(pickle|joblib|dill)\b", SOURCES[source].read_text())
+    text = SOURCES[source].read_text()
+    if source == "relp/dictionaries/dictionary_learning.py":
+        # that format is torch's: its reader of tensors alone
+        text = re.sub(r"torch\.load\([^()]*\bweights_only=True\)", "", text)
+    assert not re.search(r"torch\.load\(|\b(pickle|joblib|dill)\b", text)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

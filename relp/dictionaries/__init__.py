@@ -7,6 +7,7 @@ is run, and SAELens need not be installed. Own ones are written in SAELens' layo
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from relp.dictionaries import circuit_tracer, dictionary_learning, gemma_scope, saelens
@@ -30,16 +31,14 @@ __all__ = [
     "save_dictionary",
 ]
 
-FORMATS = {
-    saelens.WEIGHTS: ("SAELens", lambda file: saelens.load(file.parent)),
-    saelens.CONFIG: ("SAELens", lambda file: saelens.load(file.parent)),
+FORMATS: dict[str, tuple[str, Callable[..., Dictionary]]] = {
+    saelens.WEIGHTS: ("SAELens", saelens.load),
+    saelens.CONFIG: ("SAELens", saelens.load),
     "params.npz": ("Gemma Scope", gemma_scope.load_first),
     "params.safetensors": ("Gemma Scope 2", gemma_scope.load_second),
-    dictionary_learning.WEIGHTS: (
-        "dictionary_learning", lambda file: dictionary_learning.load(file.parent)
-    ),
+    dictionary_learning.WEIGHTS: ("dictionary_learning", dictionary_learning.load),
     "layer_*.safetensors": ("circuit-tracer", circuit_tracer.load),
-}  # fmt: skip
+}
 """What a format is known by: the name of a file; which format; how it is read from that file."""
 
 
@@ -77,14 +76,13 @@ def load_dictionary(path: str | os.PathLike[str], *, scale: float | None = None)
             found = [path] if path.match(pattern) else []
         else:
             found = sorted(path.glob(pattern))
-        if found and name == "SAELens":
-            return saelens.load(found[0].parent, scale)
-        if found and scale is not None:
+        if found and scale is not None and name != "SAELens":
             raise ValueError(
                 f"`scale` must be for a folder of SAELens; got one for {name}; leave it out"
             )
         if found:  # a folder of many layers is refused by its reader
-            return read(path if len(found) > 1 else found[0])
+            file = path if len(found) > 1 else found[0]
+            return read(file) if scale is None else read(file, scale)
     lies = path.name if path.is_file() else ", ".join(sorted(p.name for p in path.iterdir())[:8])
     raise ValueError(
         f"{str(path)!r} must hold one of {', '.join(FORMATS)}; got {lies or 'an empty folder'}; "

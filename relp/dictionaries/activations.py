@@ -2,7 +2,7 @@
 
 Each is a frozen value of two formulas: `values`, and `slopes`, the derivative of a value with
 respect to its own pre-activation, others held. `TopK` chooses among all features and so wants all
-pre-activations; the others work one feature at a time and can be cut down by `of`.
+pre-activations; the others work one feature at a time, and `moved` cuts their tensors down.
 """
 
 from __future__ import annotations
@@ -87,17 +87,19 @@ class Gated:
     b_mag: Float[Tensor, " feature"]
     r_mag: Float[Tensor, " feature"]
 
-    def _magnitude(self, pre: Values) -> Values:
+    def values(self, pre: Values) -> Values:
+        """What the features hold."""
         b_gate, b_mag, r_mag = (b.to(pre) for b in (self.b_gate, self.b_mag, self.r_mag))
         return (pre * r_mag.exp() + b_mag).relu() * (pre + b_gate > 0)
 
-    def values(self, pre: Values) -> Values:
-        """What the features hold."""
-        return self._magnitude(pre)
-
     def slopes(self, pre: Values) -> Values:
         """exp(r_mag) where a feature is on: what its magnitude grows by; the gate only jumps."""
-        return (self._magnitude(pre) > 0) * self.r_mag.to(pre).exp()
+        return (self.values(pre) > 0) * self.r_mag.to(pre).exp()
+
+    def shifted(self, by: Float[Tensor, " feature"]) -> Gated:
+        """The same with `by` added to p."""
+        b_mag = self.b_mag + self.r_mag.exp() * by
+        return replace(self, b_gate=self.b_gate + by, b_mag=b_mag)
 
 
 Activation = Relu | JumpRelu | TopK | Gated
@@ -112,4 +114,4 @@ def parameters(activation: Activation) -> dict[str, Tensor]:
 def moved(activation: Activation, change: Callable[[Tensor], Tensor]) -> Activation:
     """The activation with each of its tensors changed: put on a device, cut down to features."""
     found = {name: change(value) for name, value in parameters(activation).items()}
-    return replace(activation, **found) if found else activation
+    return replace(activation, **found) if found else activation  # type: ignore[arg-type]

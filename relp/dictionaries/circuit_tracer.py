@@ -14,7 +14,7 @@ from pathlib import Path
 
 from relp.dictionaries.activations import Activation, JumpRelu, Relu, TopK
 from relp.dictionaries.dictionary import Dictionary
-from relp.dictionaries.hook_names import place_of
+from relp.dictionaries.hook_names import Place, place_of
 from relp.dictionaries.weights import Weights, safetensors_of
 
 __all__ = ["load"]
@@ -53,7 +53,7 @@ def load(path: Path) -> Dictionary:
     block = f"blocks.{layer[1]}." if layer else ""
     into, out = (settings.get(f"feature_{end}_hook", "") for end in ("input", "output"))
     reads = place_of(block + into if block and into else "", transcoder=True)
-    writes = place_of(block + (out or "hook_mlp_out") if block else "")
+    writes = place_of(block + out) if block and out else Place(f"L{layer[1]}.mlp" if layer else "")
     skip = weights.take("W_skip", of=about).T if "W_skip" in weights else None
     return Dictionary(
         weights.take("W_enc", of=about).T,

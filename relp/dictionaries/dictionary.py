@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relp.dictionaries.activations import Activation, Gated, TopK, moved, parameters
+from relp.dictionaries.activations import Activation, TopK, moved, parameters
 from relp.dictionaries.hook_names import same_site
 from relp.dictionaries.normalizations import Frame, LayerNorm, Normalization, Scaled
 
@@ -90,19 +90,19 @@ class Dictionary:
             if tuple(tensor.shape) != shape:
                 turned = tuple(tensor.shape) == shape[::-1] and len(shape) == 2
                 raise ValueError(
-                    f"{self._called}: {name} must be {list(shape)} to go with the biases of "
+                    f"{self.called}: {name} must be {list(shape)} to go with the biases of "
                     f"{features} features and {d_out} outputs; got {list(tensor.shape)}; "
                     + ("transpose it" if turned else "take weights that belong together")
                 )
         if self.subtracts and (d_in != d_out or self.is_transcoder):
             raise ValueError(
-                f"{self._called}: only an autoencoder can subtract b_dec from its input, as only "
+                f"{self.called}: only an autoencoder can subtract b_dec from its input, as only "
                 f"there both are of one place; got a transcoder from {d_in} to {d_out}; set "
                 "subtracts=False (apply_b_dec_to_input in its config)"
             )
         if isinstance(self.activation, TopK) and not 0 < self.activation.k <= features:
             raise ValueError(
-                f"{self._called}: k must be between 1 and its {features} features; got "
+                f"{self.called}: k must be between 1 and its {features} features; got "
                 f"{self.activation.k}; mend its config"
             )
 
@@ -122,7 +122,7 @@ class Dictionary:
         if isinstance(anything, Dictionary):
             return anything
         if isinstance(anything, str) or hasattr(anything, "__fspath__"):
-            return load_dictionary(anything)  # type: ignore[arg-type]
+            return load_dictionary(anything)
         if all(hasattr(anything, name) for name in ("cfg", "W_enc", "W_dec")):
             return saelens.of_object(anything)
         raise TypeError(
@@ -154,7 +154,8 @@ class Dictionary:
         return self.transcodes or self.reads != self.writes or self.w_skip is not None
 
     @property
-    def _called(self) -> str:
+    def called(self) -> str:
+        """For messages: its name in quotes."""
         return repr(self.name) if self.name else "this dictionary"
 
     @cached_property
@@ -215,7 +216,7 @@ class Dictionary:
             return replace(self, **others)  # type: ignore[arg-type]
         if others["writes"] == reads or self.normalization != Scaled():
             raise ValueError(
-                f"{self._called}: a gain can be divided out of a transcoder without normalisation "
+                f"{self.called}: a gain can be divided out of a transcoder without normalisation "
                 f"of its own; got {'an autoencoder' if others['writes'] == reads else 'one with '}"
                 f"{'' if others['writes'] == reads else self.normalization}; leave gain out"
             )
@@ -223,7 +224,7 @@ class Dictionary:
         bias = torch.zeros(self.d_in) if bias is None else bias.detach().float()
         if gain.shape != (self.d_in,) or bias.shape != gain.shape or bool((gain == 0).any()):
             raise ValueError(
-                f"{self._called}: gain and bias must be of {self.d_in} numbers, none of the gain "
+                f"{self.called}: gain and bias must be of {self.d_in} numbers, none of the gain "
                 f"0; got {list(gain.shape)} and {list(bias.shape)}; take those of the norm before "
                 "the MLP"
             )
@@ -234,16 +235,7 @@ class Dictionary:
         if self.w_skip is not None:
             changed["w_skip"] = self.w_skip / gain.to(w_enc)[:, None]
             changed["b_dec"] = self.b_dec - bias.to(w_enc) @ changed["w_skip"]
-        if isinstance(self.activation, Gated):
-            return replace(self, **changed, **others)._gated()  # type: ignore[arg-type]
         return replace(self, **changed, **others)  # type: ignore[arg-type]
-
-    def _gated(self) -> Dictionary:
-        """What `b_enc` adds to p = W_enc·x, put into the biases of gate and magnitude."""
-        a, zero = self.activation, torch.zeros_like(self.b_enc)
-        assert isinstance(a, Gated)
-        b_mag = a.b_mag + a.r_mag.exp() * self.b_enc
-        return replace(self, b_enc=zero, activation=Gated(a.b_gate + self.b_enc, b_mag, a.r_mag))
 
     def must_fit(self, site: str, width_in: int, width_out: int, blocks: int | None = None) -> None:
         """Refuses what cannot be a dictionary of this site of a model.
@@ -259,23 +251,24 @@ class Dictionary:
                 widths differ.
         """
         if self.doubt:
-            raise ValueError(f"{self._called} must say where it reads without doubt: {self.doubt}")
+            raise ValueError(f"{self.called} must say where it reads without doubt: {self.doubt}")
         if self.is_transcoder and not (self.reads and self.writes):
+            says = f"{self.reads or 'nothing'!r} and {self.writes or 'nothing'!r}"
             raise ValueError(
-                f"{self._called}: a transcoder must have a site that it reads and one that it "
-                f"writes; its file says {self.reads or 'nothing'!r} and {self.writes or 'nothing'!r}"
-                "; say both with dictionary.placed('L3.mlp_in', 'L3.mlp')"
+                f"{self.called}: a transcoder must have a site that it reads and one that it "
+                f"writes; its file says {says}; say both with "
+                "dictionary.placed('L3.mlp_in', 'L3.mlp')"
             )
         own = {self.reads, self.writes} - {""}
         if own and not any(same_site(one, site, blocks) for one in own):
             raise ValueError(
-                f"{self._called} must be a dictionary of {site!r}; its file says "
+                f"{self.called} must be a dictionary of {site!r}; its file says "
                 f"{' to '.join(sorted(own, key=(self.reads, self.writes).index))!r}; use it there, "
                 f"or dictionary.placed({site!r}) if the file is wrong"
             )
         if (width_in, width_out) != (self.d_in, self.d_out):
             raise ValueError(
-                f"{self._called} must read {width_in} and write {width_out} numbers at {site!r}; "
+                f"{self.called} must read {width_in} and write {width_out} numbers at {site!r}; "
                 f"it reads {self.d_in} and writes {self.d_out}; use the dictionary of this model"
             )
 
@@ -400,7 +393,7 @@ class Dictionary:
         """
         if target is None and self.is_transcoder:
             raise ValueError(
-                f"{self._called}: `target` must be what the model holds at the site that a "
+                f"{self.called}: `target` must be what the model holds at the site that a "
                 "transcoder writes; got none; pass explained(x, target)"
             )
         true = (x if target is None else target).float().flatten(0, -2)
@@ -408,7 +401,7 @@ class Dictionary:
         total = float((true - true.mean(0)).square().sum(dtype=torch.float64))
         if not total:
             raise ValueError(
-                f"{self._called}: the variance is of vectors that differ; got {len(true)} alike; "
+                f"{self.called}: the variance is of vectors that differ; got {len(true)} alike; "
                 "pass those of several positions"
             )
         return 1 - float((true - guess).square().sum(dtype=torch.float64)) / total

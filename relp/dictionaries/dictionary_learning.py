@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -39,24 +38,22 @@ SUBTRACTS = {
 }
 """The classes that are known, and whether they subtract their bias from the input."""
 
-HOOKS = {
-    "resid_post": "hook_resid_post",
-    "resid_out": "hook_resid_post",
-    "attn_out": "hook_attn_out",
-    "attention_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-}
-"""Submodules as training scripts call them."""
+PARTS = {
+    "resid_post": "resid", "resid_out": "resid", "attn_out": "attn", "attention_out": "attn",
+    "mlp_out": "mlp",
+}  # fmt: skip
+"""Submodules as training scripts call them, and parts of a block; `resid` is of the next one."""
 
 
-def load(folder: Path) -> Dictionary:
-    """A dictionary from a folder of dictionary_learning.
+def load(path: Path) -> Dictionary:
+    """A dictionary from a folder of dictionary_learning, or from one of its two files.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a class that is not known, a file that holds more than tensors, or weights that
             do not fit.
     """
+    folder = path if path.is_dir() else path.parent
     settings = json_of(folder / CONFIG)
     trainer = settings.get("trainer") or settings
     weights = _weights(folder / WEIGHTS)
@@ -99,13 +96,13 @@ def _weights(path: Path) -> Weights:
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever is in a file that is none
         found = error
     if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
         what = type(found).__name__
         raise ValueError(
-            f"{str(path)!r} must be a state dict of tensors alone; got {what}, and what else a "
-            "pickle may hold is code, which is not run; save module.state_dict() again"
+            f"{str(path)!r} must be a state dict of tensors alone; got {what} (whatever else may "
+            "be in it is code, which is not run); save module.state_dict() again"
         )
     return Weights(str(path), found)
 
@@ -141,6 +138,7 @@ def _place(trainer: Mapping[str, Any]) -> Place:
     """`resid_post_layer_8` is what the submodule is called in training scripts."""
     name = str(trainer.get("submodule_name") or "")
     found = re.fullmatch(r"(\w+?)_layer_?(\d+)", name)
-    if found is None or found[1] not in HOOKS:
+    if found is None or found[1] not in PARTS:
         return place_of("", module=name) if name else NOWHERE
-    return place_of(f"blocks.{found[2]}.{HOOKS[found[1]]}")
+    part = PARTS[found[1]]
+    return Place(f"L{int(found[2]) + (part == 'resid')}.{part}")

@@ -14,22 +14,18 @@ from pathlib import Path
 
 from relp.dictionaries.activations import JumpRelu
 from relp.dictionaries.dictionary import Dictionary
-from relp.dictionaries.hook_names import NOWHERE, Place, place_of
+from relp.dictionaries.hook_names import NOWHERE, Place, before_gain, place_of
 from relp.dictionaries.weights import Weights, json_of, npz_of, safetensors_of
 
 __all__ = ["load_first", "load_second"]
 
 KEYS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 SKIP = "affine_skip_connection"
-IN = {
-    "res": "hook_resid_post",
-    "resid_post": "hook_resid_post",
-    "att": "attn.hook_z",
-    "attn_out": "attn.hook_z",
-    "mlp": "hook_mlp_out",
-    "mlp_out": "hook_mlp_out",
-}
-"""Kinds of autoencoders in names of folders, and their hook points."""
+PARTS = {
+    "res": "resid", "resid_post": "resid", "att": "z", "attn_out": "z", "mlp": "mlp",
+    "mlp_out": "mlp",
+}  # fmt: skip
+"""Kinds of autoencoders in names of folders, and parts of a block; `resid` is of the next one."""
 
 
 def load_first(path: Path) -> Dictionary:
@@ -41,7 +37,10 @@ def load_first(path: Path) -> Dictionary:
         FileNotFoundError: there is no such file.
         ValueError: it holds pickled objects, or not the tensors that it must.
     """
-    reads, writes, transcoder = _from_folders(path, "ln2.hook_normalized")
+    reads, writes, transcoder = _from_folders(path)
+    if reads.site.endswith(".mlp_in"):
+        layer = int(reads.site[1:].partition(".")[0])
+        reads = before_gain(layer, "what transcoders of Gemma Scope read")
     return _built(npz_of(path), path, reads, writes, transcoder)
 
 
@@ -54,7 +53,7 @@ def load_second(path: Path) -> Dictionary:
         FileNotFoundError: there is no such file.
         ValueError: it is a cross-coder, or holds not the tensors that it must.
     """
-    reads, writes, transcoder = _from_folders(path, "mlp.hook_in")
+    reads, writes, transcoder = _from_folders(path)
     if (config := path.with_name("config.json")).is_file():
         settings = json_of(config)
         if (architecture := settings.get("architecture", "jump_relu")) != "jump_relu":
@@ -106,7 +105,7 @@ def _built(
     )
 
 
-def _from_folders(path: Path, behind: str) -> tuple[Place, Place, bool]:
+def _from_folders(path: Path) -> tuple[Place, Place, bool]:
     """Where a dictionary reads and writes, and whether it is a transcoder, by names of folders."""
     parts = path.absolute().parts[-12:]
     layers = [found[1] for part in parts if (found := re.match(r"layer_(\d+)", part))]
@@ -115,11 +114,10 @@ def _from_folders(path: Path, behind: str) -> tuple[Place, Place, bool]:
     if kinds & {"transcoder", "transcoders"}:
         if not layers:
             return NOWHERE, NOWHERE, True
-        block = f"blocks.{layers[-1]}"
-        reads = place_of(f"{block}.{behind}", transcoder=True)
-        return reads, place_of(f"{block}.hook_mlp_out"), True
-    hooks = [IN[kind] for kind in IN if kind in kinds]
-    if not (layers and hooks):
+        return Place(f"L{layers[-1]}.mlp_in"), Place(f"L{layers[-1]}.mlp"), True
+    said = [part for kind, part in PARTS.items() if kind in kinds]
+    if not (layers and said):
         return NOWHERE, NOWHERE, False
-    place = place_of(f"blocks.{layers[-1]}.{hooks[0]}")
+    block = int(layers[-1]) + (said[0] == "resid")
+    place = Place(f"L{block}.{said[0]}")
     return place, place, False

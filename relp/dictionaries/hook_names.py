@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["NOWHERE", "Place", "hook_of", "place_of", "same_site"]
+__all__ = ["HEADS_APART", "NOWHERE", "Place", "before_gain", "hook_of", "place_of", "same_site"]
 
 
 class Place(NamedTuple):
@@ -33,6 +33,9 @@ class Place(NamedTuple):
 
 NOWHERE = Place("")
 """Where a file says nothing."""
+
+HEADS_APART = "hook_z"
+"""What SAELens calls it that heads are an axis of their own at a hook point; of our sites never."""
 
 PARTS = {
     "hook_resid_pre": "resid",
@@ -87,13 +90,7 @@ def place_of(hook: str, *, module: str = "", transcoder: bool = False) -> Place:
     if part in PARTS:
         return Place(f"L{layer}.{PARTS[part]}")
     if part == "ln2.hook_normalized":
-        return Place(
-            f"L{layer}.mlp_in",
-            f"its hook name {hook!r} is behind the norm's division but before its gain, which the "
-            f"MLP of an unfolded model reads at L{layer}.mlp_in; divide by the gain with "
-            f"dictionary.placed('L{layer}.mlp_in', 'L{layer}.mlp', gain=...), or leave gain out "
-            "if your model's gains are folded",
-        )
+        return before_gain(layer, f"its hook name {hook!r}")
     if part == "hook_mlp_in" and transcoder:
         return Place(
             f"L{layer}.mlp_in",
@@ -107,6 +104,16 @@ def place_of(hook: str, *, module: str = "", transcoder: bool = False) -> Place:
         "", f"its hook name {hook!r} is none that is known here; say where it reads with "
         "dictionary.placed(site)"
     )  # fmt: skip
+
+
+def before_gain(layer: int, what: str) -> Place:
+    """What the MLP of a block reads, but for the gain of the norm before it."""
+    return Place(
+        f"L{layer}.mlp_in",
+        f"{what} is behind the norm's division but before its gain, which the MLP of a model that "
+        f"is not folded reads times the gain; divide the encoder by it with dictionary.placed("
+        f"'L{layer}.mlp_in', 'L{layer}.mlp', gain=...), or leave gain out if it is folded",
+    )
 
 
 def _of_module(name: str) -> Place:

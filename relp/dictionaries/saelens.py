@@ -17,9 +17,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relp.dictionaries.activations import Activation, Gated, JumpRelu, Relu, TopK
+from relp.dictionaries.activations import Activation, Gated, JumpRelu, Relu, TopK, parameters
 from relp.dictionaries.dictionary import Dictionary
-from relp.dictionaries.hook_names import hook_of, place_of
+from relp.dictionaries.hook_names import HEADS_APART, hook_of, place_of
 from relp.dictionaries.normalizations import LayerNorm, Normalization, Scaled, UnitNorm
 from relp.dictionaries.weights import Weights, json_of, safetensors_of
 from relp.files import written_whole
@@ -45,11 +45,11 @@ WRITTEN = "6.0.0"
 """The version whose layout `save_dictionary` writes; readers ask whether it is at least 6."""
 
 
-def load(folder: Path, scale: float | None = None) -> Dictionary:
+def load(path: Path, scale: float | None = None) -> Dictionary:
     """A dictionary from a folder of SAELens.
 
     Args:
-        folder: where the two files lie.
+        path: where the two files lie, or one of them.
         scale: what vectors were multiplied by in training, if the config says
             `expected_average_only_in` and the file is from before that was folded in.
 
@@ -58,6 +58,7 @@ def load(folder: Path, scale: float | None = None) -> Dictionary:
         ValueError: an architecture, normalisation or setting that is not known, or weights that do
             not fit it.
     """
+    folder = path if path.is_dir() else path.parent
     config = json_of(folder / CONFIG)
     return _built(config, safetensors_of(folder / WEIGHTS), str(folder), scale)
 
@@ -255,22 +256,22 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
 
 def _saelens(d: Dictionary) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and tensors of a dictionary in SAELens' layout."""
-    activation, factor = d.activation, 1.0
-    if isinstance(d.normalization, Scaled):
-        factor = d.normalization.factor
+    activation = d.activation
+    factor = d.normalization.factor if isinstance(d.normalization, Scaled) else 1.0
     kind = {Relu: "standard", JumpRelu: "jumprelu", TopK: "topk", Gated: "gated"}[type(activation)]
     if d.is_transcoder:
         kind = {"standard": "", "jumprelu": "jumprelu_"}.get(kind, f"{kind}_")
         kind += "transcoder" if d.w_skip is None else "skip_transcoder"
-    unknown = kind not in NONLINEARITY or not getattr(activation, "rectified", True)
-    if unknown or d.normalization == LayerNorm(getattr(d.normalization, "eps", 0)) != LayerNorm():
+    norm = d.normalization
+    known = not isinstance(norm, LayerNorm) or norm == LayerNorm()
+    if not (known and kind in NONLINEARITY and getattr(activation, "rectified", True)):
         raise ValueError(
-            f"{d._called}: SAELens must have the architecture, one of {', '.join(NONLINEARITY)} "
-            f"with ReLUs and the eps of its layer norm; got {kind!r} with {d.normalization} and "
+            f"{d.called}: SAELens must have the architecture, one of {', '.join(NONLINEARITY)} "
+            f"with ReLUs and the eps of its layer norm; got {kind!r} with {norm} and "
             f"{type(activation).__name__}; keep its tensors in a file of your own"
         )
     if d.doubt:
-        raise ValueError(f"{d._called} must say where it reads before it is saved: {d.doubt}")
+        raise ValueError(f"{d.called} must say where it reads before it is saved: {d.doubt}")
     norms = {UnitNorm: "constant_norm_rescale", LayerNorm: "layer_norm"}
     hooks = {"hook_name": hook_of(d.reads)} if d.reads else {}
     hooks |= {"hook_name_out": hook_of(d.writes)} if d.is_transcoder and d.writes else {}
@@ -281,8 +282,8 @@ def _saelens(d: Dictionary) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": d.subtracts,
-        "normalize_activations": norms.get(type(d.normalization), "none"),
-        "reshape_activations": "hook_z" if d.reads.endswith(".z") else "none",
+        "normalize_activations": norms.get(type(norm), "none"),
+        "reshape_activations": HEADS_APART if d.reads.endswith(".z") else "none",
         "metadata": {"sae_lens_version": WRITTEN, **hooks},
     }
     tensors = {"W_enc": d.w_enc * factor, "W_dec": d.w_dec, "b_enc": d.b_enc, "b_dec": d.b_dec}
@@ -295,9 +296,8 @@ def _saelens(d: Dictionary) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(activation, TopK):
         config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
     if isinstance(activation, Gated):  # it has no b_enc: what is added goes to gate and magnitude
-        moved_in = d._gated().activation
-        tensors.pop("b_enc")
-        tensors |= vars(moved_in)
+        del tensors["b_enc"]
+        tensors |= parameters(activation.shifted(d.b_enc))
     elif isinstance(activation, JumpRelu):
         tensors["threshold"] = activation.threshold
     return config, {n: t.detach().cpu().float().contiguous().clone() for n, t in tensors.items()}
