@@ -352,9 +352,11 @@ class Dictionary:
             pre_ = self._before(other, theirs, wanted)
             change = self._cut(pre_, chosen) - self._cut(pre, chosen)
             values, values_ = self._values(pre, chosen), self._values(pre_, chosen)
-            near = change.abs() <= self._rounding(own, other, frame, chosen)
-            change = torch.where(near, torch.ones_like(change), change)
-            slopes = torch.where(near, slopes, (values_ - values) / change)
+            # on in both or off in both, a value is linear: its slope without any rounding
+            same = slopes == self._slopes(pre_, chosen)
+            same |= change.abs() <= self._rounding(own, other, frame, chosen)
+            change = torch.where(same, torch.ones_like(change), change)
+            slopes = torch.where(same, slopes, (values_ - values) / change)
         return slopes * self._out(frame)
 
     def reading(

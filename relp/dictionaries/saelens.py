@@ -220,7 +220,7 @@ def _normalization(
         raise ValueError(
             f"{name!r}: the scale of normalize_activations 'expected_average_only_in' must be "
             "known, and no file holds it; pass load_dictionary(path, scale=√d_in / mean length of "
-            "the vectors), or scale=1 if it is folded into the weights"
+            "the vectors), or scale=1.0 if it is folded into the weights"
         )
     if found not in known and found != "expected_average_only_in":
         raise ValueError(
