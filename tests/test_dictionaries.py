@@ -30,6 +30,9 @@ from relp.dictionaries import (
     Scaled,
     TopK,
     UnitNorm,
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
     load_dictionary,
     save_dictionary,
 )
@@ -279,6 +282,26 @@ def test_a_scale_that_no_file_holds_is_asked_for(tmp_path: Path) -> None:
     old = saelens(tmp_path / "old", flat(normalize_activations=True), tensors)
     with pytest.raises(ValueError, match="the scale of normalize_activations"):
         load_dictionary(old)
+
+
+def test_names_of_saelens_that_can_mean_something_else(tmp_path: Path) -> None:
+    gain = {"hook_name": "blocks.3.ln2.hook_normalized"}
+    found = load_dictionary(saelens(tmp_path / "a", six("standard", metadata=gain), plain()))
+    with pytest.raises(ValueError, match="a model that is not folded has no site; use a dict"):
+        found.must_fit("L3.mlp_in", D, D)
+    second = {
+        "hook_name": "blocks.3.hook_mlp_in",
+        "hook_name_out": "blocks.3.hook_mlp_out",
+        "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output",
+        "hf_hook_name_out": "model.layers.3.post_feedforward_layernorm.output",
+    }
+    config = six("transcoder", apply_b_dec_to_input=False, d_out=OUT, metadata=second)
+    found = load_dictionary(saelens(tmp_path / "b", config, plain(OUT)))
+    assert (found.reads, found.writes, found.doubt) == ("L3.mlp_in", "L3.mlp", "")
+    del second["hf_hook_name"], second["hook_name_out"], second["hf_hook_name_out"]
+    found = load_dictionary(saelens(tmp_path / "b", config, plain(OUT)))
+    with pytest.raises(ValueError, match="before the norm in TransformerLens, where transcoders"):
+        found.must_fit("L3.mlp_in", D, OUT)
 
 
 def test_dictionaries_of_heads_read_them_beside_each_other(tmp_path: Path) -> None:
@@ -749,7 +772,7 @@ def test_half_precision_is_widened_and_gradients_pass() -> None:
     step = x.clone().requires_grad_()
     own.reconstruct(step).sum().backward()
     assert step.grad is not None and bool((step.grad != 0).any())
-    half = own._with(lambda t: t.bfloat16())
+    half = replace(own, w_enc=own.w_enc.half(), w_dec=own.w_dec.half(), b_dec=own.b_dec.half())
     assert half.encode(x).dtype == torch.float32
 
 
@@ -788,6 +811,16 @@ def test_of_takes_values_paths_and_objects_of_saelens(tmp_path: Path) -> None:
         Dictionary.of(3)
     with pytest.raises(TypeError, match="got Linear"):
         Dictionary.of(torch.nn.Linear(2, 2))
+
+
+def test_an_object_whose_config_is_a_class_with_an_architecture() -> None:
+    class Config(SimpleNamespace):
+        def architecture(self) -> str:
+            return "jumprelu"
+
+    config = {n: v for n, v in six("").items() if n != "architecture"}
+    sae = SimpleNamespace(cfg=Config(**config), threshold=thresholds(), **plain())
+    assert isinstance(Dictionary.of(sae).activation, JumpRelu)
 
 
 @pytest.mark.parametrize("architecture", KINDS)
@@ -1048,6 +1081,38 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     assert not made_by_code.exists()
 
 
+def test_files_that_vanish(tmp_path: Path) -> None:
+    for read, name in (
+        (gemma_scope.load_first, "params.npz"),
+        (gemma_scope.load_second, "params.safetensors"),
+        (circuit_tracer.load, "layer_0.safetensors"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{name}' must be a file.*; beside it lie no"):
+            read(tmp_path / "no" / name)
+    folder = learned_folder(tmp_path / "ae", *learned("AutoEncoderNew"))
+    (folder / "ae.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="ae.pt' must hold the weights; there is no such"):
+        dictionary_learning.load(folder)
+
+
+def test_an_autoencoder_of_unit_rows_is_taken_as_it_is(tmp_path: Path) -> None:
+    state, trainer = learned("AutoEncoder")
+    state["decoder.weight"] = torch.nn.functional.normalize(state["decoder.weight"], dim=0)
+    found = load_dictionary(learned_folder(tmp_path / "ae", state, trainer))
+    assert torch.equal(found.w_enc, state["encoder.weight"].T)
+
+
+def test_transcoders_of_gemma_scope_without_a_layer_say_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders"
+    folder.mkdir()
+    arrays = {n: t.numpy() for n, t in (plain(OUT) | {"threshold": thresholds()}).items()}
+    np.savez(folder / "params.npz", **arrays)
+    found = load_dictionary(folder)
+    assert (found.reads, found.writes, found.is_transcoder) == ("", "", True)
+    with pytest.raises(ValueError, match="'nothing' and 'nothing'"):
+        found.must_fit("L3.mlp", D, OUT)
+
+
 def test_broken_gemma_scope(tmp_path: Path) -> None:
     tensors = {n.lower(): t for n, t in (plain() | {"threshold": thresholds()}).items()}
     path = tmp_path / "params.safetensors"
@@ -1107,6 +1172,8 @@ def test_broken_circuit_tracer(tmp_path: Path, unchecked: None) -> None:
     (tmp_path / "config.yaml").write_text("activation: topk\nk: 3\n")
     activation = load_dictionary(path).activation
     assert isinstance(activation, TopK) and activation.k == 3
+    (tmp_path / "config.yaml").write_text("activation: relu\n")
+    assert isinstance(load_dictionary(path).activation, Relu)
     (tmp_path / "config.yaml").write_text("feature_input_hook: hook_mlp_in\n")
     with pytest.raises(ValueError, match="must say where it reads without doubt.*hook_mlp_in"):
         load_dictionary(path).must_fit("L3.mlp", D, OUT)

@@ -76,13 +76,17 @@ def load_dictionary(path: str | os.PathLike[str], *, scale: float | None = None)
             found = [path] if path.match(pattern) else []
         else:
             found = sorted(path.glob(pattern))
+        if len(found) > 1:
+            raise ValueError(
+                f"{str(path)!r} must be the file of one layer; it holds those of {len(found)} "
+                f"layers; name one, as {str(found[0])!r}"
+            )
         if found and scale is not None and name != "SAELens":
             raise ValueError(
                 f"`scale` must be for a folder of SAELens; got one for {name}; leave it out"
             )
-        if found:  # a folder of many layers is refused by its reader
-            file = path if len(found) > 1 else found[0]
-            return read(file) if scale is None else read(file, scale)
+        if found:
+            return read(found[0]) if scale is None else read(found[0], scale)
     lies = path.name if path.is_file() else ", ".join(sorted(p.name for p in path.iterdir())[:8])
     raise ValueError(
         f"{str(path)!r} must hold one of {', '.join(FORMATS)}; got {lies or 'an empty folder'}; "

@@ -25,20 +25,12 @@ KEYS = {"W_enc", "W_dec", "b_enc", "b_dec", THRESHOLD, "k", "W_skip"}
 
 
 def load(path: Path) -> Dictionary:
-    """A transcoder from its file; a folder is taken if it holds that of one layer alone.
+    """A transcoder from the file of its layer.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is of another kind (cross-layer), or several may be meant.
+        ValueError: the file is of another kind, as of a cross-layer transcoder.
     """
-    if path.is_dir():
-        found = sorted(path.glob("layer_*.safetensors"))
-        if len(found) != 1:
-            raise ValueError(
-                f"{str(path)!r} must be the file of one layer; it holds those of {len(found)} "
-                f"layers; name one, as {str(path / 'layer_0.safetensors')!r}"
-            )
-        (path,) = found
     weights = safetensors_of(path)
     about = "a transcoder of circuit-tracer"
     if any(re.fullmatch(r"[Wb]_(enc|dec)_\d+", name) for name in weights.tensors):

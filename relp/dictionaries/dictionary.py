@@ -179,15 +179,9 @@ class Dictionary:
 
     def to(self, device: torch.device | str) -> Dictionary:
         """The dictionary with its weights on a device."""
-        return self._with(lambda tensor: tensor.to(device))
-
-    def _with(self, change: object, **others: object) -> Dictionary:
-        """Each tensor changed."""
-        assert callable(change)
-        found = {n: change(getattr(self, n)) for n in ("w_enc", "w_dec", "b_enc", "b_dec")}
-        if self.w_skip is not None:
-            found["w_skip"] = change(self.w_skip)
-        return replace(self, activation=moved(self.activation, change), **(found | others))
+        names = ("w_enc", "w_dec", "b_enc", "b_dec", "w_skip")
+        found = {n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
+        return replace(self, activation=moved(self.activation, lambda t: t.to(device)), **found)
 
     def placed(
         self,
