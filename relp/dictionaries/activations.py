@@ -79,8 +79,8 @@ class TopK:
 class Gated:
     """A gate and a magnitude that share the encoder's directions (arXiv:2404.16014).
 
-    The pre-activation is the one number both depend on, p = W_enc·x (the dictionary's `b_enc` is
-    0): value = 1[p + b_gate > 0] · max(0, exp(r_mag)·p + b_mag).
+    The pre-activation is the one number p = W_enc·x (+ b_enc, 0 in files) that both depend on:
+    value = 1[p + b_gate > 0] · max(0, exp(r_mag)·p + b_mag).
     """
 
     b_gate: Float[Tensor, " feature"]

@@ -204,15 +204,15 @@ class Dictionary:
         Raises:
             ValueError: a gain for an autoencoder, or behind a normalisation of the dictionary.
         """
-        others = {"reads": reads, "writes": writes or reads, "doubt": ""}
-        others["transcodes"] = others["writes"] != reads  # type: ignore[assignment]
+        writes = writes or reads
+        placed = replace(self, reads=reads, writes=writes, transcodes=writes != reads, doubt="")
         if gain is None and bias is None:
-            return replace(self, **others)  # type: ignore[arg-type]
-        if others["writes"] == reads or self.normalization != Scaled():
+            return placed
+        if not placed.transcodes or self.normalization != Scaled():
+            what = f"one with {self.normalization}" if placed.transcodes else "an autoencoder"
             raise ValueError(
                 f"{self.called}: a gain can be divided out of a transcoder without normalisation "
-                f"of its own; got {'an autoencoder' if others['writes'] == reads else 'one with '}"
-                f"{'' if others['writes'] == reads else self.normalization}; leave gain out"
+                f"of its own; got {what}; leave gain out"
             )
         gain = torch.ones(self.d_in) if gain is None else gain.detach().float()
         bias = torch.zeros(self.d_in) if bias is None else bias.detach().float()
@@ -223,13 +223,11 @@ class Dictionary:
                 "the MLP"
             )
         w_enc = self.w_enc / gain.to(self.w_enc)[:, None]
-        changed: dict[str, Tensor] = {
-            "w_enc": w_enc, "b_enc": self.b_enc - bias.to(w_enc) @ w_enc
-        }  # fmt: skip
-        if self.w_skip is not None:
-            changed["w_skip"] = self.w_skip / gain.to(w_enc)[:, None]
-            changed["b_dec"] = self.b_dec - bias.to(w_enc) @ changed["w_skip"]
-        return replace(self, **changed, **others)  # type: ignore[arg-type]
+        placed = replace(placed, w_enc=w_enc, b_enc=self.b_enc - bias.to(w_enc) @ w_enc)
+        if self.w_skip is None:
+            return placed
+        w_skip = self.w_skip / gain.to(w_enc)[:, None]
+        return replace(placed, w_skip=w_skip, b_dec=self.b_dec - bias.to(w_skip) @ w_skip)
 
     def must_fit(self, site: str, width_in: int, width_out: int, blocks: int | None = None) -> None:
         """Refuses what cannot be a dictionary of this site of a model.
