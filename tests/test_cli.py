@@ -270,9 +270,14 @@ def test_an_interruption_is_not_swallowed_by_a_finalizer(model: Path, monkeypatc
             sleep(0.02)
 
     monkeypatch.setattr(circuits, "patch", swept)
-    result = relp(*SWEEP, "--model", model)
-    assert result.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # in the background, as a shell starts it, interruptions are ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = relp(*SWEEP, "--model", model)
+        assert result.exit_code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interruption_before_the_first_effect(model: Path, monkeypatch: Any) -> None:

@@ -317,7 +317,7 @@ def test_parts_that_do_not_make_a_whole_are_refused(tiny: Any, tmp_path: Path) -
     heads = patch(tiny, task, components=["head"], shard="2/3", **QUIET)
     assert "they differ in components: ('L0.mlp', " in refused(one, heads)
     steered = altered(two, clean=two.clean + 1)
-    assert "their clean metrics differ by up to 1; " in refused(one, steered, three)
+    assert "their clean differ by up to 1; " in refused(one, steered, three)
     double = altered(whole, rules="exact, shard 2/3")
     assert "those that are merged share some" in refused(one, double, three)
     nothing = replace(two, nodes=two.nodes * torch.nan)
