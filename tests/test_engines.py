@@ -76,16 +76,15 @@ def test_a_list_is_cut_in_its_order_into_pieces_of_like_work(parts: int) -> None
 
 
 @on("tiny", "llama", "gpt2")
-@pytest.mark.parametrize("engine", [LocalEngine(), Unruly()])
 @pytest.mark.parametrize("level", ["node", "edge"])
-def test_patch_by_an_engine(tiny: Any, level: str, engine: Engine) -> None:
+def test_patch_by_an_engine(tiny: Any, level: str) -> None:
     task = ragged_task(tiny)
     chosen: dict[str, Any] = {"components": ["head", "mlp"]} if level == "node" else {
         "edges": [("L0H1", "L2H3.q"), ("L1.mlp", "logits.in"), ("embed", "L1.mlp.in")]
     }  # fmt: skip
     for more in ({}, {"ablation": "mean", "direction": "noise"}):
         options = {"level": level, **chosen, **more, **QUIET}
-        whole, found = patch(tiny, task, **options), patch(tiny, task, engine=engine, **options)
+        whole, found = patch(tiny, task, **options), patch(tiny, task, engine=Unruly(), **options)
         close(found.table, whole.table, equal_nan=True)
         assert found.provenance == whole.provenance
         assert torch.equal(found.clean, whole.clean) and found.resolution == whole.resolution
