@@ -2,7 +2,8 @@
 
 Names of components: `embed`, head `L9H6`, key/value head `L9KV1` (grouped-query attention),
 MLP neuron `L9N17`, `L9.attn`, `L9.mlp`, `L9.mixer`, residual stream entering block 9 `L9.resid`,
-`logits`. A reader adds a slot: `L9H6.q`, `L9KV1.k`, `L3.mlp.in`, `logits.in`.
+`logits`; of a sparse dictionary, feature `L9.mlp/f1021` and what no feature holds, `L9.mlp/rest`.
+A reader adds a slot: `L9H6.q`, `L9KV1.k`, `L3.mlp.in`, `logits.in`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _NAME = re.compile(
     r"|L(?P<layer>\d+)(?:H(?P<head>\d+)|KV(?P<kv>\d+)|N(?P<neuron>\d+)"
     r"|\.(?P<kind>attn|mlp|mixer|resid))"
 )
+_FEATURE = re.compile(
+    r"(?P<site>L(?P<layer>\d+)\.(?P<part>[a-z]+)|final)/(?:f(?P<feature>\d+)|rest)"
+)
 _SLOTS = ("q", "k", "v", "in")
 _WITHIN_LAYER = {"kv": 0, "head": 1, "attn": 1, "mixer": 1, "neuron": 2, "mlp": 3}
 
@@ -38,10 +42,10 @@ class Component(NamedTuple):
 
     name: str
     kind: str
-    """embed, head, kv, neuron, attn, mlp, mixer, resid or logits."""
+    """embed, head, kv, neuron, attn, mlp, mixer, resid, feature, rest or logits."""
     layer: int
     head: int
-    """Number of the head, key/value head or neuron in its layer."""
+    """Number of the head, key/value head or neuron in its layer, or of the feature at its site."""
 
     @classmethod
     def parse(cls, name: str) -> Component:
@@ -51,11 +55,15 @@ class Component(NamedTuple):
             ValueError: `name` is not a component's name.
         """
         match = _NAME.fullmatch(name)
+        if match is None and (part := _FEATURE.fullmatch(name)):
+            layer = int(part["layer"] or -1)
+            number = part["feature"]
+            return cls(name, "feature" if number else "rest", layer, int(number or -1))
         if match is None:
             raise ValueError(
                 f"a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, "
-                f"L9.resid or logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of "
-                "the name"
+                f"L9.resid, L9.mlp/f1021 or logits; got {name!r}; a reader's slot (.q .k .v .in) "
+                "is not part of the name"
             )
         if match["plain"]:
             return cls(name, match["plain"], -1, -1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jaxtyping
 
-CALLS = 20
+CALLS = 4
 calls: Counter[int] = Counter()
 """By the code's identity, in this test."""
 defined: set[int] = set()

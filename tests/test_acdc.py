@@ -16,7 +16,8 @@ from torch import Tensor
 
 from circuits import acdc, assemble, top
 from circuits.graph import real_edges, size
-from circuits.masked import circuit_masks, circuit_metrics
+from circuits.kept import circuit_masks
+from circuits.masked import circuit_metrics
 from relp import GRADIENT, attribute
 from relp.bridge import Block, Sites
 from tasks.metrics import KLDivergence

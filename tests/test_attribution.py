@@ -201,8 +201,9 @@ def test_steps_approach_the_path_integral(tiny: Any) -> None:
 
 
 @on("tiny", "llama", "gpt2")
-@pytest.mark.parametrize("path", ["inputs", "activations"])
-@pytest.mark.parametrize("rules", [GRADIENT, RELP], ids=["GRADIENT", "RELP"])
+@pytest.mark.parametrize(
+    ("rules", "path"), [(GRADIENT, "activations"), (RELP, "inputs")], ids=["GRADIENT", "RELP"]
+)
 def test_steps_hold_for_edges_as_for_nodes(tiny: Any, rules: Rules, path: str) -> None:
     task = random_task(tiny, pairs=2, length=4)
     nodes = attribute(tiny, task, rules=rules, steps=2, path=path)

@@ -1,4 +1,4 @@
-"""The benchmark that runs on GPUs, on small shapes, so that it works where there is one."""
+"""Benchmarks that run elsewhere or for long, on small shapes, so that they work where they run."""
 
 import json
 import subprocess
@@ -19,3 +19,12 @@ def test_the_benchmark_of_gpus_runs_without_one(tmp_path: Path) -> None:
     assert all("why" not in row for table in tables for row in table.values())
     (cells,) = (row["differs by"] for t in tables for row in t.values() if "differs by" in row)
     assert cells < 1e-5 and all(row["same"] for row in tables[-1].values())
+
+
+@pytest.mark.long
+def test_a_long_prompt_at_the_shape_of_8b_fits_a_limited_process() -> None:
+    asked = ["tests/benchmarks/long_prompt.py", "--tokens", "256", "--gb", "0.42", "--whole"]
+    command = [sys.executable, *asked]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "of 32 blocks" in run.stdout and "805,681 edges of RELP" in run.stdout
+    assert "apart from those of one graph" in run.stdout  # asserted to be less than 1e-5

@@ -270,9 +270,14 @@ def test_an_interruption_is_not_swallowed_by_a_finalizer(model: Path, monkeypatc
             sleep(0.02)
 
     monkeypatch.setattr(circuits, "patch", swept)
-    result = relp(*SWEEP, "--model", model)
-    assert result.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # in the background, as a shell starts it, interruptions are ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = relp(*SWEEP, "--model", model)
+        assert result.exit_code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interruption_before_the_first_effect(model: Path, monkeypatch: Any) -> None:
@@ -497,17 +502,17 @@ def test_tasks_says_what_models_can_do() -> None:
 
 @pytest.mark.filterwarnings("always")
 def test_who_cannot_do_a_task_is_told_first_and_right_pairs_can_be_kept() -> None:
-    command = ("patch", "gendered_pronoun", "--pairs", 8, "--out", "e.safetensors")
+    command = ("patch", "gendered_pronoun", "--pairs", 4, "--out", "e.safetensors")
     result = relp(*command)
     assert result.exit_code == 0 and plain(result.stderr).startswith(
         "warning: the model must be able to do the task, or circuits explain noise; it is right "
     )
     assert result.stdout.index("the answer is preferred in") < result.stdout.index("strongest: ")
-    right = re.search(r"it is right on (\d) of 8 clean prompts", plain(result.stderr))
-    assert right and 0 < int(right.group(1)) < 6
+    right = re.search(r"it is right on (\d) of 4 clean prompts", plain(result.stderr))
+    assert right and 0 < int(right.group(1)) < 3
     kept = relp(*command, "--filter-correct", "--overwrite")
     assert kept.exit_code == 0, kept.output
-    assert f"{right.group(1)} of 8 pairs are kept, on which the answer is" in kept.stdout
+    assert f"{right.group(1)} of 4 pairs are kept, on which the answer is" in kept.stdout
     assert "the answer is preferred in 100.0% of the clean prompts" in kept.stdout
 
 

@@ -78,7 +78,7 @@ VERBS: dict[str, Verb] = {
     "patch neurons": effects(components=["L1N3", "L2N4"]),
     "patch means": effects(ablation="mean"),
     "patch edges": lambda m, t: patch(m, t, level="edge", edges=EDGES, progress=False).edges,
-    "verify": lambda m, t: verify(m, t, [], budget=20, progress=False).nodes,
+    "verify": lambda m, t: verify(m, t, attribute(m, t, components=["mlp"]), budget=20).nodes,
     "faithfulness": lambda m, t: faithfulness(m, t, circuit(m, t)),
     "completeness": lambda m, t: completeness(m, t, circuit(m, t)),
     "minimality": lambda m, t: minimality(m, t, circuit(m, t)),

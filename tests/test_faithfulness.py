@@ -30,7 +30,8 @@ from circuits import (
     top,
 )
 from circuits.graph import real_edges, size
-from circuits.masked import Edges, circuit_masks, circuit_metrics, cut, endpoints
+from circuits.kept import Edges, circuit_masks, cut
+from circuits.masked import circuit_metrics, endpoints
 from circuits.masked import doubt as doubt_of
 from relp import RELP, Component, Layout, attribute
 from relp.bridge import Basis, Place, span_index

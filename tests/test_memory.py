@@ -105,8 +105,11 @@ def test_a_model_of_one_block_has_needs_too(llama_folder: Path) -> None:
 # -- block by block --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", ["node", "edge"])
-@pytest.mark.parametrize("rules", EVERY, ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    ("rules", "level"),
+    [*((rules, "edge") for rules in EVERY), (RELP, "node"), (DEEPLIFT, "node"), (PARTWAY, "node")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_block_by_block_the_numbers_are_the_same(tiny: Any, rules: Rules, level: str) -> None:
     sites, names, at = sites_of(tiny, level)
     task = random_task(tiny, pairs=2, length=5)

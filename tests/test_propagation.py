@@ -75,8 +75,11 @@ def test_logits_are_bit_identical(shipped: Any, rules: Rules) -> None:
     assert torch.equal(logits, plain)
 
 
-@pytest.mark.parametrize("rules", ONE_RUN, ids=[r.name for r in ONE_RUN])
-@pytest.mark.parametrize("own", ["clean", "corrupt"])
+@pytest.mark.parametrize(
+    ("rules", "own"),
+    [*((rules, "corrupt") for rules in ONE_RUN), (RELP, "clean")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_coefficients_equal_a_second_implementation(shipped: Any, rules: Rules, own: str) -> None:
     task = ioi(shipped.tokenizer, pairs=2, seed=5)
     sites = Sites.of(shipped)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,7 +19,12 @@ from torch import Tensor
 from circuits.choices import check_shard
 from circuits.engines.local import cut
 from circuits.exact.cells import Cell
-from circuits.exact.sweep import differ, precision, safetensors_path
+from circuits.exact.sweep import (
+    must_be_alike,
+    must_measure_alike,
+    precision,
+    safetensors_path,
+)
 from relp import Component, EdgeEffects, Effects, NodeEffects, Provenance, Scores
 
 __all__ = ["merge_effects", "sharded", "shard_title"]
@@ -189,22 +193,9 @@ def _measured(effects: NodeEffects | EdgeEffects) -> Bool[Tensor, "*cell"]:
 
 def _must_be_alike(one: NodeEffects | EdgeEffects, other: NodeEffects | EdgeEffects) -> None:
     """Refuses effects of another model, task or options, and of another sample."""
-    labels, others = (_labels(effects) for effects in (one, other))
-    if name := next((name for name in labels if labels[name] != others[name]), ""):
-        was, now = (shorten(repr(of[name]), 60, placeholder=" …") for of in (labels, others))
-        raise ValueError(
-            "parts to merge must be of the same model, task and options; they differ in "
-            f"{name}: {was} and {now}; keep them apart"
-        )
+    must_be_alike("parts", _labels(one), _labels(other))
     eps = precision(one.provenance.dtype)
-    for side in ("clean", "corrupt"):
-        mine, theirs = getattr(one, side), getattr(other, side)
-        if differ(mine, theirs, eps, scale=torch.stack([one.clean, one.corrupt])):
-            raise ValueError(
-                f"parts to merge must be of one and the same model; their {side} metrics differ by "
-                f"up to {float((mine - theirs).abs().max()):.2g}; measure one of them anew, "
-                "without hooks that the other did not have"
-            )
+    must_measure_alike("parts", one, other, eps, "clean", "corrupt")
     if not _equal(one.strata, other.strata):
         raise ValueError(
             "parts to merge must be of the same sample; theirs were drawn by other scores; measure "

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
+from textwrap import shorten
 from time import monotonic
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +27,15 @@ from circuits.exact.cells import Cell
 from relp import TaskLike, written_whole
 from relp.bridge import Sites, fingerprint, versions
 
-__all__ = ["Sweep", "differ", "identity", "merge", "precision", "safetensors_path"]
+__all__ = [
+    "Sweep",
+    "identity",
+    "merge",
+    "must_be_alike",
+    "must_measure_alike",
+    "precision",
+    "safetensors_path",
+]
 
 SECONDS = 5.0
 """How much work an interrupted sweep may lose."""
@@ -195,7 +205,7 @@ class Sweep:
         eps = precision(self.identity["dtype"])
         for side in ("clean", "corrupt"):
             here, there = getattr(self, side), getattr(part, side)
-            if differ(here, there, eps, scale=here):
+            if _differ(here, there, eps, scale=here):
                 raise ValueError(
                     f"a worker's model must do what the one of this process does; its {side} "
                     f"metrics differ by up to {float((here - there).abs().max()):.2g}; let the "
@@ -222,7 +232,7 @@ class Sweep:
         """
         metric: Tensor = getattr(self, side)
         now = found.float().cpu()
-        if differ(metric[index], now, eps, scale=now):
+        if _differ(metric[index], now, eps, scale=now):
             raise ValueError(
                 "`resume` must be the file of a sweep of this very model; the metric of its runs "
                 "is another now; choose another name, or load the weights of then"
@@ -232,13 +242,45 @@ class Sweep:
         self.resolution[index] = finest.clamp(min=noise)
 
 
-def differ(
+def _differ(
     one: Float[Tensor, "*row"], other: Float[Tensor, "*row"], eps: float, *, scale: Tensor
 ) -> bool:
     """Whether runs with metrics up to `scale` cannot have given both, as far as both are known."""
     # batches of another size, as after memory ran out, round differently
     tolerance = max(1e-3, 8 * eps) * (1 + scale.nan_to_num().abs().max())
     return bool(((one - other).abs() > tolerance).any())
+
+
+def must_be_alike(what: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuses to merge what is not of the same model, task and options.
+
+    Raises:
+        ValueError: they differ; it names the first label that does.
+    """
+    if name := _differing(one, other):
+        was, now = (shorten(repr(of.get(name)), 100, placeholder=" …") for of in (one, other))
+        raise ValueError(
+            f"{what} to merge must be of the same model, task and options; they differ in "
+            f"{name}: {was} and {now}; keep them apart"
+        )
+
+
+def must_measure_alike(what: str, one: Any, other: Any, eps: float, *numbers: str) -> None:
+    """Refuses to merge what the same runs have given other numbers.
+
+    `numbers`: what must be alike; `eps`: the precision of the model.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    for name in numbers:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if _differ(mine, theirs, eps, scale=torch.stack([one.clean, one.corrupt])):
+            raise ValueError(
+                f"{what} to merge must be of one and the same model; their {name} differ by up to "
+                f"{float((mine - theirs).nan_to_num().abs().max()):.2g}; measure one of them anew, "
+                "without hooks that the other did not have"
+            )
 
 
 def precision(dtype: str) -> float:
@@ -299,22 +341,11 @@ def merge(*parts: Sweep | str | Path, into: str | Path | None = None) -> Sweep:
 
 def _both(one: Sweep, other: Sweep) -> Sweep:
     """What either has measured."""
-    if name := _differing(one.identity, other.identity):
-        raise ValueError(
-            f"sweeps to merge must be of the same model, task and options; they differ in {name}: "
-            f"{one.identity.get(name)!r} and {other.identity.get(name)!r}; keep them apart"
-        )
+    must_be_alike("sweeps", one.identity, other.identity)
     one = one.of((*one.cells, *other.cells))
     other = other.of(one.cells)
     eps = precision(one.identity["dtype"])
-    for name in ("clean", "corrupt", "effects"):
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if differ(mine, theirs, eps, scale=torch.stack([one.clean, one.corrupt])):
-            raise ValueError(
-                f"sweeps to merge must be of one and the same model; their {name} differ by up to "
-                f"{float((mine - theirs).nan_to_num().abs().max()):.2g}; measure one of them anew, "
-                "without hooks that the other did not have"
-            )
+    must_measure_alike("sweeps", one, other, eps, "clean", "corrupt", "effects")
     return replace(
         one,
         effects=torch.where(one.effects.isnan(), other.effects, one.effects),

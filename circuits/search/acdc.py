@@ -25,7 +25,8 @@ from circuits.choices import check_tau
 from circuits.engines.local import Engine
 from circuits.engines.masks import metrics_by
 from circuits.graph import assemble, check_circuit, real_edges
-from circuits.masked import circuit_masks, circuit_metrics, circuit_sites, endpoints
+from circuits.kept import circuit_masks, circuit_sites
+from circuits.masked import circuit_metrics, endpoints
 from relp import Direction, EdgeScores, ModelLike, TaskLike
 from relp.bridge import Sites, pairs_of, provenance, undisturbed, warn_caller
 
