@@ -9,8 +9,11 @@ is the corrupt run, and a positive score means that patching the clean value in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +22,7 @@ from torch import Tensor
 from relp.bars import tqdm
 from relp.bridge.capture import Capture
 from relp.bridge.captures import captures, needed
+from relp.bridge.features import features_of, fingerprints
 from relp.bridge.memory import Plan, attribution_plan, in_batches
 from relp.bridge.room import Room
 from relp.bridge.run import undisturbed
@@ -33,6 +37,9 @@ from relp.scores import EdgeScores, NodeScores
 
 __all__ = ["attribute", "plan"]
 
+NO_FEATURES: Mapping[str, Any] = MappingProxyType({})
+PATHS = ("inputs", "activations", "site")
+
 
 @undisturbed
 def attribute(
@@ -43,6 +50,8 @@ def attribute(
     level: str = "node",
     components: Sequence[str] | None = None,
     neurons: Sequence[str] = (),
+    features: Mapping[str, Any] = NO_FEATURES,
+    keep: int | None = None,
     direction: str = "denoise",
     steps: int = 1,
     path: str = "inputs",
@@ -73,10 +82,17 @@ def attribute(
             the rules change its last matrix (`linear`).
         neurons: at edge level, neurons (`L3N17`) that write and read by themselves, as heads do;
             `L3.mlp` is then the rest of that MLP.
+        features: at node level, sparse dictionaries by site, `{"L3.mlp": dictionary}`: a
+            `relp.Dictionary`, the path of its files, or an SAE of SAELens. Their features
+            (`L3.mlp/f1021`; those whose values differ between the runs of some pair) and what they
+            leave over (`L3.mlp/rest`) are components, which sum to the site's own score;
+            `components="feature"` gives them alone.
+        keep: at most so many features of a site, those with the largest |score|.
         direction: `"denoise"` (coefficients on the corrupt run) or `"noise"` (on the clean run).
         steps: more than 1 averages coefficients along a path between the runs (EAP-IG).
-        path: what moves along it: `"inputs"`, the embeddings (`steps` runs), or `"activations"`,
-            each writing site in turn (`steps` runs for each of 1 + 2·layers sites).
+        path: what moves along it: `"inputs"`, the embeddings (`steps` runs), `"activations"`,
+            each writing site in turn (`steps` runs for each of 1 + 2·layers sites), or `"site"`, at
+            node level: what is scored itself (`steps` runs for each site; as in arXiv:2403.19647).
         positions: keep the position axis of edge scores; `"spans"`: sum them over each named span
             of the task and over the rest, pair by pair (node scores have `Scores.by_span`).
         batch_size: pairs per pass; by default as many as fit the memory, see `plan`. Batches for
@@ -94,6 +110,7 @@ def attribute(
     """
     level, way = Level(level), Direction(direction)
     _check(rules, level, steps, path, positions)
+    _check_features(level, features, keep)
     if (components if level == "edge" else neurons or None) is not None:
         raise ValueError(
             "`components` is for node scores and `neurons` for edge scores; got the other one with "
@@ -101,7 +118,12 @@ def attribute(
         )
     sites = Sites.of(model).splitting(neurons)
     task.must_fit(sites.model.cfg, sites.model_name)
-    sums = _sums(sites, task, rules, level, components, positions)
+    dictionaries = features_of(sites, features)
+    sums: NodeSums | EdgeSums
+    if level == "node":
+        sums = NodeSums(sites, task, rules, components, dictionaries, keep)
+    else:
+        sums = EdgeSums(sites, task, rules, positions)
     names, at = sums.sites_needed, sums.coefficients_needed
     taken = partial(needed, sites, rules=rules, names=names, coefficients=at, own=way.own)
     how = attribution_plan(sites, task, taken, work=sums.work, batch_size=batch_size)
@@ -132,9 +154,10 @@ def attribute(
         _must_slope(task, rules, metrics["clean"])
     _must_be_finite(sums.table, rules)
     named = "; ".join(used)  # one, unless batches differ in which registrations they met
-    along = "" if path == "inputs" else f" of {path}"
+    along = "" if path == "inputs" else f" of {'each site' if path == 'site' else path}"
     name = named if steps == 1 else f"{named} ({steps} steps{along})"
     source, about = provenance(sites, task, way, name), pairs_of(sites, task, metrics)
+    source = replace(source, dictionaries=fingerprints(dictionaries))
     return sums.scores(source, about, dict(remainder))
 
 
@@ -166,23 +189,12 @@ def plan(
     _check(rules, level, 1, "inputs", False)
     sites = Sites.of(model)
     task.must_fit(sites.model.cfg, sites.model_name)
-    sums = _sums(sites, task, rules, level, None, False)
+    sums = NodeSums(sites, task, rules, None) if level == "node" else EdgeSums(
+        sites, task, rules, False
+    )  # fmt: skip
     names, at = sums.sites_needed, sums.coefficients_needed
     taken = partial(needed, sites, rules=rules, names=names, coefficients=at, own=way.own)
     return attribution_plan(sites, task, taken, work=sums.work, room=room or Room.of(sites.device))
-
-
-def _sums(
-    sites: Sites,
-    task: TaskLike,
-    rules: Rules,
-    level: str,
-    components: Sequence[str] | None,
-    positions: bool | str,
-) -> NodeSums | EdgeSums:
-    if level == "node":
-        return NodeSums(sites, task, rules, components)
-    return EdgeSums(sites, task, rules, positions)
 
 
 def _must_be_finite(table: Tensor, rules: Rules) -> None:
@@ -206,13 +218,19 @@ def _check(rules: Rules, level: Level, steps: int, path: str, positions: bool | 
         raise ValueError(
             f"`steps` must be a whole number of at least 1; got {steps!r}; leave it out"
         )
-    if path not in ("inputs", "activations"):
+    if path not in PATHS:
         raise ValueError(
-            f"`path` must be 'inputs' or 'activations'; got {path!r}; 'inputs' moves the embeddings"
+            f"`path` must be one of {', '.join(map(repr, PATHS))}; got {path!r}; 'inputs' moves "
+            "the embeddings"
         )
-    if path == "activations" and steps == 1:
+    if path != "inputs" and steps == 1:
         raise ValueError(
-            "`path='activations'` needs `steps` above 1; got 1, which has no path; give steps=5"
+            f"`path={path!r}` needs `steps` above 1; got 1, which has no path; give steps=5"
+        )
+    if path == "site" and level == "edge":
+        raise ValueError(
+            "`path='site'` is for node scores, as edges have no site of their own; got "
+            "level='edge'; give path='activations'"
         )
     if steps > 1 and rules.needs_reference:
         raise ValueError(
@@ -228,6 +246,16 @@ def _check(rules: Rules, level: Level, steps: int, path: str, positions: bool | 
         raise ValueError(
             "`positions` is for edge scores; got level='node', whose scores keep the position axis "
             "anyway; leave it out"
+        )
+
+
+def _check_features(level: Level, features: Mapping[str, Any], keep: int | None) -> None:
+    if features and level == "edge":
+        raise ValueError("`features` is for node scores; got level='edge'; leave one of them out")
+    if keep is not None and (not features or not isinstance(keep, int) or keep < 1):
+        raise ValueError(
+            f"`keep` must be a whole number of at least 1, beside `features`; got {keep!r}; leave "
+            "it out to keep all"
         )
 
 

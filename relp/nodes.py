@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from einops import reduce
@@ -11,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp.bridge.capture import ROOT, Capture
+from relp.bridge.features import Features
 from relp.bridge.sites import Sites
+from relp.features import FeatureSums
 from relp.partway import way
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
@@ -71,23 +74,45 @@ def partway_scores(
 
 
 class NodeSums:
-    """Node scores of a task, summed up capture by capture."""
+    """Node scores of a task, summed up capture by capture.
+
+    Args:
+        components: names or kinds, all but neurons if None; `feature` alone for those of `features`
+            and nothing else.
+        features: of dictionaries; each site's own stand behind all other components.
+        keep: at most so many features of a site.
+    """
 
     work = 0
     """Bytes that scoring takes beside what is captured: next to nothing."""
 
     def __init__(
-        self, sites: Sites, task: TaskLike, rules: Rules, components: Sequence[str] | None
+        self,
+        sites: Sites,
+        task: TaskLike,
+        rules: Rules,
+        components: Sequence[str] | None,
+        features: Sequence[Features] = (),
+        keep: int | None = None,
     ) -> None:
-        self.components = sites.chosen(components)
-        self.sites_needed = node_sites(sites, self.components)
+        alone = features and components is not None and [*components] in (["feature"], [*"feature"])
+        self._components = () if alone else sites.chosen(components)
         self._behind: tuple[str, ...] = ()
         if rules.partway:
-            self._behind = tuple(sites.behind(c) for c in self.components)
-            self.sites_needed = tuple(dict.fromkeys((*self.sites_needed, *self._behind)))
-        self.coefficients_needed = self.sites_needed
-        self._places = component_places(sites, self.components)
-        self.table = torch.zeros(len(task), len(self.components), int(task.lengths.max()))
+            self._behind = tuple(sites.behind(c) for c in self._components)
+        size, length = len(task), int(task.lengths.max())
+        self._features = [
+            FeatureSums(f, size, length, sites.behind(f.rest) if rules.partway else "")
+            for f in features
+        ]
+        self._keep = keep
+        own = (*node_sites(sites, self._components), *self._behind)
+        read = (n for f in self._features for n in f.sites_needed)
+        at = (n for f in self._features for n in f.coefficients_needed)
+        self.sites_needed = tuple(dict.fromkeys((*own, *read)))
+        self.coefficients_needed = tuple(dict.fromkeys((*own, *at)))
+        self._places = component_places(sites, self._components)
+        self._nodes = torch.zeros(size, len(self._components), length)
 
     def add(self, index: Int[Tensor, " row"], batch: TaskLike, seen: Capture) -> None:
         """Adds the scores of one capture of these pairs, which have one length."""
@@ -96,11 +121,28 @@ class NodeSums:
             scores = partway_scores(seen, self._places, self._behind)
         else:
             scores = node_scores(seen, self._places)
-        self.table[index, :, :length] += seen.share * scores
+        self._nodes[index, :, :length] += seen.share * scores
+        for features in self._features:
+            features.add(index, seen)
+
+    @cached_property
+    def _whole(self) -> tuple[tuple[str, ...], Float[Tensor, "pair component pos"]]:
+        """All components and their scores; nothing is added then."""
+        if not self._features:
+            return self._components, self._nodes
+        names, tables = zip(*(f.kept(self._keep) for f in self._features), strict=True)
+        components = (*self._components, *(name for some in names for name in some))
+        return components, torch.cat([self._nodes, *tables], 1)
+
+    @property
+    def table(self) -> Float[Tensor, "pair component pos"]:
+        """The scores."""
+        return self._whole[1]
 
     def scores(
         self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]
     ) -> NodeScores:
         """The result."""
+        components, table = self._whole
         return NodeScores(provenance=provenance, pairs=pairs, remainder=remainder,
-                          components=self.components, nodes=self.table)  # fmt: skip
+                          components=components, nodes=table)  # fmt: skip

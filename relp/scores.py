@@ -68,6 +68,8 @@ class Provenance:
     """How they were stored before they were dequantised, as `Q4_1 (4-bit)`; else empty."""
     compatibility: bool = False
     """Whether the bridge was in TransformerLens' compatibility mode, whose weights are others."""
+    dictionaries: str = ""
+    """Fingerprints of the dictionaries whose features are components, as `L3.mlp 1f0c…`."""
 
     @classmethod
     def of(cls, labels: Mapping[str, Any]) -> Provenance:

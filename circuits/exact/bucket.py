@@ -11,7 +11,7 @@ as `DEEPLIFT` attributes it.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from relp.bridge import (
     ROOT,
     Basis,
     Edit,
+    Features,
     Reading,
     Rerun,
     Sites,
@@ -65,8 +66,10 @@ class Spot(NamedTuple):
 
 
 def written_spot(sites: Sites, component: str) -> Spot:
-    """Where a component's value is."""
-    return Spot(max(0, Component.parse(component).layer), *sites.part(component))
+    """Where a component's value is; of a feature, all that its site holds."""
+    site, number, parts = sites.part(component)
+    first = len(sites.blocks) if site == "final" else max(0, Component.parse(component).layer)
+    return Spot(first, site, number, parts)
 
 
 def _reading_spot(reading: Reading) -> Spot:
@@ -74,9 +77,12 @@ def _reading_spot(reading: Reading) -> Spot:
     return Spot(reading.place.layer, reading.site)
 
 
-def needed_sites(sites: Sites, cells: Sequence[Cell]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def needed_sites(
+    sites: Sites, cells: Sequence[Cell], features: Sequence[Features] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The sites of what cells replace, and those that the input of readers is rebuilt from."""
     found = dict.fromkeys(written_spot(sites, c.component).site for c in cells)
+    found |= dict.fromkeys(f.reads for f in features if f.site in found)
     writers = {c.component for c in cells if c.reader}
     found |= dict.fromkeys(_sources(sites, writers))
     return tuple(found), (*stream_sites(sites), *reader_sites(sites)) if writers else ()
@@ -105,6 +111,34 @@ def _changed(
     return tuple(differs.nonzero().flatten().tolist())
 
 
+def _differing(step: Tensor) -> tuple[int, ...]:
+    """At which positions a step is any."""
+    somewhere = (step != 0).unflatten(-1, (-1, 1)) if step.dim() == 2 else step != 0
+    return tuple(somewhere.any(-1).any(0).nonzero().flatten().tolist())
+
+
+def _steps(
+    features: Features,
+    own: Mapping[str, Tensor],
+    instead: Mapping[str, Tensor],
+    means: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """By how much the features of a site, and the rest of it, differ if they are replaced."""
+    values, rest = features.divided(own)
+    if means is None:
+        new_values, new_rest = features.divided(instead)
+    else:
+        length = values.shape[1]
+        new_values, new_rest = (
+            mean[:length].expand_as(like).to(like) if (mean := means.get(name)) is not None
+            else torch.zeros_like(like)
+            for name, like in ((features.all, values), (features.rest, rest))
+        )  # fmt: skip
+    step = new_values - values
+    named = {features.name(n): step[..., i] for i, n in enumerate(features.kept)}
+    return named | {features.rest: new_rest - rest}
+
+
 Job = tuple[int, int, int]
 """First block that must run, minus the first position that changes, and number of a cell."""
 
@@ -128,6 +162,11 @@ class Bucket:
     """What each writer would add differently `[pair, pos, d_model]`; empty without edges."""
     readings: Mapping[str, Reading]
     """Where readers read whose input, made of the parts of the own run, is what they get."""
+    features: tuple[Features, ...] = ()
+    """Of dictionaries: their features' values can be replaced."""
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
+    """By how much the value of each feature differs if it is replaced `[pair, pos]`, and what its
+    site holds beside features `[pair, pos, d]`."""
 
     @classmethod
     def of(
@@ -138,12 +177,13 @@ class Bucket:
         direction: Direction,
         *,
         patched: bool,
+        features: tuple[Features, ...] = (),
     ) -> Bucket:
         """Runs both sides; `patched`: the values of the other one are those that replace."""
-        written, read = needed_sites(sites, cells)
+        written, read = needed_sites(sites, cells, features)
         rerun = Rerun.of(sites, task, (*written, *read), side=direction.own)
         instead, metric = observe(sites, task, written if patched else (), side=direction.other)
-        return cls(direction, rerun, metric, instead, (), (), {}, {}, {})
+        return cls(direction, rerun, metric, instead, (), (), {}, {}, {}, features)
 
     def at(self, cells: tuple[Cell, ...], means: Mapping[str, Tensor] | None) -> Bucket:
         """The same pairs with these cells; a site that they need and that is not held is run.
@@ -151,7 +191,7 @@ class Bucket:
         `means`: what replaces values, 0 where there is none; the other run's values if None.
         """
         sites, task, rerun = self.rerun.sites, self.rerun.task, self.rerun
-        written, read = needed_sites(sites, cells)
+        written, read = needed_sites(sites, cells, self.features)
         if new := tuple(n for n in dict.fromkeys((*written, *read)) if n not in rerun.values):
             values, _ = observe(sites, task, new, side=rerun.side)
             rerun = replace(rerun, values={**rerun.values, **values})
@@ -159,7 +199,15 @@ class Bucket:
         instead = {**self.instead, **_replacements(rerun, self.direction.other, absent, means)}
         spots = {c.component: written_spot(sites, c.component) for c in cells}
         new_spots = {n: spot for n, spot in spots.items() if n not in self.changed}
-        changed = {n: _changed(rerun.values, instead, spot) for n, spot in new_spots.items()}
+        asked_steps = {name.partition("/")[0] for name in new_spots if "/" in name}
+        steps = dict(self.steps)
+        for features in self.features:
+            if features.site in asked_steps:
+                steps |= _steps(features, rerun.values, instead, means)
+        changed = {
+            n: _differing(steps[n]) if n in steps else _changed(rerun.values, instead, spot)
+            for n, spot in new_spots.items()
+        }
         asked = {c.reader for c in cells if c.reader} - self.readings.keys()
         found = {n: at for n, at in readings(sites).items() if n in asked} if asked else {}
         if found:
@@ -178,6 +226,7 @@ class Bucket:
             changed={**self.changed, **changed},
             changes={**self.changes, **changes},
             readings=readers,
+            steps=steps,
         )
 
     @property
@@ -185,7 +234,7 @@ class Bucket:
         """Bytes of activations."""
         rerun = self.rerun
         tensors = chain(rerun.values.values(), self.instead.values(), self.changes.values(),
-                        chain.from_iterable(rerun.past))  # fmt: skip
+                        self.steps.values(), chain.from_iterable(rerun.past))  # fmt: skip
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
         return sum(storages.values())
 
@@ -293,7 +342,10 @@ class Bucket:
         """What cells that write at one site write, at all positions `[pair, pos, part]`."""
         cells, own = [self.cells[i] for i in numbers], self.rerun.values
         if not cells[0].reader:
-            for spot in (self.spots[i] for i in numbers):
+            for name, spot in ((self.cells[i].component, self.spots[i]) for i in numbers):
+                if name in self.steps:
+                    yield [_Write(spot.site, slice(None), self._moved(name, spot.site))]
+                    continue
                 value = self.instead[spot.site]
                 part = spot.part(value.shape[-1])
                 yield [_Write(spot.site, part, value[..., part])]
@@ -310,6 +362,15 @@ class Bucket:
                   for site, value in found.items()),
                 *kept,
             ]  # fmt: skip
+
+    def _moved(self, component: str, site: str) -> Float[Tensor, "pair pos d"]:
+        """What a site holds with another value of one of its features, or another rest."""
+        own, step = self.rerun.values[site], self.steps[component]
+        if step.dim() == 2:
+            (features,) = (f for f in self.features if f.site == site)
+            number = torch.tensor([Component.parse(component).head])
+            step = step[..., None] * features.directions(number).to(step)
+        return (own + step.to(own.device)).to(own.dtype)
 
 
 class _Write(NamedTuple):

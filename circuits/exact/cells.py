@@ -15,7 +15,7 @@ __all__ = ["EVERYWHERE", "Cell"]
 
 EVERYWHERE = -1
 """In the place of a position: all of them."""
-WRITTEN = ("embed", "resid", "attn", "mixer", "mlp", "head", "neuron")
+WRITTEN = ("embed", "resid", "attn", "mixer", "mlp", "head", "neuron", "feature", "rest")
 """Kinds of components that hold a value which can be replaced."""
 
 

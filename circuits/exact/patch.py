@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from circuits.engines.local import Engine
 from circuits.exact.cells import EVERYWHERE, Cell
@@ -15,6 +18,8 @@ from relp.bridge import Sites, provenance, undisturbed
 
 __all__ = ["patch"]
 
+NO_FEATURES: Mapping[str, Any] = MappingProxyType({})
+
 
 @undisturbed
 def patch(
@@ -25,6 +30,7 @@ def patch(
     components: Sequence[str] | None = None,
     edges: Sequence[tuple[str, str]] | None = None,
     neurons: Sequence[str] = (),
+    features: Mapping[str, Any] = NO_FEATURES,
     positions: bool | None = None,
     direction: str = "denoise",
     ablation: str = "patch",
@@ -53,6 +59,9 @@ def patch(
             were not asked for are NaN in the result.
         neurons: at edge level, neurons (`L3N17`) that write and read by themselves, as for
             `attribute`; `L3.mlp` is then the rest of that MLP.
+        features: at node level, dictionaries by site, as for `attribute`: then `components` may
+            name features (`L3.mlp/f1021`), and what is left of the site without those that are
+            named (`L3.mlp/rest`), as `Scores.components` does.
         positions: one cell per position, or one for all positions at once. If None, nodes are
             patched by position and edges are not, as `attribute` gives them.
         direction: `"denoise"` or `"noise"`.
@@ -87,17 +96,29 @@ def patch(
     sites = Sites.of(model).splitting(neurons)
     by_position = level == "node" if positions is None else positions
     places = range(int(task.lengths.max())) if by_position else [EVERYWHERE]
-    named = _edges(sites, edges) if level == "edge" else [(n, "") for n in sites.chosen(components)]
+    nodes = _nodes(sites, components) if level == "node" else ()
+    named = _edges(sites, edges) if level == "edge" else [(name, "") for name in nodes]
     cells = [Cell(name, reader, pos) for name, reader in named for pos in places]
-    runs = Runs(model, task, direction, ablation, neurons=tuple(neurons), kept_bytes=0)
+    runs = Runs(model, task, direction, ablation, neurons=tuple(neurons), features=features,
+                kept=nodes, kept_bytes=0)  # fmt: skip
     sweep = runs.measure(sharded(cells, shard, len(sites.blocks)), resume=resume,
                          batch_size=batch_size, engine=engine, progress=progress)  # fmt: skip
     rules = "exact" if ablation == "patch" else f"exact ({ablation} ablation)"
     source = provenance(sites, task, Direction(direction), shard_title(rules, shard))
+    source = replace(source, dictionaries=sweep.identity["dictionaries"])
     if level == "edge":
         return edge_effects(sites, task, source, sweep, by_position=by_position)
-    names = tuple(name for name, _ in named)
-    return node_effects(sites, task, source, sweep, names, by_position=by_position)
+    return node_effects(sites, task, source, sweep, nodes, by_position=by_position)
+
+
+def _nodes(sites: Sites, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of components; those of dictionaries behind the others, as they are named."""
+    asked = () if wanted is None or isinstance(wanted, str) else tuple(dict.fromkeys(wanted))
+    parts = tuple(name for name in asked if "/" in name)
+    if not parts:
+        return sites.chosen(wanted)
+    others = [name for name in asked if "/" not in name]
+    return (*(sites.chosen(others) if others else ()), *parts)
 
 
 def _edges(sites: Sites, wanted: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:

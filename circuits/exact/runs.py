@@ -27,8 +27,10 @@ from circuits.exact.sweep import Sweep, identity, safetensors_path
 from relp import Component, Direction, ModelLike, TaskLike
 from relp.bridge import (
     PAIR_BYTES,
+    Features,
     Sites,
     as_fits,
+    divisions,
     observe,
     pairs_kept,
     prompts_per_run,
@@ -77,6 +79,8 @@ class Runs:
 
     Args:
         neurons: that write and read by themselves, for cells of edges.
+        features: dictionaries by site, for cells of their features.
+        kept: components of which those that are features are kept: what a rest is without them.
         kept_bytes: of activations, kept for later lists, those of the first pairs that fit; runs of
             the others are made anew.
 
@@ -91,6 +95,8 @@ class Runs:
     ablation: str = "patch"
     _: KW_ONLY
     neurons: tuple[str, ...] = ()
+    features: Mapping[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     kept_bytes: int = PAIR_BYTES
     _made: list[_Made] = field(default_factory=list, init=False)
     """One at most: of the model as it was."""
@@ -129,7 +135,7 @@ class Runs:
         @undisturbed
         def swept(model: ModelLike) -> Sweep:
             made = self._renewed(Sites.of(model).splitting(self.neurons))
-            _must_exist(made.sites, self.task, cells)
+            _must_exist(made, cells)
             sweep = Sweep.begun(path, made.identity, cells, len(self.task))
             with sweep.kept(path) as keep, Progress(len(self.task), shown=progress) as bar:
                 todo: dict[Cell, _Work] = {}
@@ -169,7 +175,10 @@ class Runs:
         amounts = [todo[cell].amount for cell in order]
         whole = sum(amounts)
         parts = max(whole // (RUNS * _run_work(self.model, self.task)), PIECES * engine.workers)
-        begin = partial(_measuring, self.direction, self.ablation, self.neurons, batch_size)
+        begin = partial(
+            _measuring, self.direction, self.ablation, self.neurons, self.features, self.kept,
+            batch_size,
+        )  # fmt: skip
         with engine.working(begin, self.model, self.task) as answers:
             for piece, found in answers(cut(order, amounts, parts)):
                 sweep.take(found)
@@ -192,7 +201,7 @@ class Runs:
         @undisturbed
         def looked_at(model: ModelLike) -> list[bool]:
             made = self._renewed(Sites.of(model).splitting(self.neurons))
-            _must_exist(made.sites, self.task, cells)
+            _must_exist(made, cells)
             found = [True] * len(cells)
             for _, part in made.divided(cells, prompts_per_run(made.sites, self.task)):
                 for *_, number in part.plan(range(len(cells)))[1]:
@@ -206,8 +215,11 @@ class Runs:
         way = Direction(self.direction)
         state = _state(sites, self.task, way.own) if self.kept_bytes else ()
         if not self._made or not self.kept_bytes or state != self._made[0].state:
-            labels = identity(sites, self.task, self.direction, self.ablation)
-            made = _Made(sites, self.task, way, self.ablation, self.kept_bytes, labels, state)
+            features = divisions(sites, self.features, self.kept)
+            labels = identity(sites, self.task, self.direction, self.ablation, features)
+            made = _Made(
+                sites, self.task, way, self.ablation, self.kept_bytes, labels, state, features
+            )
             self._made[:] = [made]
         return self._made[0]
 
@@ -239,6 +251,7 @@ class _Made:
     kept_bytes: int
     identity: Mapping[str, str]
     state: tuple[Any, ...]
+    features: tuple[Features, ...] = ()
     means: dict[str, Tensor] = field(default_factory=dict)
     """What replaces a value in a mean ablation, by site."""
     parts: dict[tuple[int, ...], Bucket] = field(default_factory=dict)
@@ -250,10 +263,12 @@ class _Made:
         """All pairs, as many of one length at a time as run at once or can be kept."""
         sites, task, means = self.sites, self.task, None
         if self.ablation != "patch":
-            new = tuple(n for n in needed_sites(sites, cells)[0] if n not in self.means)
+            needed = needed_sites(sites, cells, self.features)[0]
+            new = tuple(n for n in needed if n not in self.means)
             self.means.update(
-                _means(sites, task, new, self.direction.other, self.ablation, prompts)
-            )
+                _means(sites, task, new, self.direction.other, self.ablation, prompts,
+                       self.features)
+            )  # fmt: skip
             means = self.means
         pairs = min(prompts, pairs_kept(sites, task, edges=any(c.reader for c in cells)))
         division = {tuple(i.tolist()): (i, bucket) for i, bucket in task.buckets(pairs)}
@@ -262,7 +277,10 @@ class _Made:
         for key, (index, bucket) in division.items():
             known = self.parts.pop(key, None)
             if known is None:
-                known = Bucket.of(sites, bucket, cells, self.direction, patched=means is None)
+                known = Bucket.of(
+                    sites, bucket, cells, self.direction, patched=means is None,
+                    features=self.features,
+                )  # fmt: skip
             part = known.at(cells, means)
             if part.held + sum(p.held for p in self.parts.values()) <= self.kept_bytes:
                 self.parts[key] = part
@@ -297,12 +315,14 @@ def _measuring(
     direction: str,
     ablation: str,
     neurons: tuple[str, ...],
+    features: Mapping[str, Any],
+    kept: tuple[str, ...],
     batch_size: int | None,
     model: ModelLike,
     task: TaskLike,
 ) -> Callable[[list[Cell]], Sweep]:
     """What measures lists of cells in a worker, on runs that it keeps."""
-    runs = Runs(model, task, direction, ablation, neurons=neurons)
+    runs = Runs(model, task, direction, ablation, neurons=neurons, features=features, kept=kept)
     return lambda cells: runs.measure(cells, batch_size=batch_size, progress=False)
 
 
@@ -342,14 +362,19 @@ def _fill(
         keep()
 
 
-def _must_exist(sites: Sites, task: TaskLike, cells: Iterable[Cell]) -> None:
+def _must_exist(made: _Made, cells: Iterable[Cell]) -> None:
     """Refuses cells that the model, or the longest prompt, does not have."""
-    layout, length = sites.layout, int(task.lengths.max())
+    sites, length = made.sites, int(made.task.lengths.max())
+    layout = sites.layout
+    features = {f.site: f for f in made.features}
     some = {(c.component, c.reader): c for c in cells}  # one of each name
     for (name, reader), cell in some.items():
         layer = Component.parse(name).layer
         spot = written_spot(sites, name) if layer < len(sites.blocks) else Spot(0, name)
         found = spot.site in sites.points and spot.number < spot.parts
+        if "/" in name:
+            of = features.get(spot.site)
+            found = of is not None and name in (of.rest, *map(of.name, of.kept))
         if reader and found:
             row, column = layout.row.get(name), layout.column.get(reader)
             found = None not in (row, column) and bool(layout.exists[row, column])
@@ -366,15 +391,28 @@ def _must_exist(sites: Sites, task: TaskLike, cells: Iterable[Cell]) -> None:
 
 
 def _means(
-    sites: Sites, task: TaskLike, names: tuple[str, ...], side: str, ablation: str, prompts: int
+    sites: Sites,
+    task: TaskLike,
+    names: tuple[str, ...],
+    side: str,
+    ablation: str,
+    prompts: int,
+    features: Sequence[Features],
 ) -> dict[str, Float[Tensor, "#pos d"]]:
-    """What replaces a value in a mean ablation, by site: means over one side of all pairs."""
+    """What replaces a value in a mean ablation, by site: means over one side of all pairs.
+
+    Also of the features that are kept of a site, and of what they leave over.
+    """
     if not names or ablation == "zero":
         return {}
     width = int(task.lengths.max())
     totals: dict[str, Tensor] = {}
     for _, pairs in task.buckets(prompts):
-        for name, value in observe(sites, pairs, names, side=side)[0].items():
+        held = observe(sites, pairs, names, side=side)[0]
+        for of in features:
+            if of.site in held:
+                held[of.all], held[of.rest] = of.divided(held)
+        for name, value in held.items():
             dtype = torch.promote_types(value.dtype, torch.float32)
             if name not in totals:
                 totals[name] = torch.zeros(width, value.shape[-1], dtype=dtype, device=value.device)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from circuits.exact.cells import Cell
 from relp import TaskLike, written_whole
-from relp.bridge import Sites, fingerprint, versions
+from relp.bridge import Features, Sites, fingerprint, fingerprints, versions
 
 __all__ = [
     "Sweep",
@@ -43,8 +43,17 @@ NUMBERS = ("effects", "clean", "corrupt", "resolution")
 """The tensors of a sweep."""
 
 
-def identity(sites: Sites, task: TaskLike, direction: str, ablation: str) -> dict[str, str]:
-    """What makes a sweep the same sweep, whichever cells it is of."""
+def identity(
+    sites: Sites,
+    task: TaskLike,
+    direction: str,
+    ablation: str,
+    features: Sequence[Features] = (),
+) -> dict[str, str]:
+    """What makes a sweep the same sweep, whichever cells it is of.
+
+    `features`: of dictionaries; which of them are kept says what the rest is.
+    """
     dtype, weights = fingerprint(sites.model)
     prompts = [task.clean, task.corrupt, task.lengths, task.answers, task.foils, task.spans["end"]]
     if task.metric.targets is not None:
@@ -57,6 +66,8 @@ def identity(sites: Sites, task: TaskLike, direction: str, ablation: str) -> dic
         "ablation": ablation,
         "prompts": hashlib.sha256(str([t.tolist() for t in prompts]).encode()).hexdigest()[:16],
         "neurons": " ".join(sites.neurons),
+        "dictionaries": fingerprints(features),
+        "features": " ".join(f.name(n) for f in features for n in f.kept),
         "dtype": dtype,
         "weights": weights,
         "versions": versions(),

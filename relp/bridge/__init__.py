@@ -3,6 +3,7 @@ residual stream."""
 
 from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
 from relp.bridge.capture import ROOT
+from relp.bridge.features import Features, divisions, features_of, fingerprints
 from relp.bridge.memory import (
     PAIR_BYTES,
     ROW_BYTES,
@@ -55,6 +56,7 @@ __all__ = [
     "Basis",
     "Block",
     "Edit",
+    "Features",
     "Matrix",
     "Place",
     "Reading",
@@ -68,10 +70,13 @@ __all__ = [
     "circuit_bytes",
     "circuit_runs",
     "difference",
+    "divisions",
     "editing",
     "entries",
     "exact_changes",
+    "features_of",
     "fingerprint",
+    "fingerprints",
     "must_match",
     "normed",
     "observe",

@@ -92,7 +92,8 @@ def captures(
     and other run (integrated gradients). `path="inputs"`: of the input embeddings (EAP-IG inputs,
     arXiv:2403.17806). `path="activations"`: of one writing site at a time, what comes before it
     being the own run's (EAP-IG activations, ibid.; a layer's heads move together, and so do its
-    neurons where they are among `names`).
+    neurons where they are among `names`). `path="site"`: of each site with coefficients by itself,
+    which alone gets them then (integrated gradients of a site, as in arXiv:2403.19647).
 
     Other arguments and errors: as `capture`.
     """
@@ -108,17 +109,22 @@ def captures(
     # an MLP's output that is put in would cut its neurons off from the metric
     inside = {b.name("mlp"): b.name("neurons") for b in sites.blocks if b.name("neurons") in names}
     written = [inside.get(site, site) for site in sites.written]
-    moved = (ROOT,) if path == "inputs" else (ROOT, *written)
+    asked = names if coefficients is None else coefficients
+    moved = {"inputs": (ROOT,), "activations": (ROOT, *written), "site": asked}[path]
     kept = tuple(dict.fromkeys((*way.names, *moved)))
     values, metric = observe(sites, task, kept, side=own)
     others, other_metric = observe(sites, task, kept, side=way.other)
     for site in moved:
         for step in range(steps):
             between = torch.lerp(values[site], others[site], (step + 0.5) / steps)
-            found = way.differentiated({site: between}, cut=path == "activations")
+            found = way.differentiated({site: between}, cut=path != "inputs")
+            at, share = found.coefficients, 1 / (steps * len(moved))
+            if path == "site":
+                share = 1 / steps
+                at = {n: c if n == site else torch.zeros_like(c) for n, c in at.items()}
             yield Capture(
-                values, others, found.values, others, found.coefficients, metric, other_metric,
-                1 / (steps * len(moved)), rules=found.rules,
+                values, others, found.values, others, at, metric, other_metric, share,
+                rules=found.rules,
             )  # fmt: skip
             del found  # or the next run would have this one beside it
 

@@ -225,6 +225,8 @@ class Sites:
         _, kind, layer, number = Component.parse(component)
         if kind == "embed":
             return self.blocks[0].name("resid"), 0, 1
+        if kind in ("feature", "rest"):
+            return component.partition("/")[0], 0, 1
         block = self.blocks[layer]
         if kind == "head":
             return block.name("z"), number, block.heads
@@ -240,6 +242,9 @@ class Sites:
         _, kind, layer, _ = Component.parse(component)
         if kind in ("embed", "resid"):
             return self.part(component)[0]
+        site = component.partition("/")[0]  # of features
+        if site == "final" or site.endswith((".resid", ".mid")):
+            return site
         return self.blocks[layer + 1].name("resid") if layer + 1 < len(self.blocks) else "final"
 
     @property
