@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from circuits.judge.agreement import agreement, agreement_tests
     from circuits.judge.evaluation import compare, evaluate
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
+    from circuits.judge.features import evaluate_features
     from circuits.judge.known import auroc
     from circuits.judge.missed import missed
     from circuits.judge.tables import to_latex, to_markdown
     from circuits.search.acdc import acdc
     from circuits.search.prune import between, connect, greedy, random, threshold, top, top_nodes
+    from circuits.steering import steered
 
 __all__ = [
     "Circuit",
@@ -35,6 +37,7 @@ __all__ = [
     "connect",
     "draw",
     "evaluate",
+    "evaluate_features",
     "explore",
     "faithfulness",
     "from_mib",
@@ -45,6 +48,7 @@ __all__ = [
     "patch",
     "random",
     "save",
+    "steered",
     "threshold",
     "to_latex",
     "to_markdown",
@@ -63,6 +67,7 @@ lazy.lazily(
         "explorer": "explore",
         "judge.evaluation": "compare evaluate",
         "files.formats": "load save",
+        "judge.features": "evaluate_features",
         "judge.faithfulness": "completeness faithfulness minimality",
         "graph": "Circuit assemble",
         "files.mib": "from_mib to_mib",
@@ -72,5 +77,6 @@ lazy.lazily(
         "judge.missed": "missed",
         "judge.tables": "to_latex to_markdown",
         "search.prune": "between connect greedy random threshold top top_nodes",
+        "steering": "steered",
     },
 )

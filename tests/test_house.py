@@ -78,8 +78,8 @@ ORDER = {
     "relp": "bars lazy neighbours choices files protocols layout dictionaries scores rules "
     "operations rulebook partway propagation bridge features nodes edges attribution __init__ "
     "__main__",
-    "circuits": "choices graph kept masked engines exact search judge draw explorer files __init__ "
-    "cli",
+    "circuits": "choices graph kept steering masked engines exact search judge draw explorer files "
+    "__init__ cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than "
     "gendered_pronoun subject_verb induction docstring colored_objects capital_country arithmetic "
     "multiple_choice registry able zoo planted __init__",

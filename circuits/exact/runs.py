@@ -37,7 +37,7 @@ from relp.bridge import (
     undisturbed,
 )
 
-__all__ = ["Runs", "measure"]
+__all__ = ["Runs", "ablation_means", "measure"]
 
 RUNS = 64
 """How many runs of all pairs a piece of a sweep is worth that an engine gets: what it takes to get
@@ -266,7 +266,7 @@ class _Made:
             needed = needed_sites(sites, cells, self.features)[0]
             new = tuple(n for n in needed if n not in self.means)
             self.means.update(
-                _means(sites, task, new, self.direction.other, self.ablation, prompts,
+                ablation_means(sites, task, new, self.direction.other, self.ablation, prompts,
                        self.features)
             )  # fmt: skip
             means = self.means
@@ -390,7 +390,7 @@ def _must_exist(made: _Made, cells: Iterable[Cell]) -> None:
         )
 
 
-def _means(
+def ablation_means(
     sites: Sites,
     task: TaskLike,
     names: tuple[str, ...],

@@ -35,7 +35,7 @@ from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Place, Sites, span_places, undisturbed
 
-__all__ = ["SIZES", "Evaluation", "compare", "evaluate"]
+__all__ = ["SIZES", "Evaluation", "compare", "evaluate", "shares_of_gap"]
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the model's edges: the grid of MIB, arXiv:2504.13151."""
@@ -71,7 +71,9 @@ class Evaluation:
 
         `low` and `high` are NaN for a single pair.
         """
-        shares = _shares(self.metric, self.clean, self.corrupt, resamples(len(self.clean), seed))
+        shares = shares_of_gap(
+            self.metric, self.clean, self.corrupt, resamples(len(self.clean), seed)
+        )
         low, high = interval(shares)
         return pd.DataFrame(
             {
@@ -93,7 +95,9 @@ class Evaluation:
         (arXiv:2504.13151), whose tables take CPR from signed and CMD from absolute ranking. The
         intervals are NaN for a single pair.
         """
-        shares = _shares(self.metric, self.clean, self.corrupt, resamples(len(self.clean), seed))
+        shares = shares_of_gap(
+            self.metric, self.clean, self.corrupt, resamples(len(self.clean), seed)
+        )
         found = self._areas(self.faithfulness.double().numpy())
         table = {"rules": list(self.rules)}
         for i, name in enumerate(("CPR", "CMD")):
@@ -134,7 +138,7 @@ class Evaluation:
         """CPR and CMD, and behind them what they are in bootstrap samples of the pairs."""
         pairs = len(self.clean)
         weights = np.concatenate([np.full((1, pairs), 1 / pairs), resamples(pairs, seed)])
-        return self._areas(_shares(self.metric, self.clean, self.corrupt, weights))
+        return self._areas(shares_of_gap(self.metric, self.clean, self.corrupt, weights))
 
     def swapped_areas(self, other: Evaluation, seed: int) -> Float[np.ndarray, "swap area"]:
         """What CPR and CMD of the first rules here are above those there, on the same pairs.
@@ -338,7 +342,7 @@ def _best(scores: EdgeScores, sizes: Sequence[float], signed: bool) -> list[Kept
 # -- statistics over pairs -------------------------------------------------------------------------
 
 
-def _shares(
+def shares_of_gap(
     metric: Tensor, clean: Tensor, corrupt: Tensor, weights: Float[np.ndarray, "resample pair"]
 ) -> np.ndarray:
     """`[..., pair]` -> `[resample, ...]`: faithfulness, the ratio of means, in each sample.
@@ -362,7 +366,7 @@ def _paired(
 ) -> pd.DataFrame:
     """Difference of two in each measure of `[..., circuit]` shares, its interval and p-value."""
     pairs = len(clean)
-    one, other = (lambda weights, m=m: _shares(m, clean, corrupt, weights) for m in metrics)
+    one, other = (lambda weights, m=m: shares_of_gap(m, clean, corrupt, weights) for m in metrics)
     weights = resamples(pairs, seed)
     low, high = interval(measures(one(weights)) - measures(other(weights)))
     chance = _swapped(metrics, clean, corrupt, measures, swaps(pairs, seed))
@@ -389,7 +393,7 @@ def _swapped(
     Under the null hypothesis it makes no difference which of the two a pair's value came from.
     """
     even = np.full((1, len(clean)), 1 / len(clean))
-    one, other = (_shares(m, clean, corrupt, even) for m in metrics)
+    one, other = (shares_of_gap(m, clean, corrupt, even) for m in metrics)
     gap = float(clean.double().mean() - corrupt.double().mean())
     moved = swapped @ (metrics[1] - metrics[0]).double().numpy().T / len(clean) / gap
     return measures(one + moved) - measures(other - moved)

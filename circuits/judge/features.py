@@ -1,0 +1,293 @@
+"""Circuits of features: what a model does with some features of dictionaries alone.
+
+The run is the clean one. At each site with a dictionary the features of the circuit keep the value
+that they have in the run as it is by then; the others, and what the features leave over (the
+errors) unless it is kept, get the value of an ablation. Source: Marks et al. 2024,
+arXiv:2403.19647, where errors are nodes too; here they are kept everywhere or nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuits.choices import check_ablation
+from circuits.exact.runs import ablation_means
+from circuits.judge.evaluation import shares_of_gap
+from circuits.judge.resampling import interval, resamples
+from relp import Component, ModelLike, NodeScores, TaskLike
+from relp.bridge import (
+    Edit,
+    Features,
+    Sites,
+    answers_only,
+    as_fits,
+    divisions,
+    editing,
+    observe,
+    precise_logits,
+    prompts_per_run,
+    undisturbed,
+)
+
+__all__ = ["evaluate_features"]
+
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+@undisturbed
+def evaluate_features(
+    model: ModelLike,
+    task: TaskLike,
+    scores: NodeScores | Sequence[NodeScores],
+    *,
+    features: Mapping[str, Any],
+    sizes: Sequence[int] = SIZES,
+    ablation: str = "patch",
+    random: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Faithfulness and completeness of the features with the largest |score|, by their number.
+
+    >>> table = evaluate_features(model, task, scores, features=dictionaries, sizes=(5, 20))
+    >>> table[["rules", "features", "errors", "faithfulness", "low", "high"]]
+
+    A feature's score is summed over positions and averaged over pairs; it is kept at all positions.
+    Faithfulness is (m(C) - m(∅)) / (m(full) - m(∅)): `m` is the task's metric averaged over pairs,
+    full the clean run, ∅ the run in which all features and errors are ablated. Completeness is that
+    of all others without the circuit: near 0 if it holds all that does the task.
+
+    Args:
+        model: the `TransformerBridge` that the scores are of. It is the same afterwards.
+        task: the task that circuits are judged on; other pairs than those of the scores.
+        scores: node scores with features, one set or several of the same dictionaries.
+        features: the dictionaries by site, as for `attribute`.
+        sizes: how many features are kept; those that exceed what there is are left out, and all
+            are kept once.
+        ablation: what replaces a value: that of the corrupt run (`"patch"`), zero (`"zero"`), or
+            its mean over the corrupt runs of all pairs, at all positions (`"mean"`) or at the same
+            one (`"mean_per_position"`).
+        random: random orders of the features to compare with.
+        seed: of those, and of the bootstrap over pairs.
+        progress: show a bar.
+
+    Returns:
+        A row for each set of scores, size and `errors` (`"in"` and `"out"`): `faithfulness` and
+        `completeness` with 95 % bootstrap intervals over pairs, `low` to `high` and
+        `completeness_low` to `completeness_high`.
+
+    Raises:
+        ValueError: scores hold no features, or others than the rest; an argument is wrong; or the
+            metric does not differ between the clean run and the one in which all is ablated.
+    """
+    check_ablation(ablation)
+    listed = [scores] if isinstance(scores, NodeScores) else list(scores)
+    names = _names(listed)
+    sites = Sites.of(model)
+    task.must_fit(sites.model.cfg, sites.model_name)
+    orders = {s.rules: _order(s, names) for s in listed}
+    draw = np.random.default_rng(seed)
+    orders |= {f"random {i + 1}" if random > 1 else "random": draw.permutation(len(names))
+               for i in range(random)}  # fmt: skip
+    counts = sorted({min(int(size), len(names)) for size in sizes} | {len(names)})
+    circuits = [_Circuit(rules, count, errors, names, order[:count])
+                for rules, order in orders.items() for count in counts
+                for errors in (True, False)]  # fmt: skip
+    run = _Runs(sites, task, divisions(sites, features, names), ablation)
+    full, none = _Kept(names, True), _Kept((), False)
+    wanted = [full, none, *(kept for c in circuits for kept in (c.kept, c.others))]
+    metric = run.metrics(wanted, progress=progress)
+    clean, empty, *rest = metric
+    _must_differ(clean, empty)
+    weights = np.concatenate([np.full((1, len(task)), 1 / len(task)),
+                              resamples(len(task), seed)])  # fmt: skip
+    found = shares_of_gap(torch.stack(rest), clean, empty, weights)
+    low, high = interval(found[1:])
+    rows = []
+    for i, circuit in enumerate(circuits):
+        faithful, complete = 2 * i, 2 * i + 1
+        rows.append(
+            {
+                "rules": circuit.rules,
+                "features": circuit.count,
+                "errors": "in" if circuit.errors else "out",
+                "faithfulness": found[0, faithful],
+                "low": low[faithful],
+                "high": high[faithful],
+                "completeness": found[0, complete],
+                "completeness_low": low[complete],
+                "completeness_high": high[complete],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What keeps its running value."""
+
+    features: tuple[str, ...]
+    errors: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Circuit:
+    """The first of a ranking, with or without errors."""
+
+    rules: str
+    count: int
+    errors: bool
+    names: tuple[str, ...]
+    chosen: np.ndarray
+
+    @property
+    def kept(self) -> _Kept:
+        return _Kept(tuple(self.names[i] for i in self.chosen), self.errors)
+
+    @property
+    def others(self) -> _Kept:
+        """All that the circuit is not."""
+        mine = set(self.chosen.tolist())
+        rest = tuple(name for i, name in enumerate(self.names) if i not in mine)
+        return _Kept(rest, not self.errors)
+
+
+def _names(scores: Sequence[NodeScores]) -> tuple[str, ...]:
+    """The features that scores are of."""
+    found: dict[str, None] = {}
+    for s in scores:
+        if not isinstance(s, NodeScores):
+            raise ValueError(
+                "`scores` must be node scores with features; got "
+                f"{type(s).__name__}; compute them with attribute(model, task, features=...)"
+            )
+        own = [n for n in s.components if Component.parse(n).kind == "feature"]
+        if not own:
+            raise ValueError(
+                f"`scores` must hold features; those of {s.rules!r} are of "
+                f"{', '.join(s.kinds())}; compute them with attribute(model, task, features=...)"
+            )
+        if s.provenance.dictionaries != scores[0].provenance.dictionaries:
+            raise ValueError(
+                "sets of scores must be of the same dictionaries; got "
+                f"{scores[0].provenance.dictionaries!r} and {s.provenance.dictionaries!r}"
+            )
+        found |= dict.fromkeys(own)
+    if not scores:
+        raise ValueError("`scores` must be one set or more; got none; call attribute first")
+    return tuple(found)
+
+
+def _order(scores: NodeScores, names: Sequence[str]) -> np.ndarray:
+    """The numbers of the features, the largest |score| first; those without one are last."""
+    sizes = dict(zip(*scores.by_component(), strict=True))
+    values = [abs(float(sizes[name])) if name in sizes else 0.0 for name in names]
+    return np.argsort(-np.array(values), kind="stable")
+
+
+def _must_differ(clean: Float[Tensor, " pair"], empty: Float[Tensor, " pair"]) -> None:
+    if abs(float(clean.mean() - empty.mean())) < 1e-6:
+        raise ValueError(
+            "faithfulness needs a metric that differs between the clean run and the one without "
+            f"features; both average {float(clean.mean()):.4g}; ablate otherwise, or give "
+            "dictionaries of sites that the task goes through"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Clean runs in which features keep their values, or do not."""
+
+    sites: Sites
+    task: TaskLike
+    features: tuple[Features, ...]
+    ablation: str
+
+    def metrics(self, wanted: Sequence[_Kept], *, progress: bool) -> list[Float[Tensor, " pair"]]:
+        """The task's metric of each."""
+        sites, task = self.sites, self.task
+        held = tuple(dict.fromkeys(n for f in self.features for n in (f.site, f.reads)))
+        found = [torch.full((len(task),), torch.nan) for _ in wanted]
+        means: Mapping[str, Tensor] | None = None
+        size = prompts_per_run(sites, task)
+        if self.ablation != "patch":
+            means = ablation_means(sites, task, held, "corrupt", self.ablation, size, self.features)
+        with tqdm(total=len(wanted) * len(task), desc="features", unit="run", disable=not progress,
+                  leave=False) as bar:  # fmt: skip
+
+            def run(rows: int) -> None:
+                for index, pairs in task.buckets(rows):
+                    instead = self._instead(pairs, held, means)
+                    for kept, metric in zip(wanted, found, strict=True):
+                        if bool(metric[index].isnan().any()):
+                            metric[index] = self._metric(pairs, instead, kept).float().cpu()
+                            bar.update(len(index))
+
+            as_fits(run, size, emptied=lambda: None)
+        return found
+
+    def _instead(
+        self, pairs: TaskLike, held: tuple[str, ...], means: Mapping[str, Tensor] | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Values of the features, and of what they leave over, that replace those of a run."""
+        if means is None:
+            values = observe(self.sites, pairs, held, side="corrupt")[0]
+            return {f.site: f.divided(values) for f in self.features}
+        zero = torch.zeros(1, 1)
+        length = int(pairs.lengths[0])
+        return {
+            f.site: (means.get(f.all, zero)[None, :length], means.get(f.rest, zero)[None, :length])
+            for f in self.features
+        }
+
+    def _metric(
+        self, pairs: TaskLike, instead: Mapping[str, tuple[Tensor, Tensor]], kept: _Kept
+    ) -> Float[Tensor, " pair"]:
+        """The metric of a clean run with these features, and errors or not."""
+        running: dict[str, Tensor] = {}
+        edits: dict[str, Edit] = answers_only(self.sites, pairs)
+
+        def see(site: str, value: Tensor) -> Tensor:
+            running[site] = value
+            return value
+
+        names = set(kept.features)
+        for features in self.features:
+            if features.reads != features.site:
+                edits[features.reads] = partial(see, features.reads)
+        for features in self.features:
+            mine = torch.tensor([features.name(n) in names for n in features.kept])
+            edits[features.site] = partial(
+                _mixed, features, running, mine, kept.errors, instead[features.site]
+            )
+        with torch.no_grad(), precise_logits(self.sites), editing(self.sites, edits):
+            return pairs.metric(self.sites.model(pairs.clean.to(self.sites.device)))
+
+
+def _mixed(
+    features: Features,
+    running: Mapping[str, Tensor],
+    kept: Bool[Tensor, " feature"],
+    errors: bool,
+    instead: tuple[Tensor, Tensor],
+    value: Tensor,
+) -> Float[Tensor, "pair pos d"]:
+    """What a site holds if only some of its features, and perhaps its errors, are as they were."""
+    if errors and bool(kept.all()):
+        return value
+    values, rest = features.divided({**running, features.site: value})
+    other, other_rest = (t.to(values) for t in instead)
+    mixed = torch.where(kept.to(values.device), values, other)
+    numbers = torch.tensor(features.kept, dtype=torch.long)
+    whole = mixed @ features.directions(numbers).to(values) + (rest if errors else other_rest)
+    return whole.to(value.dtype)
