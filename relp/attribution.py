@@ -22,14 +22,15 @@ from torch import Tensor
 from relp.bars import tqdm
 from relp.bridge.capture import Capture
 from relp.bridge.captures import captures, needed
-from relp.bridge.features import features_of, fingerprints
+from relp.bridge.features import divisions, features_of, fingerprints
 from relp.bridge.memory import Plan, attribution_plan, in_batches
-from relp.bridge.room import Room
+from relp.bridge.room import Room, as_fits
 from relp.bridge.run import undisturbed
 from relp.bridge.sites import Sites
 from relp.bridge.source import pairs_of, provenance
 from relp.choices import Direction, Level
 from relp.edges import EdgeSums
+from relp.feature_edges import FeatureEdges
 from relp.nodes import NodeSums
 from relp.protocols import ModelLike, TaskLike
 from relp.rulebook import RELP, Rules
@@ -38,6 +39,8 @@ from relp.scores import EdgeScores, NodeScores
 __all__ = ["attribute", "plan"]
 
 NO_FEATURES: Mapping[str, Any] = MappingProxyType({})
+KEPT = 32
+"""Features of a site that have edges, if nobody says how many."""
 PATHS = ("inputs", "activations", "site")
 
 
@@ -82,12 +85,15 @@ def attribute(
             the rules change its last matrix (`linear`).
         neurons: at edge level, neurons (`L3N17`) that write and read by themselves, as heads do;
             `L3.mlp` is then the rest of that MLP.
-        features: at node level, sparse dictionaries by site, `{"L3.mlp": dictionary}`: a
+        features: sparse dictionaries by site, `{"L3.mlp": dictionary}`: a
             `relp.Dictionary`, the path of its files, or an SAE of SAELens. Their features
             (`L3.mlp/f1021`; those whose values differ between the runs of some pair) and what they
             leave over (`L3.mlp/rest`) are components, which sum to the site's own score;
             `components="feature"` gives them alone.
-        keep: at most so many features of a site, those with the largest |score|.
+            At edge level, the edges between features: of those named in `components`, or of the
+            strongest of each dictionary (`relp.feature_edges`).
+        keep: at most so many features of a site, those with the largest |score|; at edge level 32
+            if not given.
         direction: `"denoise"` (coefficients on the corrupt run) or `"noise"` (on the clean run).
         steps: more than 1 averages coefficients along a path between the runs (EAP-IG).
         path: what moves along it: `"inputs"`, the embeddings (`steps` runs), `"activations"`,
@@ -110,7 +116,13 @@ def attribute(
     """
     level, way = Level(level), Direction(direction)
     _check(rules, level, steps, path, positions)
-    _check_features(level, features, keep)
+    _check_features(features, keep)
+    if level == "edge" and features:
+        _check_feature_edges(rules, steps, positions, neurons)
+        return _between_features(
+            model, task, rules, features, components, keep or KEPT, way, batch_size=batch_size,
+            strict=strict, progress=progress,
+        )  # fmt: skip
     if (components if level == "edge" else neurons or None) is not None:
         raise ValueError(
             "`components` is for node scores and `neurons` for edge scores; got the other one with "
@@ -197,6 +209,54 @@ def plan(
     return attribution_plan(sites, task, taken, work=sums.work, room=room or Room.of(sites.device))
 
 
+def _between_features(
+    model: ModelLike,
+    task: TaskLike,
+    rules: Rules,
+    features: Mapping[str, Any],
+    components: Sequence[str] | None,
+    keep: int,
+    way: Direction,
+    *,
+    batch_size: int | None,
+    strict: bool,
+    progress: bool,
+) -> EdgeScores:
+    """Edge scores between the features that are named, or the strongest of each dictionary."""
+    if components is None:
+        nodes = attribute(
+            model, task, rules=rules, components="feature", features=features, keep=keep,
+            direction=str(way), batch_size=batch_size, strict=strict, progress=progress,
+        )  # fmt: skip
+        assert isinstance(nodes, NodeScores)
+        components = nodes.components
+    sites = Sites.of(model)
+    task.must_fit(sites.model.cfg, sites.model_name)
+    chosen = divisions(sites, features, components)
+    sums = FeatureEdges(sites, task, rules, chosen)
+    names = tuple(dict.fromkeys(n for f in chosen for n in (f.site, f.reads)))
+    taken = partial(needed, sites, rules=rules, names=names, coefficients=names, own=way.own)
+    how = attribution_plan(sites, task, taken, batch_size=batch_size)
+    metrics = {side: torch.full((len(task),), torch.nan) for side in (way.own, way.other)}
+    with tqdm(total=len(task), desc=f"{rules.name} edges of features", unit="pair",
+              disable=not progress or how.pairs >= len(task), leave=False) as bar:  # fmt: skip
+
+        def run(rows: int) -> None:
+            for index, batch in task.buckets(rows):
+                if not bool(metrics[way.own][index].isnan().any()):
+                    continue
+                own, other = sums.add(batch, own=way.own, strict=strict)
+                metrics[way.own][index], metrics[way.other][index] = own.cpu(), other.cpu()
+                bar.update(len(index))
+
+        as_fits(run, how.pairs, emptied=lambda: None)
+    _must_be_finite(sums.table, rules)
+    source = provenance(sites, task, way, "; ".join(sums.named))
+    source = replace(source, dictionaries=fingerprints(chosen))
+    return EdgeScores(provenance=source, pairs=pairs_of(sites, task, metrics), places=(),
+                      remainder=sums.remainder, layout=sums.layout, edges=sums.table)  # fmt: skip
+
+
 def _must_be_finite(table: Tensor, rules: Rules) -> None:
     if wrong := int((~torch.isfinite(table)).sum()):
         raise RuntimeError(
@@ -249,13 +309,23 @@ def _check(rules: Rules, level: Level, steps: int, path: str, positions: bool | 
         )
 
 
-def _check_features(level: Level, features: Mapping[str, Any], keep: int | None) -> None:
-    if features and level == "edge":
-        raise ValueError("`features` is for node scores; got level='edge'; leave one of them out")
+def _check_features(features: Mapping[str, Any], keep: int | None) -> None:
     if keep is not None and (not features or not isinstance(keep, int) or keep < 1):
         raise ValueError(
             f"`keep` must be a whole number of at least 1, beside `features`; got {keep!r}; leave "
-            "it out to keep all"
+            "it out"
+        )
+
+
+def _check_feature_edges(
+    rules: Rules, steps: int, positions: bool | str, neurons: Sequence[str]
+) -> None:
+    given = {"steps": steps > 1, "positions": bool(positions), "neurons": bool(neurons),
+             "rules that are partway": rules.partway}  # fmt: skip
+    if wrong := next((name for name, there in given.items() if there), ""):
+        raise ValueError(
+            "edges between features are of one run, summed over positions, between dictionaries "
+            f"alone; got {wrong}; leave that out, or use level='node'"
         )
 
 

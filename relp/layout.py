@@ -186,8 +186,27 @@ class Layout:
 # Each block takes three steps of a forward pass: it begins, its attention has written, it ends.
 
 
+_AT_SITES = {"resid": -0.5, "z": 0.5, "attn": 1.0, "mixer": 1.0, "mid": 1.5, "neurons": 1.75,
+             "mlp": 2.0}  # fmt: skip
+"""The step of a block at which what a site holds is there, which features are parts of."""
+_READING = 0.25
+"""What the features of a site read was there so long before."""
+_LATEST = 1e9
+"""The step of `final`: behind all blocks."""
+
+
+def _at_site(component: Component) -> float:
+    """When the site of a feature, or of the rest beside features, holds what it is a part of."""
+    site = component.name.partition("/")[0]
+    if site == "final":
+        return _LATEST
+    return 3.0 * component.layer + _AT_SITES[site.partition(".")[2]]
+
+
 def _written(writer: Component) -> float:
     """The step at which a component has written."""
+    if writer.kind in ("feature", "rest"):
+        return _at_site(writer)
     if writer.kind in ("embed", "logits"):
         return -math.inf if writer.kind == "embed" else math.inf
     return 3.0 * writer.layer + (1 if writer.kind in ("head", "attn", "mixer") else 2)
@@ -195,13 +214,18 @@ def _written(writer: Component) -> float:
 
 def _read(reader: Component, *, parallel: bool) -> float:
     """The step before which what it reads was written."""
+    if reader.kind in ("feature", "rest"):
+        return _at_site(reader) - _READING
     if reader.kind in ("embed", "logits"):
         return -math.inf if reader.kind == "embed" else math.inf
     behind = reader.kind in ("mlp", "neuron") and not parallel
     return 3.0 * reader.layer + (2 if behind else 0)
 
 
-def _depth(component: Component) -> tuple[float, int, int]:
+def _depth(component: Component) -> tuple[float, int, float]:
     """Sorts components from `embed` to `logits`."""
+    if component.kind in ("feature", "rest"):
+        layer, within = divmod(_at_site(component) + 0.5, 3.0)  # a block begins with its stream
+        return layer, round(within), math.inf if component.kind == "rest" else component.head
     layer = math.inf if component.kind == "logits" else float(component.layer)
     return layer, _WITHIN_LAYER.get(component.kind, 0), component.head

@@ -76,7 +76,7 @@ def test_the_import_reader_sees_every_form() -> None:
 
 ORDER = {
     "relp": "bars lazy neighbours choices files protocols layout dictionaries scores rules "
-    "operations rulebook partway propagation bridge features nodes edges attribution __init__ "
+    "operations rulebook partway propagation bridge features nodes edges feature_edges attribution __init__ "
     "__main__",
     "circuits": "choices graph kept steering masked engines exact search judge draw explorer files "
     "__init__ cli",
