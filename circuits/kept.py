@@ -1,9 +1,9 @@
-"""Circuits as functions of places: which writers each reader hears, without a mask of all edges."""
+"""Graphs as circuits that can be run: which writers each reader hears, at each place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -12,24 +12,18 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.graph import check_circuit, real_edges
+from circuits.masked import Kept
 from relp import Layout, ModelLike, TaskLike
 from relp.bridge import Place, Sites, span_places
 
 __all__ = [
     "Edges",
-    "Kept",
     "circuit_edges",
     "circuit_masks",
     "circuit_sites",
     "cut",
     "kept_by_span",
-    "part_of",
 ]
-
-Kept = Callable[[Place], Tensor]
-"""A circuit: which of the writers that are heard at a place each of its readers hears, `[pos,
-heard, column]`, made when it is needed. The position axis has length 1 where all are alike, and
-that of the spans for circuits by span."""
 
 
 def circuit_sites(model: ModelLike, circuits: nx.MultiDiGraph | Sequence[nx.MultiDiGraph]) -> Sites:
@@ -177,10 +171,3 @@ def _places(task: TaskLike, graphs: Sequence[nx.MultiDiGraph]) -> int:
             "(positions='spans')"
         )
     return length
-
-
-def part_of(
-    mask: Bool[Tensor, "pos writer reader"], place: Place
-) -> Bool[Tensor, "pos heard column"]:
-    """What a mask of all edges says of one place: with the first argument given, a `Kept`."""
-    return mask[:, place.heard, place.columns]

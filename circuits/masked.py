@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.kept import Kept, part_of
 from relp import TaskLike
 from relp.bridge import (
     ROOT,
@@ -48,7 +47,7 @@ from relp.bridge import (
     warn_caller,
 )
 
-__all__ = ["UNABLE", "Corrupt", "circuit_metrics", "doubt", "endpoints"]
+__all__ = ["UNABLE", "Corrupt", "Kept", "circuit_metrics", "doubt", "endpoints"]
 
 ABLE = 0.75
 """Share of the clean prompts that a model which can do a task answers rightly, at least."""
@@ -58,6 +57,12 @@ UNABLE = "the model must be able to do the task"
 
 READ_BYTES = 256 << 20
 """What readers of a place hear is made for as many positions at a time as fit in this."""
+
+
+Kept = Callable[[Place], Tensor]
+"""A circuit: which of the writers that are heard at a place each of its readers hears, `[pos,
+heard, column]`, made when it is needed. The position axis has length 1 where all are alike, and
+that of the spans for circuits by span."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +191,7 @@ def circuit_metrics(
         runs: corrupt runs that are known, and are used up.
     """
     if isinstance(circuits, Tensor):
-        circuits = [partial(part_of, mask) for mask in circuits]
+        circuits = [partial(_part_of, mask) for mask in circuits]
     known = {} if runs is None else runs
     found = torch.zeros(len(circuits), len(task))
     done = torch.zeros_like(found, dtype=torch.bool)
@@ -210,6 +215,13 @@ def circuit_metrics(
 
         as_fits(run, circuit_runs(sites, task), emptied=known.clear)
     return found
+
+
+def _part_of(
+    mask: Bool[Tensor, "pos writer reader"], place: Place
+) -> Bool[Tensor, "pos heard column"]:
+    """What a mask of all edges says of one place: with the first argument given, a `Kept`."""
+    return mask[:, place.heard, place.columns]
 
 
 def _alike(
@@ -262,7 +274,7 @@ def _must_rebuild(sites: Sites, corrupt: Corrupt, clean: Float[Tensor, " pair"])
     layout, every = sites.layout, sites.layout.exists[None]
     late = {*sites.blocks[-1].readers, "logits.in"}
     beside = every & torch.tensor([reader not in late for reader in layout.readers])
-    none, whole, most = (partial(part_of, m) for m in (torch.zeros_like(every), every, beside))
+    none, whole, most = (partial(_part_of, m) for m in (torch.zeros_like(every), every, beside))
     found: list[Tensor] = []
 
     def run(rows: int) -> None:

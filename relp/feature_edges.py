@@ -23,6 +23,7 @@ from relp.bridge.capture import ROOT
 from relp.bridge.cuts import Cuts, cut_run
 from relp.bridge.features import Features
 from relp.bridge.sites import Sites
+from relp.dictionaries.dictionary import Rule
 from relp.layout import Layout
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
@@ -73,8 +74,8 @@ class FeatureEdges:
                     self._note(table, f"{name}.in", pulled, steps, embedding)
                     for site, value in pulled.items():
                         total[site] = total[site] + value if site in total else value
-        for where, value in seen.remainder.items():
-            self.remainder[where] = self.remainder.get(where, 0.0) + value / self._pairs
+        for where, found in seen.remainder.items():
+            self.remainder[where] = self.remainder.get(where, 0.0) + found / self._pairs
         self.named[seen.rules] = None
         self.table += table / self._pairs
         return seen.metric.detach(), seen.other_metric
@@ -86,7 +87,7 @@ class FeatureEdges:
         dictionary = features.dictionary
         numbers = torch.tensor(features.kept, dtype=torch.long)
         own, other = (run[features.reads] for run in (seen.own, seen.other))
-        rule = "derivative" if self._rules.only_derivatives else "secant"
+        rule: Rule = "derivative" if self._rules.only_derivatives else "secant"
         slopes = dictionary.slope(own, other, rule, numbers).to(above)
         worth = (above.float() @ features.directions(numbers).to(above.device).T) * slopes
         factor, matrix = dictionary.reading(own, numbers)

@@ -76,9 +76,9 @@ def test_the_import_reader_sees_every_form() -> None:
 
 ORDER = {
     "relp": "bars lazy neighbours choices files protocols layout dictionaries scores rules "
-    "operations rulebook partway propagation bridge features nodes edges feature_edges attribution __init__ "
-    "__main__",
-    "circuits": "choices graph kept steering masked engines exact search judge draw explorer files "
+    "operations rulebook partway propagation bridge features nodes edges feature_edges "
+    "attribution __init__ __main__",
+    "circuits": "choices graph steering masked kept engines exact search judge draw explorer files "
     "__init__ cli",
     "tasks": "lists text aligned tables metrics pair task prompts ioi greater_than "
     "gendered_pronoun subject_verb induction docstring colored_objects capital_country arithmetic "

@@ -25,7 +25,7 @@ TOGETHER = 16
 Run = Callable[..., Any]
 """`circuit_metrics`: sites, task and circuits -> metrics `[circuit, pair]`."""
 Circuits = Tensor | Sequence[Any]
-"""Masks `[circuit, pos, writer, reader]`, or each a function of places (`circuits.kept`)."""
+"""Masks `[circuit, pos, writer, reader]`, or each a function of places (`circuits.masked`)."""
 Metrics = Callable[[Circuits], Tensor]
 """Circuits -> metrics `[circuit, pair]`."""
 

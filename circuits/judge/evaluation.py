@@ -29,8 +29,8 @@ from torch import Tensor
 from circuits.engines.local import Engine
 from circuits.engines.masks import metrics_by
 from circuits.judge.resampling import interval, p_value, random_swaps, resamples, swaps
-from circuits.kept import Kept, circuit_edges, circuit_sites, kept_by_span
-from circuits.masked import Runs, circuit_metrics, endpoints
+from circuits.kept import circuit_edges, circuit_sites, kept_by_span
+from circuits.masked import Kept, Runs, circuit_metrics, endpoints
 from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Place, Sites, span_places, undisturbed

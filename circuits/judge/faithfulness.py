@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph import real_edges
-from circuits.kept import Kept, circuit_edges, circuit_sites, cut, kept_by_span
-from circuits.masked import Runs, circuit_metrics, endpoints
+from circuits.kept import circuit_edges, circuit_sites, cut, kept_by_span
+from circuits.masked import Kept, Runs, circuit_metrics, endpoints
 from relp import ModelLike, TaskLike
 from relp.bridge import Sites, undisturbed
 

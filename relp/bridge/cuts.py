@@ -7,7 +7,7 @@ one cut ends at the cuts before it, and gives the direct effects between the two
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,13 +95,14 @@ def cut_run(
     seen = tuple(n for n in dict.fromkeys(reads) if n not in names)
     edits: dict[str, Edit] = {n: partial(cut, n) for n in names}
     edits |= {n: partial(see, n) for n in seen}
-    edits |= answers_only(sites, task)
     report = Propagation(rules, root=sites.model, strict=strict)
-    with torch.enable_grad():
-        with report, precise_logits(sites), editing(sites, edits):
+    with torch.enable_grad(), report:
+        # the same operations, in the same order, as `observe` does in the other run
+        edits |= answers_only(sites, task)
+        with precise_logits(sites), editing(sites, edits):
             logits = sites.model(getattr(task, own).to(sites.device))
-            metric = task.metric(logits) if rules.needs_reference else None
-        if metric is None:
+        # as in captures: for rules of one run the metric is a plain function
+        with nullcontext() if rules.needs_reference else report.paused():
             metric = task.metric(logits)
         report.must_have_seen(metric)
     with ExitStack() as stack:
