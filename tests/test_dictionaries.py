@@ -579,7 +579,8 @@ def test_what_is_saved_comes_back(kind: str, norm: str, tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "own").iterdir())
     assert names == ["cfg.json", "sae_weights.safetensors"]
     config = json.loads((tmp_path / "own" / "cfg.json").read_text())
-    assert config["metadata"]["hook_name"] == "blocks.4.hook_resid_pre"
+    hooks = {"hook_name": "blocks.4.hook_resid_pre"}
+    assert config["metadata"] == {"sae_lens_version": "6.0.0"} | hooks
     save_dictionary(again, tmp_path / "own")  # over itself
 
 
