@@ -3,7 +3,7 @@
 The slow ones work on one vector and one feature at a time, in float64, from what the originals
 compute (SAELens 6, dictionary_learning, circuit-tracer, Gemma Scope's tutorial). Folders written by
 the originals themselves were compared once too: SAELens 6.54, 5.10 and 4.4, dictionary_learning
-0.1.0 and circuit-tracer's class, 91 dictionaries, all within 5e-6 of values up to 31.
+0.1.0 and circuit-tracer's class, 94 dictionaries, all within 5e-6 of values up to 31.
 """
 
 import json
@@ -579,7 +579,8 @@ def test_what_is_saved_comes_back(kind: str, norm: str, tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "own").iterdir())
     assert names == ["cfg.json", "sae_weights.safetensors"]
     config = json.loads((tmp_path / "own" / "cfg.json").read_text())
-    assert config["metadata"]["hook_name"] == "blocks.4.hook_resid_pre"
+    hooks = {"hook_name": "blocks.4.hook_resid_pre"}
+    assert config["metadata"] == {"sae_lens_version": "6.0.0"} | hooks
     save_dictionary(again, tmp_path / "own")  # over itself
 
 
@@ -776,6 +777,12 @@ def test_half_precision_is_widened_and_gradients_pass() -> None:
     assert half.encode(x).dtype == torch.float32
 
 
+def test_a_topk_may_keep_one() -> None:
+    own, x = replace(made("topk"), activation=TopK(1)), vectors()
+    best = own.before(x).argmax(-1, keepdim=True)
+    assert own.sparsity(x) == 1 and bool((own.encode(x).gather(-1, best) > 0).all())
+
+
 def test_a_vector_of_zeros_stays_finite() -> None:
     for norm in (UnitNorm(), LayerNorm()):
         own = made(normalization=norm)
@@ -903,6 +910,7 @@ def test_names_that_can_mean_something_else_come_with_a_doubt() -> None:
 def test_the_output_of_the_last_block_is_final() -> None:
     assert same_site("L12.resid", "final", 12) and same_site("final", "L12.resid", 12)
     assert not same_site("L11.resid", "final", 12) and same_site("L11.resid", "final")
+    assert same_site("L1.resid", "final", 1)
     assert not same_site("L0.resid", "final") and not same_site("L3.mlp", "final")
     own = made(reads="L12.resid", writes="L12.resid")
     own.must_fit("final", D, D, blocks=12)
@@ -938,6 +946,8 @@ def test_a_gain_is_for_transcoders(unchecked: None) -> None:
     for wrong in (torch.ones(D + 1), torch.zeros(D)):
         with pytest.raises(ValueError, match="gain and bias must be of 6 numbers, none of"):
             made(subtracts=False).placed("L3.mlp_in", "L3.mlp", gain=wrong)
+    with pytest.raises(ValueError, match=r"got \[6\] and \[7\]; take those of the norm"):
+        made(subtracts=False).placed("L3.mlp_in", "L3.mlp", bias=torch.ones(D + 1))
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -1111,6 +1121,13 @@ def test_transcoders_of_gemma_scope_without_a_layer_say_nothing(tmp_path: Path) 
     assert (found.reads, found.writes, found.is_transcoder) == ("", "", True)
     with pytest.raises(ValueError, match="'nothing' and 'nothing'"):
         found.must_fit("L3.mlp", D, OUT)
+
+
+def test_a_file_of_circuit_tracer_without_a_layer_says_nothing(tmp_path: Path) -> None:
+    t = plain(OUT)
+    save_file(t | {"W_enc": t["W_enc"].T.contiguous()}, tmp_path / "layer_x.safetensors")
+    found = load_dictionary(tmp_path)
+    assert (found.reads, found.writes, found.is_transcoder) == ("", "", True)
 
 
 def test_broken_gemma_scope(tmp_path: Path) -> None:
