@@ -46,7 +46,8 @@ class FeatureSums:
         if self._behind:
             start, whole_start = self._of(seen.at_start(), numbers)
             stream = (seen.delta(self._behind) * seen.coefficients[self._behind]).float().sum(-1)
-            share = way(torch.cat([scores, whole[:, None]], 1), stream.cpu()[:, None])
+            parts = torch.cat([scores, whole[:, None]], 1)
+            share = way(parts, stream.cpu()[:, None].expand_as(parts))
             scores = torch.lerp(start, scores, share[:, :-1])
             whole = torch.lerp(whole_start, whole, share[:, -1])
         columns, length = self._columns(numbers), whole.shape[-1]

@@ -222,7 +222,7 @@ def _read(reader: Component, *, parallel: bool) -> float:
     return 3.0 * reader.layer + (2 if behind else 0)
 
 
-def _depth(component: Component) -> tuple[float, int, float]:
+def _depth(component: Component) -> tuple[float, int, int | float]:
     """Sorts components from `embed` to `logits`."""
     if component.kind in ("feature", "rest"):
         layer, within = divmod(_at_site(component) + 0.5, 3.0)  # a block begins with its stream

@@ -1,8 +1,8 @@
 """Sparse dictionaries: every format as its original lays it out, against slow second formulas.
 
 The slow ones work on one vector and one feature at a time, in float64, from what the originals
-compute (SAELens 6, dictionary_learning, circuit-tracer, Gemma Scope's tutorial). Folders written by
-the originals themselves were compared once too: SAELens 6.54, 5.10 and 4.4, dictionary_learning
+compute (SAELens 6, dictionary_learning, circuit-tracer, and their loaders of Gemma Scope). Folders
+written by the originals were compared once too: SAELens 6.54, 5.10 and 4.4, dictionary_learning
 0.1.0 and circuit-tracer's class, 94 dictionaries, all within 5e-6 of values up to 31.
 """
 
