@@ -22,6 +22,7 @@ from torch import Tensor
 from relp.bars import tqdm
 from relp.bridge.capture import Capture
 from relp.bridge.captures import captures, needed
+from relp.bridge.cuts import cut_run
 from relp.bridge.features import divisions, features_of, fingerprints
 from relp.bridge.memory import Plan, attribution_plan, in_batches
 from relp.bridge.room import Room, as_fits
@@ -238,6 +239,8 @@ def _between_features(
     taken = partial(needed, sites, rules=rules, names=names, coefficients=names, own=way.own)
     how = attribution_plan(sites, task, taken, batch_size=batch_size)
     metrics = {side: torch.full((len(task),), torch.nan) for side in (way.own, way.other)}
+    remainder: dict[str, float] = defaultdict(float)
+    used: dict[str, None] = {}
     with tqdm(total=len(task), desc=f"{rules.name} edges of features", unit="pair",
               disable=not progress or how.pairs >= len(task), leave=False) as bar:  # fmt: skip
 
@@ -245,16 +248,23 @@ def _between_features(
             for index, batch in task.buckets(rows):
                 if not bool(metrics[way.own][index].isnan().any()):
                     continue
-                own, other = sums.add(batch, own=way.own, strict=strict)
-                metrics[way.own][index], metrics[way.other][index] = own.cpu(), other.cpu()
+                with cut_run(
+                    sites, batch, rules, sums.cuts, sums.reads, own=way.own, strict=strict
+                ) as seen:
+                    sums.add(seen)
+                metrics[way.own][index] = seen.metric.detach().float().cpu()
+                metrics[way.other][index] = seen.other_metric.float().cpu()
+                used[seen.rules] = None
+                for module, value in seen.remainder.items():
+                    remainder[module] += value / len(task)
                 bar.update(len(index))
 
         as_fits(run, how.pairs, emptied=lambda: None)
     _must_be_finite(sums.table, rules)
-    source = provenance(sites, task, way, "; ".join(sums.named))
+    source = provenance(sites, task, way, "; ".join(used))
     source = replace(source, dictionaries=fingerprints(chosen))
     return EdgeScores(provenance=source, pairs=pairs_of(sites, task, metrics), places=(),
-                      remainder=sums.remainder, layout=sums.layout, edges=sums.table)  # fmt: skip
+                      remainder=dict(remainder), layout=sums.layout, edges=sums.table)  # fmt: skip
 
 
 def _must_be_finite(table: Tensor, rules: Rules) -> None:

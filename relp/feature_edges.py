@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp.bridge.capture import ROOT
-from relp.bridge.cuts import Cuts, cut_run
+from relp.bridge.capture import ROOT, Cuts
 from relp.bridge.features import Features
 from relp.bridge.sites import Sites
 from relp.dictionaries.dictionary import Rule
@@ -44,41 +43,32 @@ class FeatureEdges:
     def __init__(
         self, sites: Sites, task: TaskLike, rules: Rules, features: Sequence[Features]
     ) -> None:
-        self._sites, self._rules, self._features = sites, rules, tuple(features)
+        self._rules, self._features = rules, tuple(features)
         self._pairs = len(task)
         parts = [name for f in self._features for name in (*map(f.name, f.kept), f.rest)]
         writers, readers = (EMBEDDING, *parts), (*(f"{name}.in" for name in parts), LOGITS)
         self.layout = Layout.of(writers, readers, sites.parallel)
         self.table = torch.zeros(len(writers), len(readers))
-        self.remainder: dict[str, float] = {}
-        self.named: dict[str, None] = {}
+        self.cuts = tuple(f.site for f in self._features)
+        self.reads = tuple(f.reads for f in self._features)
 
-    def add(
-        self, task: TaskLike, *, own: str, strict: bool
-    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
-        """Adds the edges of some pairs of one length; gives the metric of both runs."""
+    def add(self, seen: Cuts) -> None:
+        """Adds the edges of some pairs of one length; their run is cut at the features' sites."""
         table = torch.zeros_like(self.table)  # all of the pairs, or none
-        cuts = [f.site for f in self._features]
-        reads = [f.reads for f in self._features]
-        with cut_run(self._sites, task, self._rules, cuts, reads, own=own, strict=strict) as seen:
-            steps = {f.site: _steps(f, seen) for f in self._features}
-            embedding = _difference(seen, ROOT)
-            total = seen.pulled([seen.metric.sum()], [None])
-            self._note(table, LOGITS, total, steps, embedding)
-            for features in reversed(self._features):
-                if features.site not in total:
-                    continue  # nothing that matters hangs on it
-                above = total.pop(features.site)
-                for name, outputs, worth in self._readers(features, seen, above):
-                    pulled = seen.pulled(outputs, worth)
-                    self._note(table, f"{name}.in", pulled, steps, embedding)
-                    for site, value in pulled.items():
-                        total[site] = total[site] + value if site in total else value
-        for where, found in seen.remainder.items():
-            self.remainder[where] = self.remainder.get(where, 0.0) + found / self._pairs
-        self.named[seen.rules] = None
+        steps = {f.site: _steps(f, seen) for f in self._features}
+        embedding = _difference(seen, ROOT)
+        total = seen.pulled([seen.metric.sum()], [None])
+        self._note(table, LOGITS, total, steps, embedding)
+        for features in reversed(self._features):
+            if features.site not in total:
+                continue  # nothing that matters hangs on it
+            above = total.pop(features.site)
+            for name, outputs, worth in self._readers(features, seen, above):
+                pulled = seen.pulled(outputs, worth)
+                self._note(table, f"{name}.in", pulled, steps, embedding)
+                for site, value in pulled.items():
+                    total[site] = total[site] + value if site in total else value
         self.table += table / self._pairs
-        return seen.metric.detach(), seen.other_metric
 
     def _readers(
         self, features: Features, seen: Cuts, above: Float[Tensor, "pair pos d"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["ROOT", "Capture", "wide"]
+__all__ = ["ROOT", "Capture", "Cuts", "wide"]
 
 ROOT = "L0.resid"
 """Where relevance ends: token plus position embedding, as block 0 gets it."""
@@ -51,6 +52,37 @@ class Capture:
     def at_start(self) -> Capture:
         """The same, compared with itself: what compares two runs has become the derivative."""
         return replace(self, reference=self.values, coefficients=self.slopes, slopes={})
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """Both runs, the own one cut; to be differentiated while it is there."""
+
+    own: Mapping[str, Tensor]
+    """What sites hold, without a graph."""
+    other: Mapping[str, Tensor]
+    before: Mapping[str, Tensor]
+    """What arrives at each site, with the graph from the cuts before it on."""
+    leaves: Mapping[str, Tensor]
+    """What the run goes on with behind each cut, the embedding's first."""
+    metric: Float[Tensor, " pair"]
+    other_metric: Float[Tensor, " pair"]
+    rules: str
+    remainder: Mapping[str, float]
+
+    def pulled(
+        self, outputs: Sequence[Tensor], above: Sequence[Tensor | None]
+    ) -> dict[str, Float[Tensor, "pair pos d"]]:
+        """The coefficient behind each cut of what `outputs` are worth: `above` times themselves.
+
+        Sites that they do not hang on directly are left out.
+        """
+        grads = torch.autograd.grad(
+            list(outputs), list(self.leaves.values()), list(above), retain_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+        found = zip(self.leaves, grads, strict=True)
+        return {site: grad.detach() for site, grad in found if grad is not None}
 
 
 def wide(value: Tensor) -> Tensor:

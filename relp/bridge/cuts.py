@@ -6,54 +6,21 @@ one cut ends at the cuts before it, and gives the direct effects between the two
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from relp.bridge.capture import ROOT
+from relp.bridge.capture import ROOT, Cuts
 from relp.bridge.run import answers_only, observe, precise_logits
 from relp.bridge.sites import Edit, Sites, editing
 from relp.propagation import Propagation
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
 
-__all__ = ["Cuts", "cut_run"]
-
-
-@dataclass(frozen=True, eq=False)
-class Cuts:
-    """Both runs, the own one cut; to be differentiated while it is there."""
-
-    own: Mapping[str, Tensor]
-    """What sites hold, without a graph."""
-    other: Mapping[str, Tensor]
-    before: Mapping[str, Tensor]
-    """What arrives at each site, with the graph from the cuts before it on."""
-    leaves: Mapping[str, Tensor]
-    """What the run goes on with behind each cut, the embedding's first."""
-    metric: Float[Tensor, " pair"]
-    other_metric: Float[Tensor, " pair"]
-    rules: str
-    remainder: Mapping[str, float]
-
-    def pulled(
-        self, outputs: Sequence[Tensor], above: Sequence[Tensor | None]
-    ) -> dict[str, Float[Tensor, "pair pos d"]]:
-        """The coefficient behind each cut of what `outputs` are worth: `above` times themselves.
-
-        Sites that they do not hang on directly are left out.
-        """
-        grads = torch.autograd.grad(
-            list(outputs), list(self.leaves.values()), list(above), retain_graph=True,
-            allow_unused=True,
-        )  # fmt: skip
-        found = zip(self.leaves, grads, strict=True)
-        return {site: grad.detach() for site, grad in found if grad is not None}
+__all__ = ["cut_run"]
 
 
 @contextmanager
