@@ -1,0 +1,180 @@
+"""What scores of features are worth: against exact effects, and as circuits, by method.
+
+python tests/benchmarks/features.py                                   # the models that ship, ioi
+python tests/benchmarks/features.py --task subject_verb_simple --model smollm2-135m
+python tests/benchmarks/features.py --figure docs/features.png        # and the curves as a figure
+
+Dictionaries: `tasks.zoo.dictionaries(model)`, which `python -m tasks.zoo.dictionaries` has trained.
+Three tables for each model. Single features: agreement of scores with `patch`, feature by feature
+and position by position (r, Spearman's rho, share of right signs, relative error; the features with
+the largest score of any method). Circuits: features of one half of the pairs by |score|, judged on
+the other half, with the errors of the dictionaries kept and ablated, by two ablations. Time: CPU
+time as a multiple of two forward passes and one backward of the plain model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+import typer
+from floor import floor
+
+from circuits import agreement, evaluate_features, patch
+from circuits.draw.template import BENEATH, CATEGORIES, framed, panels
+from relp import DEEPLIFT, GIM, GRADIENT, PARTWAY, RELP, NodeScores, attribute
+from relp.dictionaries import load_dictionary
+from tasks import registry, zoo
+from tasks.zoo.shelf import shipped
+
+torch.set_num_threads(1)
+
+STEPS = 10
+METHODS: dict[str, dict[str, Any]] = {
+    "GRADIENT": {"rules": GRADIENT},
+    f"IG-{STEPS} of each site": {"rules": GRADIENT, "steps": STEPS, "path": "site"},
+    "RELP": {"rules": RELP},
+    "GIM": {"rules": GIM},
+    "DEEPLIFT": {"rules": DEEPLIFT},
+    "PARTWAY": {"rules": PARTWAY},
+}
+SIZES = (2, 5, 10, 20, 50, 100, 200, 500)
+ABLATIONS = ("patch", "mean")
+FEW = 8
+"""Features of a site that are patched one by one."""
+
+
+def main(
+    model: str = "",
+    task: str = "ioi",
+    pairs: int = 16,
+    figure: Path | None = None,
+) -> None:
+    """Prints the tables. `model`: the shipped ones if empty."""
+    warnings.filterwarnings("ignore", message=".*hangs on.*")
+    curves = {}
+    for name in [model] if model else shipped():
+        bridge = zoo.load(name)
+        dictionaries = {site: load_dictionary(path)
+                        for site, path in zoo.dictionaries(name).items()}  # fmt: skip
+        found_on, judged_on = (registry.builder(task)(bridge.tokenizer, pairs=pairs, seed=seed)
+                               for seed in (0, 1))  # fmt: skip
+        print(f"\n{name}, {task}, {pairs} + {pairs} pairs, dictionaries of "
+              f"{', '.join(dictionaries)}", flush=True)  # fmt: skip
+        unit = seconds(floor(bridge.original_model, found_on))
+        scores, times = {}, {}
+        for label, options in METHODS.items():
+            work = with_features(bridge, found_on, dictionaries, options)
+            times[label] = seconds(lambda work=work, label=label: scores.update({label: work()}))
+        show("single features", singles(bridge, found_on, dictionaries, scores))
+        for ablation in ABLATIONS:
+            table = evaluate_features(
+                bridge, judged_on, [s.renamed(label) for label, s in scores.items()],
+                features=dictionaries, sizes=SIZES, ablation=ablation, progress=False,
+            )  # fmt: skip
+            curves[name, ablation] = table
+            show(f"circuits, {ablation} ablation: faithfulness", pivoted(table, "faithfulness"))
+            show(f"circuits, {ablation} ablation: completeness", pivoted(table, "completeness"))
+        edges = seconds(
+            lambda: attribute(bridge, found_on, rules=RELP, level="edge", features=dictionaries,
+                              keep=FEW, progress=False)
+        )  # fmt: skip
+        rows = {f"features, {label}": time / unit for label, time in times.items()}
+        rows[f"edges between {FEW} of each site, RELP"] = edges / unit
+        show("time, multiples of the floor", pd.Series(rows).to_frame("CPU"))
+    if figure is not None:
+        drawn(curves, task).write_image(figure, width=1000, scale=2)
+
+
+def with_features(
+    model: Any, task: Any, dictionaries: Any, options: dict[str, Any]
+) -> Callable[[], NodeScores]:
+    return lambda: attribute(model, task, features=dictionaries, components="feature",
+                             progress=False, **options)  # fmt: skip
+
+
+def singles(
+    model: Any, task: Any, dictionaries: Any, scores: dict[str, NodeScores]
+) -> pd.DataFrame:
+    """Agreement of each method with exact effects, of the features that any has among the first."""
+    chosen = list(dict.fromkeys(name for s in scores.values() for name in strongest(s)))
+    some = task.select(range(min(4, len(task))))
+    effect = patch(model, some, components=chosen, features=dictionaries, progress=False)
+    again = [attribute(model, some, features=dictionaries, components="feature", progress=False,
+                       **METHODS[label]).renamed(label) for label in scores]  # fmt: skip
+    table = agreement([of(s, chosen) for s in again], effect)
+    table = table[table.kind == "feature"].set_index("rules")
+    columns = ["pearson", "spearman", "signs", "relative_error", "hangs", "cells"]
+    return table[columns]
+
+
+def strongest(scores: NodeScores) -> Iterator[str]:
+    """The first of each site by |score|."""
+    names, sizes = scores.by_component()
+    table = pd.DataFrame({"name": names, "size": abs(sizes.numpy())})
+    table = table[table.name.str.contains("/f")]
+    table["site"] = table.name.str.partition("/")[0]
+    yield from table.sort_values("size", ascending=False).groupby("site").head(FEW).name
+
+
+def of(scores: NodeScores, names: list[str]) -> NodeScores:
+    """The scores of some components alone."""
+    from dataclasses import replace
+
+    at = [scores.components.index(name) for name in names if name in scores.components]
+    return replace(scores, components=tuple(scores.components[i] for i in at),
+                   nodes=scores.nodes[:, at])  # fmt: skip
+
+
+def pivoted(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Methods by number of features, with and without errors; in brackets the 95 % interval."""
+    low, high = {"faithfulness": ("low", "high")}.get(
+        measure, (f"{measure}_low", f"{measure}_high")
+    )
+    text = [f"{a:.2f} ({b:.2f} to {c:.2f})"
+            for a, b, c in zip(table[measure], table[low], table[high], strict=True)]  # fmt: skip
+    shown = table.assign(text=text)
+    return shown.pivot(index=["errors", "features"], columns="rules", values="text")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begin = process_time()
+    work()
+    return process_time() - begin
+
+
+def show(title: str, table: pd.DataFrame) -> None:
+    print(f"\n{title}\n{table.to_string(float_format='{:.2f}'.format)}", flush=True)
+
+
+def drawn(curves: dict[tuple[str, str], pd.DataFrame], task: str) -> go.Figure:
+    """Faithfulness by number of features: a column for each model and ablation."""
+    titles = [[name, f"{ablation} ablation, errors {errors}"]
+              for errors in ("in", "out") for name, ablation in curves]  # fmt: skip
+    figure, plot, above = panels(titles, len(curves), plot=190, between=60, gap=0.05)
+    for column, table in enumerate(curves.values(), 1):
+        for row, errors in enumerate(("in", "out"), 1):
+            part = table[table.errors == errors]
+            for number, (rules, line) in enumerate(part.groupby("rules", sort=False)):
+                color = CATEGORIES[number % len(CATEGORIES)]
+                figure.add_trace(
+                    go.Scatter(x=line.features, y=line.faithfulness, name=rules, mode="lines",
+                               line={"color": color}, showlegend=row == column == 1),
+                    row=row, col=column,
+                )  # fmt: skip
+            figure.update_xaxes(type="log", row=row, col=column)
+    figure.update_xaxes(title="features kept", row=2)
+    return framed(
+        figure, f"Faithfulness of circuits of features: {task}",
+        "By |score| on other pairs than those that judge.", plot=plot, above=above, below=84,
+    ).update_layout(legend=BENEATH)  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
