@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -60,58 +62,54 @@ def main(
     warnings.filterwarnings("ignore", message=".*hangs on.*")
     curves = {}
     for name in [model] if model else shipped():
-        bridge = zoo.load(name)
-        dictionaries = {site: load_dictionary(path)
-                        for site, path in zoo.dictionaries(name).items()}  # fmt: skip
-        found_on, judged_on = (registry.builder(task)(bridge.tokenizer, pairs=pairs, seed=seed)
-                               for seed in (0, 1))  # fmt: skip
-        print(f"\n{name}, {task}, {pairs} + {pairs} pairs, dictionaries of "
-              f"{', '.join(dictionaries)}", flush=True)  # fmt: skip
-        unit = seconds(floor(bridge.original_model, found_on))
-        scores, times = {}, {}
-        for label, options in METHODS.items():
-            work = with_features(bridge, found_on, dictionaries, options)
-            times[label] = seconds(lambda work=work, label=label: scores.update({label: work()}))
-        show("single features", singles(bridge, found_on, dictionaries, scores))
-        for ablation in ABLATIONS:
-            table = evaluate_features(
-                bridge, judged_on, [s.renamed(label) for label, s in scores.items()],
-                features=dictionaries, sizes=SIZES, ablation=ablation, progress=False,
-            )  # fmt: skip
-            curves[name, ablation] = table
-            show(f"circuits, {ablation} ablation: faithfulness", pivoted(table, "faithfulness"))
-            show(f"circuits, {ablation} ablation: completeness", pivoted(table, "completeness"))
-        edges = seconds(
-            lambda: attribute(bridge, found_on, rules=RELP, level="edge", features=dictionaries,
-                              keep=FEW, progress=False)
-        )  # fmt: skip
-        rows = {f"features, {label}": time / unit for label, time in times.items()}
-        rows[f"edges between {FEW} of each site, RELP"] = edges / unit
-        show("time, multiples of the floor", pd.Series(rows).to_frame("CPU"))
+        curves |= {(name, kind): table for kind, table in measured(name, task, pairs).items()}
     if figure is not None:
         drawn(curves, task).write_image(figure, width=1000, scale=2)
 
 
-def with_features(
-    model: Any, task: Any, dictionaries: Any, options: dict[str, Any]
-) -> Callable[[], NodeScores]:
-    return lambda: attribute(model, task, features=dictionaries, components="feature",
-                             progress=False, **options)  # fmt: skip
+def measured(name: str, task: str, pairs: int) -> dict[str, pd.DataFrame]:
+    """Prints the tables of one model, and gives its curves by ablation."""
+    model = zoo.load(name)
+    features = {site: load_dictionary(path) for site, path in zoo.dictionaries(name).items()}
+    make = registry.builder(task)
+    found_on, judged_on = (make(model.tokenizer, pairs=pairs, seed=seed) for seed in (0, 1))
+    print(f"\n{name}, {task}, {pairs} + {pairs} pairs, dictionaries of {', '.join(features)}")
+    unit = seconds(floor(model.original_model, found_on))
+    scores, times = {}, {}
+    for label, options in METHODS.items():
+        begin = process_time()
+        scores[label] = of_features(model, found_on, features, **options).renamed(label)
+        times[f"features, {label}"] = (process_time() - begin) / unit
+    show("single features", singles(model, found_on, features, scores))
+    curves = {}
+    for ablation in ABLATIONS:
+        table = evaluate_features(model, judged_on, list(scores.values()), features=features,
+                                  sizes=SIZES, ablation=ablation, progress=False)  # fmt: skip
+        curves[ablation] = table
+        for measure in ("faithfulness", "completeness"):
+            show(f"circuits, {ablation} ablation: {measure}", pivoted(table, measure))
+    edges = partial(attribute, model, found_on, level="edge", features=features, keep=FEW,
+                    progress=False)  # fmt: skip
+    times[f"edges between {FEW} of each site, RELP"] = seconds(edges) / unit
+    show("time, multiples of the floor", pd.Series(times).to_frame("CPU"))
+    return curves
 
 
-def singles(
-    model: Any, task: Any, dictionaries: Any, scores: dict[str, NodeScores]
-) -> pd.DataFrame:
+def of_features(model: Any, task: Any, features: Any, **options: Any) -> NodeScores:
+    return attribute(model, task, features=features, components="feature", progress=False,
+                     **options)  # fmt: skip
+
+
+def singles(model: Any, task: Any, features: Any, scores: dict[str, NodeScores]) -> pd.DataFrame:
     """Agreement of each method with exact effects, of the features that any has among the first."""
     chosen = list(dict.fromkeys(name for s in scores.values() for name in strongest(s)))
     some = task.select(range(min(4, len(task))))
-    effect = patch(model, some, components=chosen, features=dictionaries, progress=False)
-    again = [attribute(model, some, features=dictionaries, components="feature", progress=False,
-                       **METHODS[label]).renamed(label) for label in scores]  # fmt: skip
-    table = agreement([of(s, chosen) for s in again], effect)
-    table = table[table.kind == "feature"].set_index("rules")
+    effect = patch(model, some, components=chosen, features=features, progress=False)
+    again = [parts(of_features(model, some, features, **options).renamed(label), chosen)
+             for label, options in METHODS.items()]  # fmt: skip
+    table = agreement(again, effect)
     columns = ["pearson", "spearman", "signs", "relative_error", "hangs", "cells"]
-    return table[columns]
+    return table[table.kind == "feature"].set_index("rules")[columns]
 
 
 def strongest(scores: NodeScores) -> Iterator[str]:
@@ -123,11 +121,9 @@ def strongest(scores: NodeScores) -> Iterator[str]:
     yield from table.sort_values("size", ascending=False).groupby("site").head(FEW).name
 
 
-def of(scores: NodeScores, names: list[str]) -> NodeScores:
+def parts(scores: NodeScores, names: list[str]) -> NodeScores:
     """The scores of some components alone."""
-    from dataclasses import replace
-
-    at = [scores.components.index(name) for name in names if name in scores.components]
+    at = [scores.components.index(name) for name in names]
     return replace(scores, components=tuple(scores.components[i] for i in at),
                    nodes=scores.nodes[:, at])  # fmt: skip
 
