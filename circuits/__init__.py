@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from circuits.explorer import explore
     from circuits.files.formats import load, save
     from circuits.files.mib import from_mib, to_mib
-    from circuits.graph import Circuit, assemble
+    from circuits.graph import Circuit, assemble, labelled
     from circuits.judge.agreement import agreement, agreement_tests
     from circuits.judge.evaluation import compare, evaluate
     from circuits.judge.faithfulness import completeness, faithfulness, minimality
@@ -42,6 +42,7 @@ __all__ = [
     "faithfulness",
     "from_mib",
     "greedy",
+    "labelled",
     "load",
     "minimality",
     "missed",
@@ -69,7 +70,7 @@ lazy.lazily(
         "files.formats": "load save",
         "judge.features": "evaluate_features",
         "judge.faithfulness": "completeness faithfulness minimality",
-        "graph": "Circuit assemble",
+        "graph": "Circuit assemble labelled",
         "files.mib": "from_mib to_mib",
         "exact.patch": "patch",
         "exact.verify": "verify",

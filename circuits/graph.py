@@ -50,6 +50,7 @@ from dataclasses import asdict
 from typing import Any
 
 import networkx as nx
+import pandas as pd
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -64,7 +65,9 @@ __all__ = [
     "edge_table",
     "has_lanes",
     "has_place",
+    "height",
     "keep",
+    "labelled",
     "place_label",
     "real_edges",
     "size",
@@ -172,10 +175,12 @@ def assemble(
     # reader after reader, so that the sum does not depend on how it is vectorised
     totals = table.sum(0).T.contiguous().numpy().sum(0).tolist()
     graph = Circuit()
+    last = 1 + max(c.layer for c in layout.components)  # behind all blocks
     for c in layout.components:
         if kept is None or c.name in used:
             score = totals[layout.row[c.name]] if c.name in layout.row else 0.0
-            graph.add_node(c.name, kind=c.kind, layer=c.layer, head=c.head, score=score)
+            layer = last if c.name.startswith("final/") else c.layer
+            graph.add_node(c.name, kind=c.kind, layer=layer, head=c.head, score=score)
     graph.add_edges_from(edges)
     graph.graph.update(
         **asdict(scores.provenance) | {"direction": str(scores.direction)},
@@ -191,6 +196,56 @@ def assemble(
         neurons=" ".join(c.name for c in layout.sources if c.kind == "neuron"),
     )
     return graph
+
+
+def labelled(graph: nx.MultiDiGraph, texts: Mapping[str, str] | pd.DataFrame) -> nx.MultiDiGraph:
+    """The same circuit with texts that say what nodes stand for, as pictures show on hovering.
+
+    >>> from circuits import labelled
+    >>> labelled(circuit, {"embed": "the tokens"}).nodes["embed"]["text"]
+    'the tokens'
+
+    Args:
+        graph: a circuit; it stays as it is.
+        texts: by name of a node, or a table with the columns `feature` and `text`. Names that are
+            not in the circuit are left alone: a table may be of all features.
+
+    Raises:
+        TypeError: `graph` is no circuit.
+        ValueError: the table has not these columns, or no name is in the circuit.
+    """
+    check_circuit(graph)
+    if isinstance(texts, pd.DataFrame):
+        if not {"feature", "text"} <= set(texts.columns):
+            raise ValueError(
+                "a table of labels must have the columns 'feature' and 'text'; got "
+                f"{', '.join(map(str, texts.columns)) or 'none'}; rename them"
+            )
+        texts = dict(zip(texts["feature"].astype(str), texts["text"].astype(str), strict=True))
+    known = {name: str(text) for name, text in texts.items() if name in graph}
+    if not known:
+        raise ValueError(
+            f"labels must be by names of nodes of the circuit, such as {next(iter(graph), '')!r}; "
+            f"got {next(iter(texts), 'none')!r}; see list(circuit)"
+        )
+    named = graph.copy()
+    nx.set_node_attributes(named, known, "text")
+    return named
+
+
+_HEIGHT = {"kv": 0, "neuron": 2, "mlp": 2, "resid": 0, "mid": 2, "neurons": 2, "final": 0}
+
+
+def height(node: str, kind: str) -> int:
+    """Where in its layer a node stands: an MLP hears the heads of its layer, these the stream.
+
+    >>> from circuits.graph import height
+    >>> height("L3.mlp", "mlp"), height("L3H1", "head"), height("L3.resid/f7", "feature")
+    (2, 1, 0)
+    """
+    if kind in ("feature", "rest"):
+        kind = node.partition("/")[0].rpartition(".")[2]
+    return _HEIGHT.get(kind, 1)
 
 
 def _edges(

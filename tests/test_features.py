@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jaxtyping
+import pandas as pd
 import pytest
 import torch
 from conftest import on, ragged_task, random_task
@@ -12,7 +13,17 @@ from test_linear import FIXED
 from test_linear import model as linear  # noqa: F401  # a fixture
 from torch import Tensor
 
-from circuits import agreement, assemble, evaluate_features, load, patch, save, steered, top
+from circuits import (
+    agreement,
+    assemble,
+    evaluate_features,
+    labelled,
+    load,
+    patch,
+    save,
+    steered,
+    top,
+)
 from circuits.exact import Cell, Runs
 from relp import DEEPLIFT, GRADIENT, PARTWAY, PRESETS, RELP, Component, Scores, attribute
 from relp.bridge import Sites
@@ -286,6 +297,14 @@ def test_a_circuit_of_features_is_a_circuit(tiny: Any, tmp_path: Any) -> None:
     again = load(tmp_path / "c.json")
     assert set(again.edges) == set(circuit.edges)
     assert again.graph["dictionaries"] == edges.provenance.dictionaries
+    told = labelled(circuit, pd.DataFrame({"feature": ["L9.mlp/f1", "embed"], "text": ["a", "b<"]}))
+    assert told.nodes["embed"]["text"] == "b<" and "text" not in circuit.nodes["embed"]
+    assert " · b&lt;" in save(told, tmp_path / "told.svg").read_text()
+    assert load(save(told, tmp_path / "told.json")).nodes["embed"]["text"] == "b<"
+    with pytest.raises(ValueError, match="must be by names of nodes of the circuit, such as 'embe"):
+        labelled(circuit, {"L9.mlp/f1": "a"})
+    with pytest.raises(ValueError, match="must have the columns 'feature' and 'text'; got name"):
+        labelled(circuit, pd.DataFrame({"name": ["embed"]}))
     named = attribute(tiny, task, level="edge", features=features,
                       components=["L1.mlp/f3", "L1.resid/f2", "L1.resid/f5"])  # fmt: skip
     assert named.writers == ("embed", "L1.resid/f2", "L1.resid/f5", "L1.resid/rest", "L1.mlp/f3",

@@ -15,7 +15,7 @@ from itertools import pairwise
 import networkx as nx
 import numpy as np
 
-from circuits.graph import check_circuit, has_lanes, place_label, real_edges, size
+from circuits.graph import check_circuit, has_lanes, height, place_label, real_edges, size
 
 __all__ = [
     *("BOX", "PORTS", "Curve", "Point", "bands", "bezier", "crossings", "frame", "lanes"),
@@ -138,7 +138,7 @@ def _rows(graph: nx.MultiDiGraph) -> Rows:
     lane = _lane(graph)
     for node, data in sorted(graph.nodes(data=True), key=lambda item: item[1]["head"]):
         layer = math.inf if data["kind"] == "logits" else float(data["layer"])
-        row = {"kv": 0, "neuron": 2, "mlp": 2}.get(data["kind"], 1)
+        row = height(data.get("name", node), data["kind"])
         if row == 1 and lane[node] >= 0 and data["kind"] not in ("embed", "logits"):
             # what is read for other places comes from below, as from key/value heads
             onward = [d["structural"] for *_, d in graph.out_edges(node, data=True)]

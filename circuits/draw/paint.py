@@ -215,7 +215,8 @@ def node_note(graph: nx.MultiDiGraph, node: str) -> str:
         where = f" at {place_label(graph, data['pos'])}"
     else:
         where = f" {node_positions(graph, node)}" if graph.graph["positions"] else ""
-    return f"{node_label(graph, node)}{where}{score} · {edges_in} in, {edges_out} out"
+    text = f" · {label}" if (label := data.get("text")) else ""
+    return f"{node_label(graph, node)}{where}{text}{score} · {edges_in} in, {edges_out} out"
 
 
 def edge_notes(graph: nx.MultiDiGraph) -> list[str]:

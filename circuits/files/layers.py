@@ -7,12 +7,9 @@ from collections import defaultdict
 
 import networkx as nx
 
-from circuits.graph import has_lanes, place_label
+from circuits.graph import has_lanes, height, place_label
 
 __all__ = ["frames", "rows"]
-
-_HEIGHT = {"kv": 0, "neuron": 2, "mlp": 2}
-"""In a layer: an MLP hears the heads of its layer, a query head its key/value head."""
 
 
 def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
@@ -25,7 +22,7 @@ def rows(graph: nx.MultiDiGraph) -> list[list[str]]:
     found: dict[tuple[float, int], list[str]] = defaultdict(list)
     for node, data in graph.nodes(data=True):
         layer = math.inf if data["kind"] == "logits" else data["layer"]
-        found[layer, _HEIGHT.get(data["kind"], 1)].append(node)
+        found[layer, height(data.get("name", node), data["kind"])].append(node)
     return [found[height] for height in sorted(found)]
 
 
