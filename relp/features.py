@@ -38,10 +38,19 @@ class FeatureSums:
         self._column: dict[int, int] = {}
         self._scores = torch.zeros(pairs, 0, length)
         self._whole = torch.zeros(pairs, length)
+        self._runs = torch.ones(pairs, dtype=torch.bool)
+        self._error, self._count, self._square = 0.0, 0, 0.0
+        self._sum = torch.zeros(1, dtype=torch.float64)
 
     def add(self, index: Int[Tensor, " row"], seen: Capture) -> None:
         """Adds the scores of one capture of these pairs, which have one length."""
-        numbers = self.features.differing(seen.own, seen.other)
+        numbers, error, held = self.features.compared(seen.own, seen.other)
+        if self._runs[index].any():  # once for each pair, however many steps there are
+            self._runs[index] = False
+            self._error += error
+            self._count += len(held)
+            self._sum = self._sum + held.sum(0).cpu()
+            self._square += float(held.square().sum())
         scores, whole = self._of(seen, numbers)
         if self._behind:
             start, whole_start = self._of(seen.at_start(), numbers)
@@ -74,6 +83,12 @@ class FeatureSums:
             more = max(len(self._column), int(MORE * room)) - room
             self._scores = torch.cat([self._scores, torch.zeros(pairs, more, length)], 1)
         return torch.tensor([self._column[n] for n in numbers.tolist()], dtype=torch.long)
+
+    @property
+    def unexplained(self) -> float:
+        """Share of the variance that all features leave over, where the runs differ."""
+        total = self._square - float(self._sum.square().sum()) / max(self._count, 1)
+        return self._error / total if total > 0 else 0.0
 
     def kept(self, keep: int | None) -> tuple[tuple[str, ...], Float[Tensor, "pair feature pos"]]:
         """Names and scores of the features, at most `keep` of them, and of the rest.

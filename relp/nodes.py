@@ -13,12 +13,16 @@ from torch import Tensor
 
 from relp.bridge.capture import ROOT, Capture
 from relp.bridge.features import Features
+from relp.bridge.run import warn_caller
 from relp.bridge.sites import Sites
 from relp.features import FeatureSums
 from relp.partway import way
 from relp.protocols import TaskLike
 from relp.rulebook import Rules
 from relp.scores import NodeScores, Pairs, Provenance
+
+POOR = 0.5
+"""Dictionaries that leave more than this share of the variance over are said to be poor."""
 
 __all__ = ["NodeSums", "component_places", "node_scores", "node_sites"]
 
@@ -130,6 +134,14 @@ class NodeSums:
         """All components and their scores; nothing is added then."""
         if not self._features:
             return self._components, self._nodes
+        for f in self._features:
+            if f.unexplained > POOR:
+                warn_caller(
+                    f"{f.features.dictionary.called} leaves {f.unexplained:.0%} of the variance of "
+                    f"{f.features.site!r} on these prompts unexplained: most of what it does "
+                    f"will be in {f.features.rest!r}; it may be of another model, site or layer, or "
+                    "of weights that were folded and centred, as TransformerLens did by default"
+                )
         names, tables = zip(*(f.kept(self._keep) for f in self._features), strict=True)
         components = (*self._components, *(name for some in names for name in some))
         return components, torch.cat([self._nodes, *tables], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jaxtyping
@@ -29,6 +30,7 @@ from relp import DEEPLIFT, GRADIENT, PARTWAY, PRESETS, RELP, Component, Scores, 
 from relp.bridge import Sites
 from relp.dictionaries import Dictionary, JumpRelu, Relu, Scaled, TopK
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the variance of.*unexplained")
 QUIET: dict[str, Any] = {"progress": False}
 
 
@@ -434,6 +436,19 @@ def test_features_are_given_by_site(tiny: Any) -> None:
             attribute(tiny, random_task(tiny, pairs=2), features=[1])  # type: ignore[arg-type]
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_dictionary_that_explains_little_is_said(tiny: Any) -> None:
+    task, d = random_task(tiny, pairs=2, length=4), dictionary(tiny.cfg.d_model, seed=4)
+    with pytest.warns(UserWarning, match=r"leaves \d+% of the variance of 'L1\.mlp' on these prom"):
+        attribute(tiny, task, features={"L1.mlp": d})
+    width, eye = tiny.cfg.d_model, torch.eye(tiny.cfg.d_model)
+    both, none = torch.cat([eye, -eye]), torch.zeros(2 * width)
+    exact = Dictionary(both.T, both, none, torch.zeros(width), Relu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = attribute(tiny, task, features={"L1.mlp": exact}, components="feature")
+    assert float(scores.nodes[:, -1].abs().max()) < 1e-6  # nothing is left over
 
 
 def test_circuits_and_steering_refuse_in_a_sentence(tiny: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -64,15 +65,19 @@ class Features:
         """What a unit of each of these features adds to the site."""
         return self.dictionary.w_dec[chosen.to(self.dictionary.w_dec.device)].float()
 
-    def differing(
-        self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]
-    ) -> Int[Tensor, " chosen"]:
-        """The numbers of the features whose values differ between two runs, in order."""
+    def compared(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Compared:
+        """Which features differ between two runs, and how well all describe the own one."""
         found = torch.zeros(self.dictionary.features, dtype=torch.bool)
+        error = 0.0
+        apart = (own[self.site] != other[self.site]).any(-1)
         for at in self._chunks(own[self.reads]):
             one, two = ({self.reads: run[self.reads][:, at]} for run in (own, other))
-            found |= (self.values(one) != self.values(two)).any(0).any(0).cpu()
-        return found.nonzero().flatten()
+            values = self.values(one)
+            found |= (values != self.values(two)).any(0).any(0).cpu()
+            guess = self.dictionary.decode(values) + self.dictionary.offset(one[self.reads])
+            left = (own[self.site][:, at].float() - guess)[apart[:, at]]
+            error += float(left.square().sum(dtype=torch.float64))
+        return Compared(found.nonzero().flatten(), error, own[self.site][apart].double())
 
     def keeping(self, components: Iterable[str]) -> Features:
         """With those kept that are among some names of components.
@@ -104,6 +109,17 @@ class Features:
         pairs, length, _ = held.shape
         some = max(1, CHUNK_BYTES // (8 * pairs * self.dictionary.features))
         yield from (slice(begin, begin + some) for begin in range(0, length, some))
+
+
+class Compared(NamedTuple):
+    """Of the features of a site in two runs."""
+
+    differing: Int[Tensor, " chosen"]
+    """The numbers of those whose values differ, in order."""
+    error: float
+    """The squares of what all features leave over where the runs differ, summed."""
+    held: Float[Tensor, "token d"]
+    """What the site holds there, in the own run."""
 
 
 def features_of(sites: Sites, given: Mapping[str, object]) -> tuple[Features, ...]:
