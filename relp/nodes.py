@@ -139,8 +139,8 @@ class NodeSums:
                 warn_caller(
                     f"{f.features.dictionary.called} leaves {f.unexplained:.0%} of the variance of "
                     f"{f.features.site!r} on these prompts unexplained: most of what it does "
-                    f"will be in {f.features.rest!r}; it may be of another model, site or layer, or "
-                    "of weights that were folded and centred, as TransformerLens did by default"
+                    f"will be in {f.features.rest!r}; it may be of another model, site or layer, "
+                    "or of weights that were folded and centred, as TransformerLens did by default"
                 )
         names, tables = zip(*(f.kept(self._keep) for f in self._features), strict=True)
         components = (*self._components, *(name for some in names for name in some))
