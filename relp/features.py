@@ -10,6 +10,9 @@ rules in the place of its gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +25,15 @@ __all__ = ["FeatureSums"]
 
 MORE = 1.5
 """By how much room for features grows when it is used up."""
+
+
+class _Differences(NamedTuple):
+    """What features hold differently in two runs."""
+
+    own: Mapping[str, Tensor]
+    """The own one: whose they are."""
+    numbers: Int[Tensor, " feature"]
+    change: Float[Tensor, "pair pos feature"]
 
 
 class FeatureSums:
@@ -38,22 +50,20 @@ class FeatureSums:
         self._column: dict[int, int] = {}
         self._scores = torch.zeros(pairs, 0, length)
         self._whole = torch.zeros(pairs, length)
-        self._runs = torch.ones(pairs, dtype=torch.bool)
+        self._known: _Differences | None = None
         self._error, self._count, self._square = 0.0, 0, 0.0
         self._sum = torch.zeros(1, dtype=torch.float64)
 
     def add(self, index: Int[Tensor, " row"], seen: Capture) -> None:
         """Adds the scores of one capture of these pairs, which have one length."""
-        numbers, error, held = self.features.compared(seen.own, seen.other)
-        if self._runs[index].any():  # once for each pair, however many steps there are
-            self._runs[index] = False
-            self._error += error
-            self._count += len(held)
-            self._sum = self._sum + held.sum(0).cpu()
-            self._square += float(held.square().sum())
-        scores, whole = self._of(seen, numbers)
+        if not bool(seen.coefficients[self.features.site].any()):
+            return  # of a path that moves another site
+        if self._known is None or self._known.own is not seen.own:
+            self._known = self._differences(seen)
+        numbers = self._known.numbers
+        scores, whole = self._of(seen, self._known)
         if self._behind:
-            start, whole_start = self._of(seen.at_start(), numbers)
+            start, whole_start = self._of(seen.at_start(), self._known)
             stream = (seen.delta(self._behind) * seen.coefficients[self._behind]).float().sum(-1)
             parts = torch.cat([scores, whole[:, None]], 1)
             share = way(parts, stream.cpu()[:, None].expand_as(parts))
@@ -63,16 +73,26 @@ class FeatureSums:
         self._scores[index[:, None], columns, :length] += seen.share * scores
         self._whole[index, :length] += seen.share * whole
 
+    def _differences(self, seen: Capture) -> _Differences:
+        """Of two runs, which all steps between them have in common."""
+        at = self.features
+        numbers, error, held = at.compared(seen.own, seen.other)
+        self._error += error
+        self._count += len(held)
+        self._sum = self._sum + held.sum(0).cpu()
+        self._square += float(held.square().sum())
+        change = at.values(seen.other, numbers) - at.values(seen.own, numbers)
+        return _Differences(seen.own, numbers, change)
+
     def _of(
-        self, seen: Capture, numbers: Int[Tensor, " feature"]
+        self, seen: Capture, differ: _Differences
     ) -> tuple[Float[Tensor, "pair feature pos"], Float[Tensor, "pair pos"]]:
-        """Scores of some features, and of the site."""
+        """Scores of the features that differ, and of the site."""
         at = self.features
         coefficient = seen.coefficients[at.site].float()
         whole = (seen.delta(at.site).float() * coefficient).sum(-1)
-        change = at.values(seen.other, numbers) - at.values(seen.own, numbers)
-        along = coefficient @ at.directions(numbers).to(coefficient).T
-        return (change * along).transpose(1, 2).cpu(), whole.cpu()
+        along = coefficient @ at.directions(differ.numbers).to(coefficient).T
+        return (differ.change * along).transpose(1, 2).cpu(), whole.cpu()
 
     def _columns(self, numbers: Int[Tensor, " feature"]) -> Int[Tensor, " feature"]:
         """The columns of features, of which some may be new."""
