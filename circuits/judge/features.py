@@ -2,8 +2,9 @@
 
 The run is the clean one. At each site with a dictionary the features of the circuit keep the value
 that they have in the run as it is by then; the others, and what the features leave over (the
-errors) unless it is kept, get the value of an ablation. Source: Marks et al. 2024,
-arXiv:2403.19647, where errors are nodes too; here they are kept everywhere or nowhere.
+errors, with features that no scores name) unless it is kept, get the value of an ablation. Source:
+Marks et al. 2024, arXiv:2403.19647, where errors are nodes too; here they are kept everywhere or
+nowhere.
 """
 
 from __future__ import annotations
