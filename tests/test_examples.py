@@ -46,6 +46,11 @@ def known(annotations_unchecked: None) -> dict[str, Any]:
         "edges": edges,
         "effect": circuits.patch(model, task, progress=False),
         "circuit": circuits.top(edges, edges=200),
+        "dictionaries": {
+            s: relp.load_dictionary(path)
+            for s, path in tasks.zoo.dictionaries("ioi-gpt2").items()
+            if s in ("L1.mlp", "L2.resid")
+        },  # fmt: skip
     }
 
 

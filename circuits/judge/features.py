@@ -60,8 +60,9 @@ def evaluate_features(
 ) -> pd.DataFrame:
     """Faithfulness and completeness of the features with the largest |score|, by their number.
 
+    >>> scores = attribute(model, task, features=dictionaries, components="feature")
     >>> table = evaluate_features(model, task, scores, features=dictionaries, sizes=(5, 20))
-    >>> table[["rules", "features", "errors", "faithfulness", "low", "high"]]
+    >>> faithfulness = table[["rules", "features", "errors", "faithfulness", "low", "high"]]
 
     A feature's score is summed over positions and averaged over pairs; it is kept at all positions.
     Faithfulness is (m(C) - m(∅)) / (m(full) - m(∅)): `m` is the task's metric averaged over pairs,
