@@ -162,7 +162,11 @@ def defined_in(node: ast.ImportFrom, name: str) -> str:
     return str(node.module)
 
 
-@pytest.mark.parametrize("source", sorted(set(SOURCES) - {"relp/bridge/sites.py"}))
+NAMING = {"relp/bridge/sites.py", "tasks/zoo/dictionaries/places.py"}
+"""The other writes names into files, in a room that cannot ask the first."""
+
+
+@pytest.mark.parametrize("source", sorted(set(SOURCES) - NAMING))
 def test_only_sites_spells_hook_names(source: str) -> None:
     assert [c for c in code(ast.parse(SOURCES[source].read_text())) if HOOK.search(c)] == []
 

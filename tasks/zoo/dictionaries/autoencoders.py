@@ -21,6 +21,9 @@ __all__ = ["Autoencoders", "reconstructed", "values"]
 Vectors = Float[Tensor, "site vector d_model"]
 Values = Float[Tensor, "site vector feature"]
 
+SHORT = 0.03
+"""Length of the encoder's columns at the start: features overlap, and many long ones overshoot."""
+
 
 class Autoencoders(nn.Module):
     """The weights of one autoencoder for each site.
@@ -55,7 +58,7 @@ class Autoencoders(nn.Module):
             noise *= own.norm(dim=1).mean() / own.shape[1] ** 0.5  # no two features start the same
             self.w_dec[site] = own[at] + noise
         self.unit()
-        self.w_enc.copy_(self.w_dec.transpose(1, 2))
+        self.w_enc.copy_(SHORT * self.w_dec.transpose(1, 2))
 
     @torch.no_grad()
     def unit(self) -> None:
@@ -93,9 +96,9 @@ class Autoencoders(nn.Module):
             at = torch.multinomial(error[site].square().sum(-1), count, True, generator=draw)
             direction = nn.functional.normalize(error[site, at], dim=-1)
             alive = self.w_enc[site][:, ~dead[site]]
-            length = alive.norm(dim=0).mean() if alive.numel() else 1.0
+            length = alive.norm(dim=0).mean() if alive.numel() else SHORT
             self.w_dec[site][dead[site]] = direction
-            self.w_enc[site][:, dead[site]] = direction.T * length
+            self.w_enc[site][:, dead[site]] = direction.T * (length / 5)
             self.b_enc[site][dead[site]] = 0.0
 
     @torch.no_grad()

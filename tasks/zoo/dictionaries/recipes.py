@@ -44,11 +44,11 @@ SMALL = Recipe(
     ),
     features=224,  # with two bytes for a number all 24 dictionaries take less than 3.5 MB
     active=16,
-    rounds=150,
+    rounds=60,
     texts=512,
     passes=2,
     batch=1024,
-    rate=2e-3,
+    rate=8e-3,
     dtype="float16",
 )
 

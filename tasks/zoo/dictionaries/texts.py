@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,7 @@ Rows = list[list[int]]
 """Token ids of texts, each with the beginning-of-sequence token."""
 
 
+@runtime_checkable
 class Texts(Protocol):
     """Where texts come from."""
 

@@ -95,8 +95,9 @@ def train(
     x = vectors(model, texts.round(rounds, recipe.texts), recipe.sites)
     files = dict(zip(recipe.sites, trained.exported(x, getattr(torch, recipe.dtype)), strict=True))
     unseen = vectors(model, texts.held_out(), recipe.sites, first=False)
+    tasks = texts.tasks()
     judged = {
-        site: measured(model, site, files[site], own, texts.tasks())
+        site: measured(model, site, files[site], own, tasks)
         for site, own in zip(recipe.sites, unseen, strict=True)
     }
     for site, weights in files.items():
