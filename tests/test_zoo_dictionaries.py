@@ -283,16 +283,16 @@ def test_rounds_differ_and_come_again() -> None:
 def test_what_the_model_writes_is_kept_batch_by_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "WRITTEN", (2, 3))
+    monkeypatch.setattr(sources, "WRITTEN", 3)
     monkeypatch.setattr(sources, "LENGTH", 8)
-    rows = written(HERE / "ioi-gpt2", tmp_path, 0)
+    rows = written(HERE / "ioi-gpt2", tmp_path, 2, 0)
     assert [len(row) for row in rows] == [8] * 6 and rows[:3] != rows[3:]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "written-0.safetensors", "written-1.safetensors",
     ]  # fmt: skip
     (tmp_path / "written-1.safetensors").unlink()
     before = (tmp_path / "written-0.safetensors").stat().st_mtime_ns
-    assert written(HERE / "ioi-gpt2", tmp_path, 0) == rows
+    assert written(HERE / "ioi-gpt2", tmp_path, 2, 0) == rows
     assert (tmp_path / "written-0.safetensors").stat().st_mtime_ns == before
 
 

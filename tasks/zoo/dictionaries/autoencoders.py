@@ -98,7 +98,7 @@ class Autoencoders(nn.Module):
             alive = self.w_enc[site][:, ~dead[site]]
             length = alive.norm(dim=0).mean() if alive.numel() else SHORT
             self.w_dec[site][dead[site]] = direction
-            self.w_enc[site][:, dead[site]] = direction.T * (length / 5)
+            self.w_enc[site][:, dead[site]] = direction.T * length
             self.b_enc[site][dead[site]] = 0.0
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ SMALL = Recipe(
     ),
     features=224,  # with two bytes for a number all 24 dictionaries take less than 3.5 MB
     active=16,
-    rounds=60,
+    rounds=40,
     texts=512,
     passes=2,
     batch=1024,
@@ -65,7 +65,7 @@ RECIPES = {
         texts=64,
         passes=2,
         batch=1024,
-        rate=1e-3,
+        rate=4e-3,
         dtype="float32",
     ),
 }

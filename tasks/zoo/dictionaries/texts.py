@@ -12,6 +12,7 @@ temperature 1 from the beginning-of-sequence token on: nothing else is so near t
 from __future__ import annotations
 
 import ast
+import math
 import random
 import sysconfig
 import zlib
@@ -83,8 +84,10 @@ class Corpus:
 
 LENGTH = 128
 """Tokens in a row of prose, and in one that the model writes."""
-WRITTEN = (4, 128)
-"""Batches of rows that the model writes, and rows in each."""
+WRITTEN = 128
+"""Rows that the model writes in one go."""
+OWN_SHARE = 3
+"""One row of so many rows of prose is added that the model wrote."""
 HELD_OUT_SHARE = 16
 """One row of so many is never trained on."""
 PROMPTS = 8
@@ -99,23 +102,26 @@ class Mixture:
         tokenizer: the model's.
         model: the folder that it was saved in.
         folder: where what the model writes is kept while the training lasts.
+        rows: of prose that will be asked for, all rounds together.
         seed: of order and writing.
     """
 
-    def __init__(self, tokenizer: Any, model: Path, folder: Path, seed: int) -> None:
+    def __init__(self, tokenizer: Any, model: Path, folder: Path, rows: int, seed: int) -> None:
         self.tokenizer = tokenizer
         found = _cut(tokenizer, prose())
-        own = written(model, folder, seed)
+        trained = WRITTEN * (1 - 1 / HELD_OUT_SHARE)
+        own = written(model, folder, math.ceil(rows / OWN_SHARE / trained), seed)
         self.prose, kept = _parted(found)
         self.own, kept_own = _parted(own)
+        for some in (self.prose, kept):
+            random.Random(f"prose {seed}").shuffle(some)
         self.kept = [*kept[:96], *kept_own]
-        random.Random(f"prose {seed}").shuffle(self.prose)
 
     def round(self, number: int, count: int) -> Rows:
         """`count` rows of prose, a third as many of the model's own, and prompts of all tasks."""
         from tasks.registry import TASKS, builder
 
-        rows = _slice(self.prose, number, count) + _slice(self.own, number, count // 3)
+        rows = _slice(self.prose, number, count) + _slice(self.own, number, count // OWN_SHARE)
         for name in TASKS:
             task = builder(name)(self.tokenizer, pairs=PROMPTS, seed=1000 + number)
             for side in (task.clean, task.corrupt):
@@ -130,7 +136,7 @@ class Mixture:
         """Four tasks that the model can do; prompts of the seed that is the default everywhere."""
         from tasks.registry import builder
 
-        return {name: builder(name)(self.tokenizer, pairs=64, seed=0) for name in JUDGED}
+        return {name: builder(name)(self.tokenizer, pairs=32, seed=0) for name in JUDGED}
 
 
 def prose() -> list[str]:
@@ -146,9 +152,9 @@ def prose() -> list[str]:
     return [text for text in found if len(text) > 500]
 
 
-def written(model: Path, folder: Path, seed: int) -> Rows:
+def written(model: Path, folder: Path, batches: int, seed: int) -> Rows:
     """What the model writes from nothing; each batch is kept in `folder` when it is done."""
-    paths = [folder / f"written-{batch}.safetensors" for batch in range(WRITTEN[0])]
+    paths = [folder / f"written-{batch}.safetensors" for batch in range(batches)]
     missing = [(batch, path) for batch, path in enumerate(paths) if not path.exists()]
     if missing:
         from transformers import AutoModelForCausalLM
@@ -157,7 +163,7 @@ def written(model: Path, folder: Path, seed: int) -> Rows:
         writer = AutoModelForCausalLM.from_pretrained(model).eval()
         folder.mkdir(parents=True, exist_ok=True)
         for batch, path in tqdm(missing, desc="writing"):
-            tokens = _sampled(writer, WRITTEN[1], seed * WRITTEN[0] + batch)
+            tokens = _sampled(writer, WRITTEN, 1000 * seed + batch)
             fresh = path.with_suffix(".tmp")
             save_file({"tokens": tokens}, fresh)
             fresh.replace(path)

@@ -27,7 +27,7 @@ __all__ = ["train"]
 
 WARMUP = 0.02
 """Share of the steps in which the learning rate rises."""
-REVIVING = 0.7
+REVIVING = 0.85
 """Share of the rounds behind which no feature is set anew: each has time to learn."""
 LAYOUT = "6.0.0"
 """The version of SAELens whose layout is written."""
@@ -69,7 +69,7 @@ def train(
     rounds = recipe.rounds if rounds is None else rounds
     model = zoo.load(name)
     checkpoint = out / "checkpoint" / "state.safetensors"
-    texts = _texts(name, model, checkpoint.parent, seed)
+    texts = _texts(name, model, checkpoint.parent, (rounds + 1) * recipe.texts, seed)
     width = int(model.cfg.d_model)
     trained = Autoencoders(len(recipe.sites), width, recipe.features, recipe.active)
     optimizer = torch.optim.Adam(
@@ -106,11 +106,11 @@ def train(
     return judged
 
 
-def _texts(name: str, model: Any, folder: Path, seed: int) -> Texts:
+def _texts(name: str, model: Any, folder: Path, count: int, seed: int) -> Texts:
     from tasks.zoo.downloads import DOWNLOADS, fetched
 
     if name in DOWNLOADS:
-        return Mixture(model.tokenizer, fetched(DOWNLOADS[name]), folder, seed)
+        return Mixture(model.tokenizer, fetched(DOWNLOADS[name]), folder, count, seed)
     return Corpus(model.tokenizer, seed)
 
 
