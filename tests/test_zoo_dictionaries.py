@@ -14,7 +14,7 @@ from tasks import zoo
 from tasks.zoo.dictionaries import home, training
 from tasks.zoo.dictionaries import texts as sources
 from tasks.zoo.dictionaries.__main__ import app
-from tasks.zoo.dictionaries.autoencoders import Autoencoders, reconstructed, values
+from tasks.zoo.dictionaries.autoencoders import REVIVED, Autoencoders, reconstructed, values
 from tasks.zoo.dictionaries.places import hook_of, padded, vectors
 from tasks.zoo.dictionaries.quality import measured
 from tasks.zoo.dictionaries.recipes import RECIPES
@@ -187,17 +187,19 @@ def test_a_file_gives_in_the_models_units_what_was_trained() -> None:
 
 
 def test_the_dead_are_set_on_what_is_reconstructed_worst() -> None:
-    own, x = made(sites=1)
-    with torch.no_grad():
-        own.b_enc.fill_(-1e3)  # nothing is on, so that all of a vector is error
-    z = own.scaled(x)
-    z[0, 7] = 1e4 * torch.eye(6)[2] + own.b_dec[0]
+    own = Autoencoders(1, 6, 10, 1)
+    with torch.no_grad():  # feature 0 is the first axis, exactly; no other is ever on
+        own.w_enc[0, 0, 0] = own.w_dec[0, 0, 0] = 1.0
+        own.w_dec[0, 1:, 3] = 1.0
+    z = torch.zeros(1, 50, 6)
+    z[0, :, 0] = torch.arange(1.0, 51)  # long or short, explained
+    z[0, 7] = 0.1 * torch.eye(6)[2]  # the shortest, and of the second axis
     dead = torch.zeros(1, 10, dtype=torch.bool)
     dead[0, 4] = True
     before = own.w_dec.detach().clone()
     own.revive(z, dead, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(own.w_dec[0, 4], torch.eye(6)[2], atol=1e-3, rtol=0)
-    assert own.b_enc[0, 4] == 0 and own.b_enc[0, 5] == -1e3
+    torch.testing.assert_close(own.w_dec[0, 4], torch.eye(6)[2])
+    torch.testing.assert_close(own.w_enc[0, :, 4], torch.eye(6)[2] * REVIVED / 9)
     assert torch.equal(own.w_dec[0, [0, 1, 2, 3, 5, 6, 7, 8, 9]],
                        before[0, [0, 1, 2, 3, 5, 6, 7, 8, 9]])  # fmt: skip
 

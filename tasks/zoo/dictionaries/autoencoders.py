@@ -25,6 +25,10 @@ SHORT = 0.03
 """Length of the encoder's columns at the start: features overlap, and many long ones overshoot."""
 
 
+REVIVED = 0.5
+"""Length of the encoder's columns of features that are set anew, over the mean of the others."""
+
+
 class Autoencoders(nn.Module):
     """The weights of one autoencoder for each site.
 
@@ -89,16 +93,17 @@ class Autoencoders(nn.Module):
     def revive(self, x: Vectors, dead: Bool[Tensor, "site feature"], draw: torch.Generator) -> None:
         """Sets features that are never on anew, on what is reconstructed worst (scaled vectors)."""
         error = x - self(x)[0]
+        share = error.square().sum(-1) / (x - self.b_dec[:, None]).square().sum(-1)
         for site in range(len(x)):
             count = int(dead[site].sum())
             if not count:
                 continue
-            at = torch.multinomial(error[site].square().sum(-1), count, True, generator=draw)
+            at = torch.multinomial(share[site], count, True, generator=draw)
             direction = nn.functional.normalize(error[site, at], dim=-1)
             alive = self.w_enc[site][:, ~dead[site]]
             length = alive.norm(dim=0).mean() if alive.numel() else SHORT
             self.w_dec[site][dead[site]] = direction
-            self.w_enc[site][:, dead[site]] = direction.T * length
+            self.w_enc[site][:, dead[site]] = direction.T * (REVIVED * length)
             self.b_enc[site][dead[site]] = 0.0
 
     @torch.no_grad()

@@ -159,8 +159,11 @@ def written(model: Path, folder: Path, batches: int, seed: int) -> Rows:
     if missing:
         from transformers import AutoModelForCausalLM
 
+        from tasks.zoo.gguf import quiet
+
         # Not the bridge's: around its modules transformers' cache of keys and values goes wrong.
-        writer = AutoModelForCausalLM.from_pretrained(model).eval()
+        with quiet():
+            writer = AutoModelForCausalLM.from_pretrained(model).eval()
         folder.mkdir(parents=True, exist_ok=True)
         for batch, path in tqdm(missing, desc="writing"):
             tokens = _sampled(writer, WRITTEN, 1000 * seed + batch)
