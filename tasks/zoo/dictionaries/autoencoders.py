@@ -93,7 +93,8 @@ class Autoencoders(nn.Module):
     def revive(self, x: Vectors, dead: Bool[Tensor, "site feature"], draw: torch.Generator) -> None:
         """Sets features that are never on anew, on what is reconstructed worst (scaled vectors)."""
         error = x - self(x)[0]
-        share = error.square().sum(-1) / (x - self.b_dec[:, None]).square().sum(-1)
+        length_squared = (x - self.b_dec[:, None]).square().sum(-1).clamp_min(1e-12)
+        share = error.square().sum(-1) / length_squared
         for site in range(len(x)):
             count = int(dead[site].sum())
             if not count:

@@ -55,7 +55,7 @@ SMALL = Recipe(
 RECIPES = {
     "ioi-gpt2": SMALL,
     "ioi-llama": SMALL,
-    # The MLP that agreement of subject and verb needs most, and the stream as late as all of its
+    # An MLP that agreement of subject and verb needs, and the stream as late as all of its
     # vectors are of about one length: block 11 adds one of length 25,000 to the first token's.
     "smollm2-135m": Recipe(
         sites=("L8.mlp", "L11.resid"),
@@ -64,7 +64,7 @@ RECIPES = {
         rounds=24,
         texts=64,
         passes=2,
-        batch=1024,
+        batch=512,
         rate=4e-3,
         dtype="float32",
     ),
