@@ -4,7 +4,15 @@
     python -m tasks.zoo.dictionaries smollm2-135m
 
 Nothing but a fetched model is downloaded. Training goes on where it stopped when the same command
-is given again.
+is given again. Behind each site it prints, of texts that were not trained on: the share of the
+variance that is explained, the mean number of features that are on (L0), the share of features that
+never are, and what is left of the model's tasks (the mean logit difference, over that of the model
+as it is) when the reconstruction stands at the site at every position, and, in brackets, when the
+vectors' mean does.
+
+The shipped dictionaries: seed 0, on one core of a server CPU, some 4 minutes a model. They explain
+.91 to .997 of the variance with 16 features, and indirect object identification keeps at least .94.
+Another machine may round differently and end at slightly different weights.
 """
 
 from __future__ import annotations
