@@ -163,8 +163,13 @@ def defined_in(node: ast.ImportFrom, name: str) -> str:
     return str(node.module)
 
 
-NAMING = {"relp/bridge/sites.py", "relp/dictionaries/hook_names.py"}
-"""Ours are used in the one; those that stand in files of others are read in the other."""
+NAMING = {
+    "relp/bridge/sites.py",
+    "relp/dictionaries/hook_names.py",
+    "tasks/zoo/dictionaries/places.py",
+}
+"""Ours are used in the first; the second reads those in files of others, and the third, in a room
+that can ask neither, writes them into files."""
 
 
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - NAMING))

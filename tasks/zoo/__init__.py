@@ -2,6 +2,7 @@
 
 The small ones know indirect object identification (`tasks.ioi`) and little else; `tasks.zoo.train`
 made them from `tasks.zoo.corpus`. `tasks.zoo.downloads` lists those that are fetched.
+`dictionaries("ioi-gpt2")` says where a model's sparse dictionaries lie.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from tasks.zoo import boot, placement
+from tasks.zoo.dictionaries import dictionaries
 from tasks.zoo.shelf import names
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["load", "names"]
+__all__ = ["dictionaries", "load", "names"]
 
 
 def load(

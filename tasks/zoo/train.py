@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     GPT2Config,
@@ -212,7 +212,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def save_checkpoint(
-    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, header: dict[str, Any]
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, header: dict[str, Any]
 ) -> None:
     """Write weights and optimizer state; a reader sees the old file or the new, never a part."""
     tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
@@ -226,7 +226,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, run: dict[str, Any]
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
 ) -> dict[str, Any]:
     """Fill model and optimizer from `path`; returns the header.
 
