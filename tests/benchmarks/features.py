@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DEEPLIFT": {"rules": DEEPLIFT},
     "PARTWAY": {"rules": PARTWAY},
 }
-SIZES = (2, 5, 10, 20, 50, 100, 200, 500)
+SIZES = (20, 50, 100, 150, 200, 300, 400, 500, 700, 1000)
 ABLATIONS = ("patch", "mean")
 FEW = 8
 """Features of a site that are patched one by one."""
@@ -104,10 +104,11 @@ def singles(model: Any, task: Any, features: Any, scores: dict[str, NodeScores])
     """Agreement of each method with exact effects, of the features that any has among the first."""
     chosen = list(dict.fromkeys(name for s in scores.values() for name in strongest(s)))
     some = task.select(range(min(4, len(task))))
-    effect = patch(model, some, components=chosen, features=features, progress=False)
-    again = [parts(of_features(model, some, features, **options).renamed(label), chosen)
+    again = [of_features(model, some, features, **options).renamed(label)
              for label, options in METHODS.items()]  # fmt: skip
-    table = agreement(again, effect)
+    chosen = [name for name in chosen if all(name in s.components for s in again)]
+    effect = patch(model, some, components=chosen, features=features, progress=False)
+    table = agreement([parts(s, chosen) for s in again], effect)
     columns = ["pearson", "spearman", "signs", "relative_error", "hangs", "cells"]
     return table[table.kind == "feature"].set_index("rules")[columns]
 
@@ -164,12 +165,12 @@ def drawn(curves: dict[tuple[str, str], pd.DataFrame], task: str) -> go.Figure:
                                line={"color": color}, showlegend=row == column == 1),
                     row=row, col=column,
                 )  # fmt: skip
-            figure.update_xaxes(type="log", row=row, col=column)
+            figure.update_xaxes(rangemode="tozero", row=row, col=column)
     figure.update_xaxes(title="features kept", row=2)
     return framed(
         figure, f"Faithfulness of circuits of features: {task}",
         "By |score| on other pairs than those that judge.", plot=plot, above=above, below=84,
-    ).update_layout(legend=BENEATH)  # fmt: skip
+    ).update_layout(legend={**BENEATH, "entrywidth": 0.25})  # fmt: skip
 
 
 if __name__ == "__main__":
