@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_tasks import byte_level
 from typer.testing import CliRunner
 
 from tasks import zoo
+from tasks.registry import TASKS
 from tasks.zoo.dictionaries import home, training
 from tasks.zoo.dictionaries import texts as sources
 from tasks.zoo.dictionaries.__main__ import app
@@ -18,7 +20,7 @@ from tasks.zoo.dictionaries.autoencoders import REVIVED, Autoencoders, reconstru
 from tasks.zoo.dictionaries.places import hook_of, padded, vectors
 from tasks.zoo.dictionaries.quality import measured
 from tasks.zoo.dictionaries.recipes import RECIPES
-from tasks.zoo.dictionaries.texts import Corpus, prose, written
+from tasks.zoo.dictionaries.texts import Corpus, Mixture, prose, written
 from tasks.zoo.dictionaries.training import train
 from tasks.zoo.shelf import HERE, shipped
 
@@ -27,6 +29,9 @@ TINY = replace(
     RECIPES["ioi-gpt2"],
     sites=("L1.resid", "L1.mlp"), features=24, active=4, rounds=3, texts=24, batch=128,
 )  # fmt: skip
+
+LEAST_EXPLAINED = 0.9
+LEAST_KEPT = 0.9
 
 
 @pytest.fixture(scope="module", params=["ioi-gpt2", "ioi-llama"])
@@ -91,7 +96,7 @@ def test_they_explain_what_their_files_say(model: Any) -> None:
 
 def test_the_task_survives_each_of_them(model: Any) -> None:
     whole = Corpus(model.tokenizer, 0)
-    task = whole.tasks()["ioi"][:64]
+    task = whole.tasks()["ioi"][:32]
     rows = whole.held_out()[:32]
     for (site, folder), x in zip(
         zoo.dictionaries(model.cfg.model_name).items(), vectors(model, rows, SITES), strict=True
@@ -102,10 +107,6 @@ def test_the_task_survives_each_of_them(model: Any) -> None:
         assert found.kept["ioi"] > LEAST_KEPT, site
         if site == "final" or site.endswith("resid"):  # all that the model knows passes through
             assert abs(found.without["ioi"]) < 0.1
-
-
-LEAST_EXPLAINED = 0.9
-LEAST_KEPT = 0.9
 
 
 # -- where they read -------------------------------------------------------------------------------
@@ -296,6 +297,28 @@ def test_what_the_model_writes_is_kept_batch_by_batch(
     before = (tmp_path / "written-0.safetensors").stat().st_mtime_ns
     assert written(HERE / "ioi-gpt2", tmp_path, 2, 0) == rows
     assert (tmp_path / "written-0.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_mixture_has_prose_own_texts_and_prompts_of_all_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WRITTEN": 64, "LENGTH": 8, "PROMPTS": 2}.items():
+        monkeypatch.setattr(sources, name, value)
+    text = " ".join(f"the book of {i}" for i in range(500))
+    monkeypatch.setattr(sources, "prose", lambda: [text])
+    tokenizer = byte_level()
+    mixture = Mixture(tokenizer, HERE / "ioi-gpt2", tmp_path, 12, 0)
+    assert len([*tmp_path.iterdir()]) == 1  # 4 rows of its own are enough: one batch
+    rows = mixture.round(0, 6)
+    assert len(rows) == 6 + 2 + len(TASKS) * 2 * 2
+    assert {row[0] for row in rows} == {tokenizer.bos_token_id}
+    assert {len(row) for row in rows[:8]} == {8}
+    assert rows[:6] + rows[6:8] == mixture.prose[:6] + mixture.own[:2]
+    assert mixture.round(1, 6)[:6] == mixture.prose[6:12]
+    kept = mixture.held_out()
+    assert kept and not [row for row in kept if row in mixture.prose + mixture.own]
+    tasks = mixture.tasks()
+    assert len(tasks) == 4 and {len(task) for task in tasks.values()} == {32}
 
 
 def test_no_row_is_both_trained_on_and_judged() -> None:
