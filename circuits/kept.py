@@ -115,7 +115,8 @@ def circuit_edges(
                 raise ValueError(
                     f"every edge of the circuit must be one of the model's; {u!r} -> "
                     f"{data['reader']!r} is not one of {sites.model_name!r}; evaluate the circuit "
-                    "on the model and the prompts it was found with"
+                    "on the model and the prompts it was found with, and one of features with "
+                    "evaluate_features"
                 )
             found.append((reader, max(pos, 0), writer))
         reader, pos, writer = torch.tensor(sorted(found), dtype=torch.long).view(-1, 3).T

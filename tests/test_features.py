@@ -18,6 +18,7 @@ from circuits import (
     agreement,
     assemble,
     evaluate_features,
+    faithfulness,
     labelled,
     load,
     patch,
@@ -357,6 +358,26 @@ def test_a_circuit_of_features_is_run_as_by_hand(tiny: Any) -> None:
     expected = (some_ - none) / (full - none)
     row = table[(table.features == 2) & (table.errors == "out")]
     assert float(row.faithfulness.iloc[0]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_circuit_keeps_the_features_that_are_its_nodes(tiny: Any) -> None:
+    task, features = random_task(tiny, pairs=3, length=4), some(tiny)
+    edges = attribute(tiny, task, level="edge", features=features, keep=4)
+    circuit = top(edges, edges=20)
+    scores = attribute(tiny, task, rules=GRADIENT, features=features, components="feature")
+    table = evaluate_features(tiny, task, [circuit, scores], features=features, sizes=(3,), **QUIET)
+    mine = table[table.rules == "RELP"]
+    kept = [name for name in circuit if "/f" in name]
+    assert mine.features.tolist() == [len(kept)] * 2 and mine.errors.tolist() == ["in", "out"]
+    assert table.features.max() == 5 * 20  # all features of all dictionaries
+    whole = table[(table.rules == "GRADIENT") & (table.features == 100) & (table.errors == "in")]
+    assert float(whole.faithfulness.iloc[0]) == pytest.approx(1, abs=1e-5)
+    alone = evaluate_features(tiny, task, circuit, features=features, random=0, **QUIET)
+    assert alone.faithfulness.tolist() == pytest.approx(mine.faithfulness.tolist(), abs=1e-6)
+    with pytest.raises(ValueError, match="must have names of its own.*got RELP for 2; see Scores"):
+        evaluate_features(tiny, task, [circuit, circuit], features=features)
+    with pytest.raises(ValueError, match="one of features with evaluate_features"):
+        faithfulness(tiny, task, circuit)
 
 
 # -- steering --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from circuits.choices import check_ablation
 from circuits.exact.runs import ablation_means
+from circuits.graph import check_circuit
 from circuits.judge.evaluation import shares_of_gap
 from circuits.judge.resampling import interval, resamples
 from relp import Component, ModelLike, NodeScores, TaskLike
@@ -34,6 +36,7 @@ from relp.bridge import (
     as_fits,
     divisions,
     editing,
+    features_of,
     observe,
     precise_logits,
     prompts_per_run,
@@ -49,7 +52,7 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 def evaluate_features(
     model: ModelLike,
     task: TaskLike,
-    scores: NodeScores | Sequence[NodeScores],
+    scores: NodeScores | nx.MultiDiGraph | Sequence[NodeScores | nx.MultiDiGraph],
     *,
     features: Mapping[str, Any],
     sizes: Sequence[int] = SIZES,
@@ -72,10 +75,13 @@ def evaluate_features(
     Args:
         model: the `TransformerBridge` that the scores are of. It is the same afterwards.
         task: the task that circuits are judged on; other pairs than those of the scores.
-        scores: node scores with features, one set or several of the same dictionaries.
+        scores: node scores with features, or circuits of features (which keep the features that
+            are nodes of theirs), one or several of the same dictionaries. If there are circuits,
+            all features of the dictionaries are ablated that are not kept, and the errors are those
+            of the whole dictionaries.
         features: the dictionaries by site, as for `attribute`.
         sizes: how many features are kept; those that exceed what there is are left out, and all
-            are kept once.
+            are kept once. Circuits have their own.
         ablation: what replaces a value: that of the corrupt run (`"patch"`), zero (`"zero"`), or
             its mean over the corrupt runs of all pairs, at all positions (`"mean"`) or at the same
             one (`"mean_per_position"`).
@@ -89,22 +95,36 @@ def evaluate_features(
         `completeness_low` to `completeness_high`.
 
     Raises:
-        ValueError: scores hold no features, or others than the rest; an argument is wrong; or the
-            metric does not differ between the clean run and the one in which all is ablated.
+        ValueError: scores or circuits hold no features, or are of other dictionaries than the
+            rest, or have one name; an argument is wrong; or the metric does not differ between the
+            clean run and the one in which all is ablated.
     """
     check_ablation(ablation)
-    listed = [scores] if isinstance(scores, NodeScores) else list(scores)
-    names = _names(listed)
+    listed = [scores] if isinstance(scores, NodeScores | nx.Graph) else list(scores)
     sites = Sites.of(model)
     task.must_fit(sites.model.cfg, sites.model_name)
-    orders = {s.rules: _order(s, names) for s in listed}
+    own = _names(listed)
+    names = own
+    if any(isinstance(one, nx.Graph) for one in listed):
+        names = tuple(f.name(n) for f in features_of(sites, features)
+                      for n in range(f.dictionary.features))  # fmt: skip
+    ranked = [s for s in listed if isinstance(s, NodeScores)]
+    graphs = {g.graph["rules"]: _numbers(g, names) for g in listed if isinstance(g, nx.Graph)}
+    orders = {s.rules: _order(s, names) for s in ranked}
+    if len(orders.keys() | graphs.keys()) < len(listed):
+        raise ValueError(
+            "what is evaluated together must have names of its own, which tell rows apart; "
+            f"got {', '.join([*orders, *graphs])} for {len(listed)}; see Scores.renamed"
+        )
     draw = np.random.default_rng(seed)
     orders |= {f"random {i + 1}" if random > 1 else "random": draw.permutation(len(names))
                for i in range(random)}  # fmt: skip
-    counts = sorted({min(int(size), len(names)) for size in sizes} | {len(names)})
-    circuits = [_Circuit(rules, count, errors, names, order[:count])
-                for rules, order in orders.items() for count in counts
-                for errors in (True, False)]  # fmt: skip
+    counts = {min(int(size), len(names)) for size in sizes} | {len(names)} if ranked else set()
+    counts |= {len(chosen) for chosen in graphs.values()}
+    some = list(graphs.items())
+    some += [(rules, order[:n]) for rules, order in orders.items() for n in sorted(counts)]
+    circuits = [_Circuit(rules, len(chosen), errors, names, chosen)
+                for rules, chosen in some for errors in (True, False)]  # fmt: skip
     run = _Runs(sites, task, divisions(sites, features, names), ablation)
     full, none = _Kept(names, True), _Kept((), False)
     wanted = [full, none, *(kept for c in circuits for kept in (c.kept, c.others))]
@@ -164,30 +184,42 @@ class _Circuit:
         return _Kept(rest, not self.errors)
 
 
-def _names(scores: Sequence[NodeScores]) -> tuple[str, ...]:
-    """The features that scores are of."""
+def _names(scores: Sequence[NodeScores | nx.MultiDiGraph]) -> tuple[str, ...]:
+    """The features that scores and circuits are of."""
     found: dict[str, None] = {}
+    of = ""
     for s in scores:
-        if not isinstance(s, NodeScores):
+        if not isinstance(s, NodeScores | nx.Graph):
             raise ValueError(
-                "`scores` must be node scores with features; got "
+                "`scores` must be node scores with features, or circuits of them; got "
                 f"{type(s).__name__}; compute them with attribute(model, task, features=...)"
             )
-        own = [n for n in s.components if Component.parse(n).kind == "feature"]
+        if isinstance(s, NodeScores):
+            parts, rules, said = s.components, s.rules, s.provenance.dictionaries
+        else:
+            parts = tuple(check_circuit(s))
+            rules, said = s.graph["rules"], s.graph["dictionaries"]
+        kinds = {n: Component.parse(n).kind for n in parts}
+        own = [name for name, kind in kinds.items() if kind == "feature"]
         if not own:
             raise ValueError(
-                f"`scores` must hold features; those of {s.rules!r} are of "
-                f"{', '.join(s.kinds())}; compute them with attribute(model, task, features=...)"
+                f"`scores` must hold features; those of {rules!r} are of "
+                f"{', '.join(dict.fromkeys(kinds.values())) or 'nothing'}; compute them with "
+                "attribute(model, task, features=...)"
             )
-        if s.provenance.dictionaries != scores[0].provenance.dictionaries:
+        if said != (of := of or said):
             raise ValueError(
-                "sets of scores must be of the same dictionaries; got "
-                f"{scores[0].provenance.dictionaries!r} and {s.provenance.dictionaries!r}"
+                f"all must be of the same dictionaries; got {of!r} and {said!r}; judge them apart"
             )
         found |= dict.fromkeys(own)
     if not scores:
         raise ValueError("`scores` must be one set or more; got none; call attribute first")
     return tuple(found)
+
+
+def _numbers(graph: nx.MultiDiGraph, names: Sequence[str]) -> np.ndarray:
+    """The numbers of the features that are nodes of a circuit."""
+    return np.array([i for i, name in enumerate(names) if name in graph], dtype=int)
 
 
 def _order(scores: NodeScores, names: Sequence[str]) -> np.ndarray:
