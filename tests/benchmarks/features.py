@@ -30,7 +30,7 @@ from floor import floor
 
 from circuits import agreement, evaluate_features, patch
 from circuits.draw.template import BENEATH, CATEGORIES, framed, panels
-from relp import DEEPLIFT, GIM, GRADIENT, PARTWAY, RELP, NodeScores, attribute
+from relp import GRADIENT, PRESETS, NodeScores, attribute
 from relp.dictionaries import load_dictionary
 from tasks import registry, zoo
 from tasks.zoo.shelf import shipped
@@ -41,11 +41,9 @@ STEPS = 10
 METHODS: dict[str, dict[str, Any]] = {
     "GRADIENT": {"rules": GRADIENT},
     f"IG-{STEPS} of each site": {"rules": GRADIENT, "steps": STEPS, "path": "site"},
-    "RELP": {"rules": RELP},
-    "GIM": {"rules": GIM},
-    "DEEPLIFT": {"rules": DEEPLIFT},
-    "PARTWAY": {"rules": PARTWAY},
-}
+} | {name: {"rules": rules} for name, rules in PRESETS.items() if rules is not GRADIENT}
+DRAWN = ("GRADIENT", f"IG-{STEPS} of each site", "RELP", "DEEPLIFT", "PARTWAY", "random")
+"""What the figure shows; more lines could not be told apart."""
 SIZES = (20, 50, 100, 150, 200, 300, 400, 500, 700, 1000)
 ABLATIONS = ("patch", "mean")
 FEW = 8
@@ -158,7 +156,8 @@ def drawn(curves: dict[tuple[str, str], pd.DataFrame], task: str) -> go.Figure:
     for column, table in enumerate(curves.values(), 1):
         for row, errors in enumerate(("in", "out"), 1):
             part = table[table.errors == errors]
-            for number, (rules, line) in enumerate(part.groupby("rules", sort=False)):
+            for number, rules in enumerate(DRAWN):
+                line = part[part.rules == rules]
                 color = CATEGORIES[number % len(CATEGORIES)]
                 figure.add_trace(
                     go.Scatter(x=line.features, y=line.faithfulness, name=rules, mode="lines",
