@@ -303,6 +303,7 @@ def test_a_circuit_of_features_is_a_circuit(tiny: Any, tmp_path: Any) -> None:
     told = labelled(circuit, pd.DataFrame({"feature": ["L9.mlp/f1", "embed"], "text": ["a", "b<"]}))
     assert told.nodes["embed"]["text"] == "b<" and "text" not in circuit.nodes["embed"]
     assert " · b&lt;" in save(told, tmp_path / "told.svg").read_text()
+    assert "b\\u003c" in save(told, tmp_path / "told.html").read_text()  # in the explorer too
     assert load(save(told, tmp_path / "told.json")).nodes["embed"]["text"] == "b<"
     with pytest.raises(ValueError, match="must be by names of nodes of the circuit, such as 'embe"):
         labelled(circuit, {"L9.mlp/f1": "a"})

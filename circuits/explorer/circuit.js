@@ -71,7 +71,8 @@ function signed(score) {
 const sign = (score) => (score > 0 ? "positive" : score < 0 ? "negative" : "");
 
 /** What a node is called: by its component, and where it is. */
-const called = (node) => `${node.label || "(no name)"}${node.place ? ` at ${node.place}` : ""}`;
+const called = (node) =>
+  `${node.label || "(no name)"}${node.place ? ` at ${node.place}` : ""}${node.text ? ` · ${node.text}` : ""}`;
 
 /** What hovering over a node says; `heard` and `said` are its edges that are shown. */
 function described(node) {

@@ -78,6 +78,7 @@ def _nodes(graph: nx.MultiDiGraph, places: Mapping[str, Point]) -> list[dict[str
         {
             "id": node,
             "label": paint.node_label(graph, node),
+            "text": str(data.get("text", "")),
             "place": place_label(graph, data["pos"]) if laned else "",
             "pos": data["pos"] if laned else -1,
             "kind": data["kind"],
