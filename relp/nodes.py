@@ -134,14 +134,6 @@ class NodeSums:
         """All components and their scores; nothing is added then."""
         if not self._features:
             return self._components, self._nodes
-        for f in self._features:
-            if f.unexplained > POOR:
-                warn_caller(
-                    f"{f.features.dictionary.called} leaves {f.unexplained:.0%} of the variance of "
-                    f"{f.features.site!r} on these prompts unexplained: most of what it does "
-                    f"will be in {f.features.rest!r}; it may be of another model, site or layer, "
-                    "or of weights that were folded and centred, as TransformerLens did by default"
-                )
         names, tables = zip(*(f.kept(self._keep) for f in self._features), strict=True)
         components = (*self._components, *(name for some in names for name in some))
         return components, torch.cat([self._nodes, *tables], 1)
@@ -154,7 +146,19 @@ class NodeSums:
     def scores(
         self, provenance: Provenance, pairs: Pairs, remainder: Mapping[str, float]
     ) -> NodeScores:
-        """The result."""
+        """The result.
+
+        Warns:
+            UserWarning: a dictionary leaves most of what a site holds unexplained.
+        """
+        for f in self._features:
+            if f.unexplained > POOR:
+                warn_caller(
+                    f"{f.features.dictionary.called} leaves {f.unexplained:.0%} of the variance of "
+                    f"{f.features.site!r} on these prompts unexplained: most of what it does "
+                    f"will be in {f.features.rest!r}; it may be of another model, site or layer, "
+                    "or of weights that were folded and centred, as TransformerLens did by default"
+                )
         components, table = self._whole
         return NodeScores(provenance=provenance, pairs=pairs, remainder=remainder,
                           components=components, nodes=table)  # fmt: skip
