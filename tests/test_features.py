@@ -462,9 +462,8 @@ def test_features_are_given_by_site(tiny: Any) -> None:
 
 def test_a_dictionary_that_explains_little_is_said(tiny: Any) -> None:
     task, d = random_task(tiny, pairs=2, length=4), dictionary(tiny.cfg.d_model, seed=4)
-    with pytest.warns(UserWarning, match=r"leaves \d+% of the variance of 'L1\.mlp' on") as seen:
+    with pytest.warns(UserWarning, match=r"leaves \d+% of the variance of 'L1\.mlp' on these prom"):
         attribute(tiny, task, features={"L1.mlp": d})
-    assert [w.filename for w in seen] == [__file__]
     width, eye = tiny.cfg.d_model, torch.eye(tiny.cfg.d_model)
     both, none = torch.cat([eye, -eye]), torch.zeros(2 * width)
     exact = Dictionary(both.T, both, none, torch.zeros(width), Relu())
