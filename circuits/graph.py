@@ -19,8 +19,8 @@ part of `L9.mlp`.
 Attributes (only str, int, float and bool, so that every file format can hold them):
 
 =====  ==============  =====  ==================================================================
-node   kind            str    embed, head, kv, neuron, attn, mlp, mixer or logits
-       layer, head     int    -1 where there is none; a neuron's number is its `head`
+node   kind            str    embed, head, kv, neuron, attn, mlp, mixer, feature, rest or logits
+       layer, head     int    -1 where there is none; a neuron's or feature's number is its `head`
        score           float  sum of the node's outgoing edges in the full graph = its node score
 edge   score           float  in units of the metric; the sign is that of `Scores`
        slot            str    q, k, v, in, or kv for structural edges
@@ -28,7 +28,7 @@ edge   score           float  in units of the metric; the sign is that of `Score
        structural      bool   True: leads from a key/value head to a query head
        reader          str    the reader in full (`L9H6.q`), empty for structural edges
 graph  model, task, rules, direction, metric, level  str, as in `Scores`
-       versions, dtype, weights, quantization  str, as in `Provenance`
+       versions, dtype, weights, quantization, dictionaries  str, as in `Provenance`
        compatibility   bool   True if the bridge was in compatibility mode
        metric_clean    float  mean of the metric over the clean prompts
        metric_corrupt  float  mean of the metric over the corrupt prompts
@@ -92,6 +92,7 @@ GRAPH: Mapping[str, type] = {
     "weights": str,
     "quantization": str,
     "compatibility": bool,
+    "dictionaries": str,
     "metric_clean": float,
     "metric_corrupt": float,
     "pairs": int,
@@ -106,6 +107,7 @@ GRAPH: Mapping[str, type] = {
 UNSTATED: Mapping[str, object] = {
     **{name: "unknown" if kind is str else kind() for name, kind in GRAPH.items()},
     "quantization": "",
+    "dictionaries": "",
     "places": "[]",
     "prompt": "[]",
 }

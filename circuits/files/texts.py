@@ -20,8 +20,8 @@ _RESERVED = {
     "node_for_adding", "self", "u_for_edge", "v_for_edge",  # arguments of networkx
 }  # fmt: skip
 
-SINCE = ("versions", "dtype", "weights", "quantization", "compatibility", "by_span", "places",
-         "prompt")  # fmt: skip
+SINCE = ("versions", "dtype", "weights", "quantization", "compatibility", "dictionaries", "by_span",
+         "places", "prompt")  # fmt: skip
 """Attributes of the graph that earlier files lack."""
 
 
