@@ -389,7 +389,10 @@ def test_a_users_own_metric_works(tiny: Any) -> None:
             {"steps": 3, "rules": DEEPLIFT},
             "`steps` must be 1 for rules that compare two runs; got 3 with",
         ),
-        ({"steps": 2, "path": "line"}, "`path` must be 'inputs' or 'activations'; got 'line'"),
+        (
+            {"steps": 2, "path": "line"},
+            "`path` must be one of 'inputs', 'activations', 'site'; got 'line'",
+        ),
         ({"path": "activations"}, "`path='activations'` needs `steps` above 1; got 1"),
         ({"positions": "all", "level": "edge"}, "`positions` must be True, False or 'spans'; got"),
         ({"positions": True}, "`positions` is for edge scores; got level='node'"),

@@ -79,8 +79,8 @@ def test_a_name_is_taken_apart(name: str, parts: tuple[str, int, int]) -> None:
 @pytest.mark.parametrize("name", ["", "L9", "L9H", "H6", "L9H6.q", "L9.mlp.in", "l9h6", "L9H6 "])
 def test_other_names_are_refused(name: str) -> None:
     assert full_message(lambda: Component.parse(name)) == (
-        "a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, L9.resid or "
-        f"logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
+        "a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, L9.resid, "
+        f"L9.mlp/f1021 or logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
     )
 
 
