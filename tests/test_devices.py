@@ -15,6 +15,7 @@ from accelerate import cpu_offload, dispatch_model
 from conftest import able_task, boot, warm
 from pretend import HERE, THERE, Pretend, devices
 from test_cli import refused
+from test_features import some
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,7 @@ from circuits import (
     assemble,
     completeness,
     evaluate,
+    evaluate_features,
     faithfulness,
     minimality,
     patch,
@@ -36,6 +38,8 @@ from relp.bridge.basis import device_of
 from tasks import Task, ioi, zoo
 from tasks.zoo.placement import Placement
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the variance of.*unexplained")
+FEATURES = ("L0.mlp/f4", "L1.resid/f2", "L1.attn/f7", "L1.mlp/f3", "L1.mlp/rest", "final/f1")
 EDGES = [
     ("embed", "L1.mlp.in"),
     ("L0H1", "L2H0.q"),
@@ -85,6 +89,16 @@ VERBS: dict[str, Verb] = {
     "evaluate": lambda m, t: evaluate(m, t, attribute(m, t, level="edge"), sizes=(0.1, 0.5)),
     "acdc": lambda m, t: acdc(m, t, tau=1.0, progress=False).number_of_edges(),
     "preferred": lambda m, t: t.preferred(m),
+    "features": lambda m, t: attribute(m, t, rules=DEEPLIFT, features=some(m)).nodes,
+    "edges of features": lambda m, t: (
+        attribute(m, t, rules=DEEPLIFT, level="edge", features=some(m), components=FEATURES).edges
+    ),
+    "patch features": lambda m, t: effects(components=FEATURES, features=some(m))(m, t),
+    "circuits of features": lambda m, t: torch.tensor(
+        evaluate_features(
+            m, t, attribute(m, t, rules=DEEPLIFT, features=some(m)), features=some(m), sizes=(5,)
+        ).faithfulness.tolist()
+    ),
 }
 FEW = ("nodes", "edges of two runs", "edges of neurons", "patch", "patch edges", "faithfulness")
 """What runs each time; the others are long proofs."""

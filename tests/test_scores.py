@@ -80,7 +80,8 @@ def test_a_name_is_taken_apart(name: str, parts: tuple[str, int, int]) -> None:
 def test_other_names_are_refused(name: str) -> None:
     assert full_message(lambda: Component.parse(name)) == (
         "a component must be named like embed, L9H6, L9KV1, L9N17, L9.mlp, L9.attn, L9.resid, "
-        f"L9.mlp/f1021 or logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the name"
+        f"L9.mlp/f1021 or logits; got {name!r}; a reader's slot (.q .k .v .in) is not part of the "
+        "name"
     )
 
 

@@ -77,12 +77,16 @@ class Cuts:
 
         Sites that they do not hang on directly are left out.
         """
+        behind = [(out, worth) for out, worth in zip(outputs, above, strict=True)
+                  if out.requires_grad]  # fmt: skip
+        if not behind:
+            return {}  # the embedding: nothing is before it
         grads = torch.autograd.grad(
-            list(outputs), list(self.leaves.values()), list(above), retain_graph=True,
-            allow_unused=True,
+            [out for out, _ in behind], list(self.leaves.values()), [worth for _, worth in behind],
+            retain_graph=True, allow_unused=True,
         )  # fmt: skip
-        found = zip(self.leaves, grads, strict=True)
-        return {site: grad.detach() for site, grad in found if grad is not None}
+        found = {site: g for site, g in zip(self.leaves, grads, strict=True) if g is not None}
+        return {site: grad.detach().to(self.own[site].device) for site, grad in found.items()}
 
 
 def wide(value: Tensor) -> Tensor:
