@@ -94,6 +94,7 @@ def test_they_explain_what_their_files_say(model: Any) -> None:
         assert abs(found.active - said["l0"]) < 1 and found.active < 20, site
 
 
+@pytest.mark.long
 def test_the_task_survives_each_of_them(model: Any) -> None:
     whole = Corpus(model.tokenizer, 0)
     task = whole.tasks()["ioi"][:32]
