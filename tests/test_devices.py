@@ -277,11 +277,10 @@ def elsewhere(
 
 
 @every_verb
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
 def test_offloaded_weights_give_the_numbers_of_others(
-    elsewhere: Callable[[str], Any], request: pytest.FixtureRequest, name: str, verb: str
+    elsewhere: Callable[[str], Any], gpt2_folder: Path, verb: str
 ) -> None:
-    folder = request.getfixturevalue(f"{name}_folder")
+    folder = gpt2_folder
     model, plain = elsewhere(str(folder)), boot(folder)
     assert any(p.is_meta for p in model.original_model.parameters())
     before = hooks(model)
