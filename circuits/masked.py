@@ -142,8 +142,15 @@ def endpoints(
     return clean, corrupt
 
 
-def doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"]) -> str:
-    """Why shares of the gap would be shares of noise, or nothing."""
+def doubt(
+    task: TaskLike,
+    clean: Float[Tensor, " pair"],
+    corrupt: Float[Tensor, " pair"],
+    *,
+    ablated: bool = False,
+) -> str:
+    """Why shares of the gap would be shares of noise, or nothing; `ablated`: corrupt are not the
+    corrupt prompts, but runs in which all is ablated."""
     gap, pairs = (clean - corrupt).double(), len(clean)
     mean = float(gap.mean())
     # A single pair has no spread, and pairs that all agree leave no doubt about the sign.
@@ -156,9 +163,10 @@ def doubt(task: TaskLike, clean: Float[Tensor, " pair"], corrupt: Float[Tensor, 
         return ""
     able = f"it is right on {right} of {pairs} clean prompts, and " * task.metric.compares_answers
     spread = f" ± {error:.2g} (standard error over pairs)" if pairs > 1 else ""
+    base = "ablated runs" if ablated else "corrupt prompts"
     return (
         f"{UNABLE}, or circuits explain noise; {able}the gap in "
-        f"{task.metric.name!r} between clean and corrupt prompts is {mean:.3g}{spread}; use "
+        f"{task.metric.name!r} between clean and {base} is {mean:.3g}{spread}; use "
         f"{'other or more pairs' if right == pairs else 'task.filter_correct(model)'}, or a model "
         "that can do the task"
     )

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from relp.bars import tqdm
 from relp.bridge.capture import Capture
 from relp.bridge.captures import captures, needed
 from relp.bridge.cuts import cut_run
-from relp.bridge.features import divisions, features_of, fingerprints
+from relp.bridge.features import NO_FEATURES, divisions, features_of, fingerprints
 from relp.bridge.memory import Plan, attribution_plan, in_batches
 from relp.bridge.room import Room, as_fits
 from relp.bridge.run import undisturbed
@@ -39,7 +38,6 @@ from relp.scores import EdgeScores, NodeScores
 
 __all__ = ["attribute", "plan"]
 
-NO_FEATURES: Mapping[str, Any] = MappingProxyType({})
 KEPT = 32
 """Features of a site that have edges, if nobody says how many."""
 PATHS = ("inputs", "activations", "site")
@@ -119,7 +117,7 @@ def attribute(
     _check(rules, level, steps, path, positions)
     _check_features(features, keep)
     if level == "edge" and features:
-        _check_feature_edges(rules, steps, positions, neurons)
+        _check_feature_edges(rules, steps, positions, neurons, keep if components else None)
         return _between_features(
             model, task, rules, features, components, keep or KEPT, way, batch_size=batch_size,
             strict=strict, progress=progress,
@@ -328,10 +326,11 @@ def _check_features(features: Mapping[str, Any], keep: int | None) -> None:
 
 
 def _check_feature_edges(
-    rules: Rules, steps: int, positions: bool | str, neurons: Sequence[str]
+    rules: Rules, steps: int, positions: bool | str, neurons: Sequence[str], keep: int | None
 ) -> None:
     given = {"steps": steps > 1, "positions": bool(positions), "neurons": bool(neurons),
-             "rules that are partway": rules.partway}  # fmt: skip
+             "rules that are partway": rules.partway,
+             "keep beside components, which name them": keep is not None}  # fmt: skip
     if wrong := next((name for name, there in given.items() if there), ""):
         raise ValueError(
             "edges between features are of one run, summed over positions, between dictionaries "

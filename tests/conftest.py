@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -63,6 +64,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_runtest_setup() -> None:
     checking.calls.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a program said before it failed is told with the test's failure."""
+    try:
+        return (yield)
+    except subprocess.CalledProcessError as error:
+        for said in (error.stdout, error.stderr):
+            text = said.decode(errors="replace") if isinstance(said, bytes) else said
+            error.add_note((text or "")[-3000:])
+        raise
 
 
 # -- models ----------------------------------------------------------------------------------------

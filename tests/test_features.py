@@ -9,7 +9,7 @@ import jaxtyping
 import pandas as pd
 import pytest
 import torch
-from conftest import on, ragged_task, random_task
+from conftest import able_task, on, ragged_task, random_task
 from test_linear import FIXED
 from test_linear import model as linear  # noqa: F401  # a fixture
 from torch import Tensor
@@ -30,6 +30,7 @@ from circuits.exact import Cell, Runs
 from relp import DEEPLIFT, GRADIENT, PARTWAY, PRESETS, RELP, Component, Scores, attribute
 from relp.bridge import Sites
 from relp.dictionaries import Dictionary, JumpRelu, Relu, Scaled, TopK
+from tasks import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the variance of.*unexplained")
 QUIET: dict[str, Any] = {"progress": False}
@@ -321,7 +322,7 @@ def test_a_circuit_of_features_is_a_circuit(tiny: Any, tmp_path: Any) -> None:
 @pytest.mark.parametrize("ablation", ["patch", "mean", "zero"])
 @on("tiny", "llama", "gpt2")
 def test_circuits_of_features_between_all_and_nothing(tiny: Any, ablation: str) -> None:
-    task, features = random_task(tiny, pairs=3, length=4), some(tiny)
+    task, features = able_task(tiny, pairs=3, length=4), some(tiny)
     scores = [attribute(tiny, task, rules=r, features=features, components="feature")
               for r in (RELP, GRADIENT)]  # fmt: skip
     table = evaluate_features(tiny, task, scores, features=features, sizes=(2, 5),
@@ -337,7 +338,7 @@ def test_circuits_of_features_between_all_and_nothing(tiny: Any, ablation: str) 
 
 
 def test_a_circuit_of_features_is_run_as_by_hand(tiny: Any) -> None:
-    task, site, at = random_task(tiny, pairs=3, length=4), "L1.mlp", "blocks.1.hook_mlp_out"
+    task, site, at = able_task(tiny, pairs=3, length=4), "L1.mlp", "blocks.1.hook_mlp_out"
     d = some(tiny)[site]
     scores = attribute(tiny, task, features={site: d}, components="feature")
     table = evaluate_features(tiny, task, scores, features={site: d}, sizes=(2,), random=0, **QUIET)
@@ -362,7 +363,7 @@ def test_a_circuit_of_features_is_run_as_by_hand(tiny: Any) -> None:
 
 
 def test_a_circuit_keeps_the_features_that_are_its_nodes(tiny: Any) -> None:
-    task, features = random_task(tiny, pairs=3, length=4), some(tiny)
+    task, features = able_task(tiny, pairs=3, length=4), some(tiny)
     edges = attribute(tiny, task, level="edge", features=features, keep=4)
     circuit = top(edges, edges=20)
     scores = attribute(tiny, task, rules=GRADIENT, features=features, components="feature")
@@ -426,6 +427,15 @@ def test_a_transcoders_feature_is_set_by_what_it_reads(tiny: Any) -> None:
             r"edges between features are .*; got positions; leave that out, or use level='node'",
         ),
         (
+            {
+                "features": {"L1.mlp": "L1.mlp"},
+                "level": "edge",
+                "keep": 2,
+                "components": ["L1.mlp/f1"],
+            },
+            r"got keep beside components, which name them; leave that out",
+        ),
+        (
             {"features": {"L1.mlp": "L1.mlp"}, "level": "edge", "rules": PARTWAY},
             r"got rules that are partway; leave that out",
         ),
@@ -471,6 +481,14 @@ def test_a_dictionary_that_explains_little_is_said(tiny: Any) -> None:
         warnings.simplefilter("error")
         scores = attribute(tiny, task, features={"L1.mlp": exact}, components="feature")
     assert float(scores.nodes[:, -1].abs().max()) < 1e-6  # nothing is left over
+
+
+def test_circuits_of_a_model_that_cannot_do_the_task_are_doubted(tiny: Any) -> None:
+    task, features = able_task(tiny, pairs=3, length=4), {"L1.mlp": some(tiny)["L1.mlp"]}
+    wrong = Task.from_tokens(task.clean, task.corrupt, task.foils, task.answers)
+    scores = attribute(tiny, wrong, features=features, components="feature")
+    with pytest.warns(UserWarning, match="it is right on 0 of 3 .* between clean and ablated runs"):
+        evaluate_features(tiny, wrong, scores, features=features, sizes=(2,), **QUIET)
 
 
 def test_circuits_and_steering_refuse_in_a_sentence(tiny: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from circuits.engines.local import Engine
@@ -14,11 +13,9 @@ from circuits.exact.runs import Runs
 from circuits.exact.shards import shard_title, sharded
 from circuits.exact.tables import edge_effects, node_effects
 from relp import Direction, EdgeEffects, Level, ModelLike, NodeEffects, TaskLike
-from relp.bridge import Sites, provenance, undisturbed
+from relp.bridge import NO_FEATURES, Sites, provenance, undisturbed
 
 __all__ = ["patch"]
-
-NO_FEATURES: Mapping[str, Any] = MappingProxyType({})
 
 
 @undisturbed

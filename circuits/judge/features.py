@@ -27,6 +27,7 @@ from circuits.exact.runs import ablation_means
 from circuits.graph import check_circuit
 from circuits.judge.evaluation import shares_of_gap
 from circuits.judge.resampling import interval, resamples
+from circuits.masked import doubt
 from relp import Component, ModelLike, NodeScores, TaskLike
 from relp.bridge import (
     Edit,
@@ -41,6 +42,7 @@ from relp.bridge import (
     precise_logits,
     prompts_per_run,
     undisturbed,
+    warn_caller,
 )
 
 __all__ = ["evaluate_features"]
@@ -94,6 +96,9 @@ def evaluate_features(
         `completeness` with 95 % bootstrap intervals over pairs, `low` to `high` and
         `completeness_low` to `completeness_high`.
 
+    Warns:
+        UserWarning: the model cannot do the task, or ablating all changes the metric by noise.
+
     Raises:
         ValueError: scores or circuits hold no features, or are of other dictionaries than the
             rest, or have one name; an argument is wrong; or the metric does not differ between the
@@ -131,6 +136,8 @@ def evaluate_features(
     metric = run.metrics(wanted, progress=progress)
     clean, empty, *rest = metric
     _must_differ(clean, empty)
+    if said := doubt(task, clean, empty, ablated=True):
+        warn_caller(said)
     weights = np.concatenate([np.full((1, len(task)), 1 / len(task)),
                               resamples(len(task), seed)])  # fmt: skip
     found = shares_of_gap(torch.stack(rest), clean, empty, weights)

@@ -3,7 +3,7 @@ residual stream."""
 
 from relp.bridge.basis import Basis, Matrix, Slot, bias, span, weight
 from relp.bridge.capture import ROOT
-from relp.bridge.features import Features, divisions, features_of, fingerprints
+from relp.bridge.features import NO_FEATURES, Features, divisions, features_of, fingerprints
 from relp.bridge.memory import (
     PAIR_BYTES,
     ROW_BYTES,
@@ -49,6 +49,7 @@ from relp.scores import span_index, span_places, token_at
 
 __all__ = [
     "PAIR_BYTES",
+    "NO_FEATURES",
     "POINTWISE",
     "REBUILT",
     "ROOT",

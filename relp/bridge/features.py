@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,10 +22,12 @@ from relp.dictionaries import Dictionary
 from relp.dictionaries.hook_names import place_of
 from relp.layout import Component
 
-__all__ = ["Features", "divisions", "features_of", "fingerprints"]
+__all__ = ["NO_FEATURES", "Features", "divisions", "features_of", "fingerprints"]
 
 CHUNK_BYTES = 64 << 20
 """Memory for the values of all features at the tokens at work."""
+NO_FEATURES: Mapping[str, Any] = MappingProxyType({})
+"""What calls take if nothing is given."""
 PARTS = ("resid", "mid", "attn", "mlp", "mixer", "z", "neurons")
 """Where in a block dictionaries can be."""
 
