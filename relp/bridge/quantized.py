@@ -77,7 +77,9 @@ def _of(settings: Any, name: str) -> Any:
 
 def _packed(module: nn.Module) -> str:
     """What of a module's own tensors is no ordinary weight, in words; empty if all are."""
-    own = dict(module.named_parameters(recurse=False))
+    if not (module._parameters or module._buffers):  # most, and this is asked of all
+        return ""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
     for name, parameter in own.items():
         if type(parameter) is not nn.Parameter:  # bitsandbytes, torchao, quanto
             return f"a `{name}` of class {type(parameter).__name__}"
@@ -86,9 +88,12 @@ def _packed(module: nn.Module) -> str:
     widths = next((w for w in WIDTHS if all(hasattr(module, n) for n in w)), None)
     if widths is None and "Linear" not in type(module).__name__:
         return ""
-    held = own | dict(module.named_buffers(recurse=False))
-    for name, tensor in held.items():  # GPTQ, AWQ: packed in whole numbers
-        if tensor.dim() > 1 and not (_is_real(tensor) or tensor.dtype == torch.bool):
+    for name, tensor in (own | module._buffers).items():  # GPTQ, AWQ: packed in whole numbers
+        if (
+            tensor is not None
+            and tensor.dim() > 1
+            and not (_is_real(tensor) or tensor.dtype == torch.bool)
+        ):
             return f"a `{name}` of {_dtype(tensor)}"
     matrix = own.get("weight")
     if matrix is not None and widths is not None:

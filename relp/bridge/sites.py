@@ -292,7 +292,8 @@ class Sites:
 
     def gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of any blocks, detached, on the one `device`."""
-        return {name: value.detach().to(self.device) for name, value in values.items()}
+        device = self.device  # once: to find it, a module lists its parameters
+        return {name: value.detach().to(device) for name, value in values.items()}
 
 
 def _block(cfg: Any, layer: int, module: Any) -> tuple[Block, dict[str, nn.Module]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -64,9 +65,10 @@ def fingerprint(model: Any) -> tuple[str, str]:
     for module in getattr(model, "original_model", model).modules():
         if not (module._parameters or module._buffers):  # most: to align them all takes a while
             continue
-        with torch.no_grad(), align_module_device(module):
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            for name, tensor in own:
+        with align_module_device(module) if hasattr(module, "_hf_hook") else nullcontext():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None:
+                    continue
                 if tensor.is_floating_point():
                     dtypes.add(str(tensor.dtype).removeprefix("torch."))
                 digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -194,31 +194,39 @@ def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Tensor]:
 
 def carries(value: Any) -> bool:
     """True if a tensor in `value` carries relevance: it requires grad and is not a parameter."""
-    for t in tensors(value):  # noqa: SIM110 (a plain loop is faster, and this is asked often)
-        if t.requires_grad and not isinstance(t, nn.Parameter):
-            return True
+    if isinstance(value, Tensor):
+        # (asked of every operand: to ask for the class alone first is ten times as fast)
+        return value.requires_grad and (
+            type(value) is Tensor or not isinstance(value, nn.Parameter)
+        )
+    if isinstance(value, _NESTING):
+        for part in _held(value):
+            if isinstance(part, _MAY_HOLD) and carries(part):
+                return True
     return False
 
 
 _NESTING = (tuple, list, dict, slice)
+_MAY_HOLD = (Tensor, *_NESTING)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
-        return
-    if isinstance(value, dict):
-        value = value.values()
-    elif isinstance(value, slice):
-        value = value.start, value.stop, value.step
-    elif not isinstance(value, (tuple, list)):
-        return
-    for part in value:
-        if isinstance(part, Tensor):  # (asked here too: most parts are, or nest nothing)
-            yield part
-        elif isinstance(part, _NESTING):
-            yield from tensors(part)
+    elif isinstance(value, _NESTING):
+        for part in _held(value):
+            if isinstance(part, Tensor):  # (asked here too: most parts are, or nest nothing)
+                yield part
+            elif isinstance(part, _NESTING):
+                yield from tensors(part)
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What a tuple, a list, a dict or a slice consists of."""
+    if isinstance(value, (tuple, list)):
+        return value
+    return value.values() if isinstance(value, dict) else (value.start, value.stop, value.step)
 
 
 def swapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from relp.propagation.calls import tensors
@@ -48,7 +49,7 @@ class Witness:
 
     def explain(self, out: T) -> T:
         """Notes a result that an operation under our eyes gave."""
-        for t in tensors(out):
+        for t in (out,) if isinstance(out, Tensor) else tensors(out):
             if t.grad_fn is not None:
                 self.explained.add(t.grad_fn)
             if t._base is not None:  # what is written into a view changes the whole
@@ -58,7 +59,7 @@ class Witness:
     def unexplained(self, output: Any) -> Iterator[str]:
         """What made `output` and went past the rules; from then on it is known."""
         for node in [t.grad_fn for t in tensors(output)]:
-            if node is not None and not self._harmless(node):
+            if node is not None and node not in self.explained and not self._harmless(node):
                 self.explained.add(node)
                 yield type(node).__name__.removesuffix("Backward")
 
