@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import jaxtyping
@@ -481,6 +482,27 @@ def test_a_dictionary_that_explains_little_is_said(tiny: Any) -> None:
         warnings.simplefilter("error")
         scores = attribute(tiny, task, features={"L1.mlp": exact}, components="feature")
     assert float(scores.nodes[:, -1].abs().max()) < 1e-6  # nothing is left over
+
+
+def test_circuits_of_features_are_compared_pair_by_pair(tiny: Any) -> None:
+    task, features = able_task(tiny, pairs=5, length=4), {"L1.mlp": some(tiny)["L1.mlp"]}
+    scores = [attribute(tiny, task, rules=r, features=features, components="feature")
+              for r in (RELP, GRADIENT)]  # fmt: skip
+    ask = partial(evaluate_features, tiny, task, features=features, sizes=(2, 5), **QUIET)
+    table = ask(scores, against="GRADIENT").set_index(["rules", "features", "errors"])
+    assert bool(table.loc["GRADIENT"].difference.isna().all())
+    for size, errors in ((2, "in"), (5, "out")):
+        row, base = (table.loc[rules, size, errors] for rules in ("RELP", "GRADIENT"))
+        difference = row.faithfulness - base.faithfulness
+        assert row.difference == pytest.approx(difference, abs=1e-6)
+        assert row.difference_low - 1e-6 <= difference <= row.difference_high + 1e-6
+        assert (32 * row.p_value) % 1 == pytest.approx(0, abs=1e-9)  # all 2^5 ways to swap
+        assert row.p_value >= 1 / 16
+    renamed = [scores[0], scores[0].renamed("again")]
+    same = ask(renamed, against="again", random=0).query("rules == 'RELP'")
+    assert same.difference.tolist() == [0.0] * len(same) and set(same.p_value) == {1.0}
+    with pytest.raises(ValueError, match="`against` must be one of RELP, GRADIENT, random; got 'x"):
+        ask(scores, against="x")
 
 
 def test_circuits_of_a_model_that_cannot_do_the_task_are_doubted(tiny: Any) -> None:

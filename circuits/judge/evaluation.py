@@ -35,7 +35,7 @@ from circuits.search.rank import edge_ranks
 from relp import Direction, EdgeScores, ModelLike, Scores, TaskLike
 from relp.bridge import Place, Sites, span_places, undisturbed
 
-__all__ = ["SIZES", "Evaluation", "compare", "evaluate", "shares_of_gap"]
+__all__ = ["SIZES", "Evaluation", "compare", "evaluate", "paired", "shares_of_gap"]
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the model's edges: the grid of MIB, arXiv:2504.13151."""
@@ -130,7 +130,7 @@ class Evaluation:
             return np.concatenate([self._areas(shares), shares], -1)
 
         names = ["CPR", "CMD", *(f"faithfulness at {s:.1%}" for s in self.sizes)]
-        table = _paired(names, metrics, self.clean, self.corrupt, measures, seed)
+        table = paired(names, metrics, self.clean, self.corrupt, measures, seed)
         table.attrs["title"] = f"{one} − {other} · {self.model} · {self.task}"
         return table
 
@@ -267,7 +267,7 @@ def compare(
     clean, corrupt = endpoints(sites, task, runs=runs)
     by_span = kept_by_span([one, other])
     metrics = [m[None] for m in circuit_metrics(sites, task, both, by_span=by_span, runs=runs)]
-    return _paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
+    return paired(["faithfulness"], metrics, clean, corrupt, lambda shares: shares, seed)
 
 
 def _edge_scores(scores: Sequence[Scores], sizes: Sequence[float]) -> list[EdgeScores]:
@@ -356,15 +356,18 @@ def shares_of_gap(
     return (means - low.reshape(shape)) / gap.reshape(shape)
 
 
-def _paired(
-    names: Sequence[str],
+def paired(
+    names: Sequence[Any],
     metrics: Sequence[Float[Tensor, "circuit pair"]],
     clean: Tensor,
     corrupt: Tensor,
     measures: Any,
     seed: int,
 ) -> pd.DataFrame:
-    """Difference of two in each measure of `[..., circuit]` shares, its interval and p-value."""
+    """Difference of two in each measure of `[..., circuit]` shares, its interval and p-value.
+
+    The test is that of `Evaluation.compare`.
+    """
     pairs = len(clean)
     one, other = (lambda weights, m=m: shares_of_gap(m, clean, corrupt, weights) for m in metrics)
     weights = resamples(pairs, seed)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from circuits.choices import check_ablation
 from circuits.exact.runs import ablation_means
 from circuits.graph import check_circuit
-from circuits.judge.evaluation import shares_of_gap
+from circuits.judge.evaluation import paired, shares_of_gap
 from circuits.judge.resampling import interval, resamples
 from circuits.masked import doubt
 from relp import Component, ModelLike, NodeScores, TaskLike
@@ -60,6 +60,7 @@ def evaluate_features(
     sizes: Sequence[int] = SIZES,
     ablation: str = "patch",
     random: int = 1,
+    against: str = "",
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -88,13 +89,16 @@ def evaluate_features(
             its mean over the corrupt runs of all pairs, at all positions (`"mean"`) or at the same
             one (`"mean_per_position"`).
         random: random orders of the features to compare with.
+        against: the name of one set of scores, with which the others are compared by a paired test.
         seed: of those, and of the bootstrap over pairs.
         progress: show a bar.
 
     Returns:
         A row for each set of scores, size and `errors` (`"in"` and `"out"`): `faithfulness` and
         `completeness` with 95 % bootstrap intervals over pairs, `low` to `high` and
-        `completeness_low` to `completeness_high`.
+        `completeness_low` to `completeness_high`. With `against` also the `difference` in
+        faithfulness to that of the same size and errors, its interval and `p_value` (as
+        `Evaluation.compare` gives them), NaN where there is none to compare with.
 
     Warns:
         UserWarning: the model cannot do the task, or ablating all changes the metric by noise.
@@ -124,6 +128,11 @@ def evaluate_features(
     draw = np.random.default_rng(seed)
     orders |= {f"random {i + 1}" if random > 1 else "random": draw.permutation(len(names))
                for i in range(random)}  # fmt: skip
+    if against and against not in {*orders, *graphs}:
+        raise ValueError(
+            f"`against` must be one of {', '.join([*orders, *graphs])}; got {against!r}; leave it "
+            "out for no comparison"
+        )
     counts = {min(int(size), len(names)) for size in sizes} | {len(names)} if ranked else set()
     counts |= {len(chosen) for chosen in graphs.values()}
     some = list(graphs.items())
@@ -158,7 +167,29 @@ def evaluate_features(
                 "completeness_high": high[complete],
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if not against:
+        return table
+    return table.join(_compared(table, against, torch.stack(rest[::2]), clean, empty, seed))
+
+
+def _compared(
+    table: pd.DataFrame,
+    against: str,
+    metric: Float[Tensor, "circuit pair"],
+    clean: Float[Tensor, " pair"],
+    empty: Float[Tensor, " pair"],
+    seed: int,
+) -> pd.DataFrame:
+    """How far circuits are above those of one set of scores that have the same size and errors."""
+    keys = list(zip(table.features, table.errors, strict=True))
+    at = {key: i for i, key in enumerate(keys) if table.rules[i] == against}
+    mine = [i for i, key in enumerate(keys) if key in at and at[key] != i]
+    both = [metric[mine], metric[[at[keys[i]] for i in mine]]]
+    found = paired(mine, both, clean, empty, lambda shares: shares, seed)
+    return found.set_index("measure").rename(
+        columns={"low": "difference_low", "high": "difference_high"}
+    )
 
 
 @dataclass(frozen=True)

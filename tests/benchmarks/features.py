@@ -5,11 +5,12 @@ python tests/benchmarks/features.py --task subject_verb_simple --model smollm2-1
 python tests/benchmarks/features.py --figure docs/features.png        # and the curves as a figure
 
 Dictionaries: `tasks.zoo.dictionaries(model)`, which `python -m tasks.zoo.dictionaries` has trained.
-Three tables for each model. Single features: agreement of scores with `patch`, feature by feature
-and position by position (r, Spearman's rho, share of right signs, relative error; the features with
-the largest score of any method). Circuits: features of one half of the pairs by |score|, judged on
-the other half, with the errors of the dictionaries kept and ablated, by two ablations. Time: CPU
-time as a multiple of two forward passes and one backward of the plain model.
+Tables for each model. Single features: agreement of scores with `patch`, feature by feature and
+position by position (r, Spearman's rho, share of right signs, relative error; the features with the
+largest score of any method). Circuits: features of one half of the pairs by |score|, judged on the
+other half, with the errors of the dictionaries kept and ablated, by two ablations; and how far each
+method is from GRADIENT there, with the p-value of a paired test over pairs. Time: CPU time as a
+multiple of two forward passes and one backward of the plain model.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ DRAWN = ("GRADIENT", f"IG-{STEPS} of each site", "RELP", "DEEPLIFT", "PARTWAY", 
 """What the figure shows; more lines could not be told apart."""
 SIZES = (20, 50, 100, 150, 200, 300, 400, 500, 700, 1000)
 ABLATIONS = ("patch", "mean")
+BASELINE = "GRADIENT"
 FEW = 8
 """Features of a site that are patched one by one."""
 
@@ -82,10 +84,13 @@ def measured(name: str, task: str, pairs: int) -> dict[str, pd.DataFrame]:
     curves = {}
     for ablation in ABLATIONS:
         table = evaluate_features(model, judged_on, list(scores.values()), features=features,
-                                  sizes=SIZES, ablation=ablation, progress=False)  # fmt: skip
+                                  sizes=SIZES, ablation=ablation, against=BASELINE,
+                                  progress=False)  # fmt: skip
         curves[ablation] = table
         for measure in ("faithfulness", "completeness"):
             show(f"circuits, {ablation} ablation: {measure}", pivoted(table, measure))
+        title = f"circuits, {ablation} ablation: faithfulness above that of {BASELINE} (p)"
+        show(title, differences(table))
     edges = partial(attribute, model, found_on, level="edge", features=features, keep=FEW,
                     progress=False)  # fmt: skip
     times[f"edges between {FEW} of each site, RELP"] = seconds(edges) / unit
@@ -135,6 +140,14 @@ def pivoted(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     text = [f"{a:.2f} ({b:.2f} to {c:.2f})"
             for a, b, c in zip(table[measure], table[low], table[high], strict=True)]  # fmt: skip
     shown = table.assign(text=text)
+    return shown.pivot(index=["errors", "features"], columns="rules", values="text")
+
+
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """As `pivoted`: how far methods are from `BASELINE`, and in brackets how likely by chance."""
+    pairs = zip(table.difference, table.p_value, strict=True)
+    shown = table.assign(text=[f"{d:+.2f} ({p:.4f})" for d, p in pairs])
+    shown = shown[shown.rules != BASELINE]
     return shown.pivot(index=["errors", "features"], columns="rules", values="text")
 
 
