@@ -158,7 +158,14 @@ def transformer_lens(model: Any, plain: Any, task: Task) -> pd.DataFrame:
             EdgeAttributionConfig(granularity=level),  # type: ignore[arg-type]
         )  # fmt: skip
 
-    calls = {f"{level}s": lambda level=level: theirs(level) for level in ("node", "edge")}
+    levels = ["node"]
+    try:
+        theirs("edge")
+    except ValueError as error:  # keys and values that several heads share
+        print(f"TransformerLens, edges: {error}")
+    else:
+        levels.append("edge")
+    calls = {f"{level}s": lambda level=level: theirs(level) for level in levels}
     table = in_turn(floor(plain, task), calls, rounds=1)
     return (table * len(task)).rename(index="{}, 1 pair timed, all scaled".format)
 
