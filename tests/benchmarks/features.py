@@ -9,7 +9,7 @@ Tables for each model. Single features: agreement of scores with `patch`, featur
 position by position (r, Spearman's rho, share of right signs, relative error; the features with the
 largest score of any method). Circuits: features of one half of the pairs by |score|, judged on the
 other half, with the errors of the dictionaries kept and ablated, by two ablations; and how far each
-method is from GRADIENT there, with the p-value of a paired test over pairs. Time: CPU time as a
+method is from IG there, with the p-value of a paired test over pairs. Time: CPU time as a
 multiple of two forward passes and one backward of the plain model.
 """
 
@@ -47,7 +47,7 @@ DRAWN = ("GRADIENT", f"IG-{STEPS} of each site", "RELP", "DEEPLIFT", "PARTWAY", 
 """What the figure shows; more lines could not be told apart."""
 SIZES = (20, 50, 100, 150, 200, 300, 400, 500, 700, 1000)
 ABLATIONS = ("patch", "mean")
-BASELINE = "GRADIENT"
+BASELINE = f"IG-{STEPS} of each site"
 FEW = 8
 """Features of a site that are patched one by one."""
 
