@@ -142,8 +142,7 @@ def evaluate_features(
     run = _Runs(sites, task, divisions(sites, features, names), ablation)
     full, none = _Kept(names, True), _Kept((), False)
     wanted = [full, none, *(kept for c in circuits for kept in (c.kept, c.others))]
-    metric = run.metrics(wanted, progress=progress)
-    clean, empty, *rest = metric
+    clean, empty, *rest = run.metrics(wanted, progress=progress)
     _must_differ(clean, empty)
     if said := doubt(task, clean, empty, ablated=True):
         warn_caller(said)
@@ -151,26 +150,24 @@ def evaluate_features(
                               resamples(len(task), seed)])  # fmt: skip
     found = shares_of_gap(torch.stack(rest), clean, empty, weights)
     low, high = interval(found[1:])
-    rows = []
-    for i, circuit in enumerate(circuits):
-        faithful, complete = 2 * i, 2 * i + 1
-        rows.append(
-            {
-                "rules": circuit.rules,
-                "features": circuit.count,
-                "errors": "in" if circuit.errors else "out",
-                "faithfulness": found[0, faithful],
-                "low": low[faithful],
-                "high": high[faithful],
-                "completeness": found[0, complete],
-                "completeness_low": low[complete],
-                "completeness_high": high[complete],
-            }
-        )
-    table = pd.DataFrame(rows)
+    faithful, complete = slice(0, None, 2), slice(1, None, 2)  # circuits, and what they are not
+    table = pd.DataFrame(
+        {
+            "rules": [c.rules for c in circuits],
+            "features": [c.count for c in circuits],
+            "errors": ["in" if c.errors else "out" for c in circuits],
+            "faithfulness": found[0, faithful],
+            "low": low[faithful],
+            "high": high[faithful],
+            "completeness": found[0, complete],
+            "completeness_low": low[complete],
+            "completeness_high": high[complete],
+        }
+    )
     if not against:
         return table
-    return table.join(_compared(table, against, torch.stack(rest[::2]), clean, empty, seed))
+    metric = torch.stack(rest[faithful])
+    return table.join(_compared(table, against, metric, clean, empty, seed))
 
 
 def _compared(
