@@ -195,7 +195,7 @@ def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Tensor]:
 def carries(value: Any) -> bool:
     """True if a tensor in `value` carries relevance: it requires grad and is not a parameter."""
     if isinstance(value, Tensor):
-        # (asked of every operand: to ask for the class alone first is ten times as fast)
+        # (asked of every operand, and torch asks for a parameter in Python: most are plain)
         return value.requires_grad and (
             type(value) is Tensor or not isinstance(value, nn.Parameter)
         )

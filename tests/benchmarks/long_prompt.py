@@ -8,7 +8,8 @@ width 256, so that a CPU gets through. The limit (RLIMIT_DATA) is set on what th
 beside what it holds with the weights: with more it fails. At most: how far its resident memory
 rises, to which pages of libraries count that the limit does not. Large tensors are mapped one by
 one, as with MALLOC_MMAP_THRESHOLD_=262144 in the environment: in glibc's heap, freed pieces that
-are too small for the next tensor stay with the process, about a third of what it holds here.
+are too small for the next tensor stay with the process (2,048 tokens took 6.6 GB so, in place of
+5.8, and 256 did not always get through in 0.42 GB, in place of 0.26).
 """
 
 from __future__ import annotations
