@@ -149,8 +149,10 @@ def doubt(
     *,
     ablated: bool = False,
 ) -> str:
-    """Why shares of the gap would be shares of noise, or nothing; `ablated`: corrupt are not the
-    corrupt prompts, but runs in which all is ablated."""
+    """Why shares of the gap would be shares of noise, or nothing.
+
+    `ablated`: `corrupt` is of runs in which all is ablated, not of the corrupt prompts.
+    """
     gap, pairs = (clean - corrupt).double(), len(clean)
     mean = float(gap.mean())
     # A single pair has no spread, and pairs that all agree leave no doubt about the sign.
